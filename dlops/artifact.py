@@ -1,0 +1,176 @@
+"""An exported model with its manifest, ready to serve: written by export, read by everything after it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, JsonValue
+
+from dlops import catalog
+from dlops.checkpoint import NAME_PATTERN
+from dlops.environment import Environment
+from dlops.errors import UsageError, unknown_name
+from dlops.manifest import Manifest, Record, Sha256, newest_manifest, read_manifest
+from dlops.preprocess import Preprocess
+from dlops.samples import Samples, read_samples
+from dlops.signature import Signature
+from dlops.version import __version__
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8dyn", "int8wo", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int8dyn", "int8wo", "fp8")
+_SPARSITY = re.compile(r"^(pruned|sparse)([0-9]{2})$")
+
+
+class Variant(Record):
+    """format × precision × sparsity; `slug` names the artifact's folder.
+
+    sparsity: None for dense, "prunedNN" (NN % of the dense model's MACs removed), "sparseNN" or "sparse24".
+    """
+
+    format: str = Field(pattern=r"^[a-z0-9]+$")
+    precision: Precision = "fp32"
+    sparsity: str | None = Field(None, pattern=_SPARSITY.pattern)
+
+    @property
+    def slug(self) -> str:
+        return "-".join(part for part in (self.format, self.precision, self.sparsity) if part)
+
+    @property
+    def pruned_fraction(self) -> float:
+        """Fraction of the dense model's MACs to remove, 0 where it is not pruned."""
+        match = _SPARSITY.fullmatch(self.sparsity or "")
+        return int(match[2]) / 100 if match and match[1] == "pruned" else 0.0
+
+    @classmethod
+    def parse(cls, slug: str) -> Self:
+        """From `<format>-<precision>[-<sparsity>]`. Raises UsageError naming the part that is wrong."""
+        form, precision, sparsity = [*slug.split("-", 2), None, None][:3]
+        if form not in catalog.FORMATS:
+            raise unknown_name("format", str(form), catalog.FORMATS, where=f"variant {slug!r}")
+        if precision is None:
+            precision = "fp32"
+        if precision not in PRECISIONS:
+            raise unknown_name("precision", precision, PRECISIONS, where=f"variant {slug!r}")
+        check_sparsity(sparsity, where=f"variant {slug!r}")
+        return cls(format=str(form), precision=precision, sparsity=sparsity)
+
+
+def check_sparsity(sparsity: str | None, *, where: str) -> None:
+    """Raise UsageError unless it is None, prunedNN or sparseNN."""
+    if sparsity is not None and not (_SPARSITY.fullmatch(sparsity) and sparsity[-2:] != "00"):
+        raise UsageError(f"{where}: unknown sparsity {sparsity!r}", hint="prunedNN, NN % of the MACs: pruned50, say")
+
+
+class Tolerance(Record):
+    """What parity demands. A null bound is not asked of this precision.
+
+    max_abs: of the output, over the reference's standard deviation where that is above 1. max_rel: the largest error
+    over the largest reference value. min_sqnr_db: signal-to-quantization-noise ratio. min_agreement: fraction of
+    samples whose decision stays.
+    """
+
+    max_abs: float | None = None
+    max_rel: float | None = None
+    min_sqnr_db: float | None = None
+    min_agreement: float | None = None
+
+
+class Parity(Record):
+    """How far an artifact's outputs are from the eager fp32 module's, over `samples` real inputs at each batch.
+
+    provider: what truly ran. The errors are the worst over all batches and outputs.
+    """
+
+    provider: str
+    batches: tuple[int, ...]
+    samples: int
+    max_abs: float
+    max_rel: float
+    sqnr_db: float | None
+    agreement: float
+    tolerance: Tolerance
+
+
+class Accuracy(Record):
+    """The task's metric against the dense checkpoint's, paired on the same samples.
+
+    value, reference: fractions. drop_points: percentage points lost, with its 95 % interval low and high.
+    flips: samples whose decision differs.
+    """
+
+    metric: str
+    samples: int
+    value: float
+    reference: float
+    drop_points: float
+    drop_low: float
+    drop_high: float
+    flips: int
+    max_drop: float
+    strict: bool
+
+
+class Provenance(Record):
+    """checkpoint_sha256: of the manifest it was made from. notes: what the export did that one should know."""
+
+    checkpoint: str
+    checkpoint_sha256: Sha256
+    dlops_version: str = __version__
+    environment: Environment
+    command: tuple[str, ...] = ()
+    notes: dict[str, JsonValue] = {}
+
+
+class Artifact(Manifest):
+    """artifact.json: files hold the roles model and samples."""
+
+    file_name: ClassVar[str] = "artifact.json"
+    required_roles: ClassVar[tuple[str, ...]] = ("model", "samples")
+
+    kind: Literal["artifact"] = "artifact"
+    schema_version: int = Field(1, alias="schema", ge=1)
+    name: str = Field(pattern=NAME_PATTERN)
+    version: str = "1"
+    variant: Variant
+    signature: Signature
+    preprocess: Preprocess | None
+    labels: tuple[str, ...] = ()
+    task: str
+    requires: tuple[str, ...]
+    parity: Parity
+    accuracy: Accuracy | None
+    provenance: Provenance
+
+    @property
+    def slug(self) -> str:
+        return self.variant.slug
+
+    @property
+    def title(self) -> str:
+        """`<name>/<slug>`, as a person calls it."""
+        return f"{self.name}/{self.slug}"
+
+    @property
+    def model_bytes(self) -> int:
+        """Size of the model file."""
+        return self.files["model"].bytes
+
+    def samples(self) -> Samples:
+        """At most 32 real inputs, with preprocessed tensors and the reference's outputs."""
+        return read_samples(self.path("samples"))
+
+
+def open_artifact(path: Path | str) -> Artifact:
+    """The artifact in a directory (or at its artifact.json), its digests checked."""
+    path = Path(path)
+    artifact = read_manifest(path.parent if path.name == Artifact.file_name else path, Artifact)
+    if artifact.variant.format not in catalog.FORMATS:
+        raise unknown_name("format", artifact.variant.format, catalog.FORMATS, where=str(path))
+    return artifact
+
+
+def newest_artifact(root: Path | str = "artifacts") -> Artifact:
+    """The artifact under `root` with the latest `created`, its digests checked."""
+    return newest_manifest(Path(root), Artifact, make_one="make one: dlops export, or dlops quickstart for a demo")

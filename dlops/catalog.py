@@ -1,0 +1,67 @@
+"""The fixed tables of what dlops knows by name: each name to "module:attribute", imported on first use.
+
+A manifest holds names from these tables and never a module path, so reading one cannot import code of its choosing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from dlops.errors import DlopsError, MachineError, missing_package, unknown_name
+
+BUILDERS: Mapping[str, str] = {
+    "mlp": "dlops.train.models.mlp:mlp",
+    "cnn": "dlops.train.models.cnn:cnn",
+}
+RECIPES: Mapping[str, str] = {
+    "mlp": "dlops.train.recipes.mlp",
+    "cnn": "dlops.train.recipes.cnn",
+}
+DATASETS: Mapping[str, str] = {
+    "digits": "dlops.train.data.digits:load",
+    "mnist": "dlops.train.data.mnist:load",
+    "cifar10": "dlops.train.data.cifar:load_cifar10",
+    "cifar100": "dlops.train.data.cifar:load_cifar100",
+}
+FORMATS: Mapping[str, str] = {
+    "torchscript": "dlops.export.to_torchscript:export",
+    "onnx": "dlops.export.to_onnx:export",
+}
+RUNTIMES: Mapping[str, str] = {
+    "torchscript": "dlops.runtimes.torchscript:open_session",
+    "onnx": "dlops.runtimes.onnxruntime:open_session",
+}
+TASKS: Mapping[str, str] = {
+    "classification": "dlops.tasks.classification:Classification",
+}
+# What must be importable to run an artifact of a format, and the extra that brings it.
+REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
+    # Without torchvision: its operators are those of detection models, and no task of ours is one.
+    "torchscript": ("torch",),
+    "onnx": ("onnxruntime",),
+}
+
+
+def resolve(table: Mapping[str, str], kind: str, name: str) -> Any:
+    """The object (or module, where the entry has no attribute) behind a name.
+
+    Raises UsageError for an unknown name and MachineError for a package that is not installed.
+    """
+    if name not in table:
+        raise unknown_name(kind, name, table)
+    module_name, _, attribute = table[name].partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "dlops"):
+            raise DlopsError(f"the {kind} {name!r} is in the catalog but not in the package: {error}") from error
+        raise missing_package(package, needed_for=f"{kind} {name}") from None
+    except ImportError as error:
+        raise MachineError(
+            f"{kind} {name}: a package that it needs is installed and does not import: {error}",
+            hint="dlops doctor shows what works here",
+        ) from error
+    return getattr(module, attribute) if attribute else module

@@ -1,0 +1,109 @@
+"""What machine, driver, instruction set and versions a result was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+from dlops.manifest import Record
+
+_PACKAGES = (
+    "dlops", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "torch-pruning",
+    "lightning", "bentoml", "numpy", "pillow",
+)  # fmt: skip
+# Those that decide which int8 and bf16 kernels a runtime picks.
+_INSTRUCTION_SETS = (
+    "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8",
+    "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+
+
+class Environment(Record):
+    """memory_bytes: of the machine, or of the container where that may use less. cores: those this process may use.
+    packages: installed name to version.
+    """
+
+    system: str
+    machine: str
+    cpu: str
+    instruction_sets: tuple[str, ...]
+    cores: int
+    memory_bytes: int
+    python: str
+    gpus: tuple[str, ...]
+    packages: dict[str, str]
+
+
+@lru_cache(maxsize=1)
+def describe_environment() -> Environment:
+    """This machine, read once a process."""
+    cpu, flags = _processor()
+    return Environment(
+        system=f"{platform.system()} {platform.release()}",
+        machine=platform.machine(),
+        cpu=cpu,
+        instruction_sets=tuple(name for name in _INSTRUCTION_SETS if name in flags),
+        cores=available_cores(),
+        memory_bytes=available_memory(),
+        python=platform.python_version(),
+        gpus=_gpus(),
+        packages=installed_packages(_PACKAGES),
+    )
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, cut to the container's CPU quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):  # not Linux, or no cgroup v2: there is no quota to read
+        return affinity
+    return affinity if quota == "max" else max(1, min(affinity, round(int(quota) / int(period))))
+
+
+def available_memory() -> int:
+    """Bytes that this process may use: the machine's memory, cut to the container's limit."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # not Linux, no cgroup v2, or "max": there is no limit
+        return physical
+
+
+def installed_packages(names: tuple[str, ...]) -> dict[str, str]:
+    """Name to version of those that are installed."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _processor() -> tuple[str, frozenset[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # macOS
+        return platform.processor() or platform.machine(), frozenset()
+    lines = (line.partition(":") for line in text.splitlines()[:64])
+    fields = {key.strip(): value.strip() for key, _, value in lines if value}
+    flags = fields.get("flags", fields.get("Features", ""))
+    return fields.get("model name", platform.machine()), frozenset(flags.split())
+
+
+def _gpus() -> tuple[str, ...]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(answer.stdout.strip().splitlines()) if answer.returncode == 0 else ()

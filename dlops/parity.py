@@ -1,0 +1,276 @@
+"""Numerical agreement with the reference: how it is measured, and what is demanded of each precision.
+
+Numpy only, so that an artifact is checked against the samples that it carries on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlops.artifact import Artifact, Parity, Tolerance
+from dlops.errors import CorruptError, GateError
+from dlops.runtimes.session import Placement, Session
+from dlops.signature import Array, Feed, Signature
+from dlops.tasks import Task, open_task
+
+# What half precision may lose, 10 bits of mantissa: 5e-4 a rounding. 3e-4 to 4e-4 of the largest output was measured
+# in a small network and in ResNet-18; ten times that leaves room for deep ones, and a weight off by 1 % still shows.
+_HALF = Tolerance(max_abs=2e-2, max_rel=5e-3)
+TOLERANCES: Mapping[str, Tolerance] = {
+    # Sums in another order: 1e-6 to 2e-5 of the largest output in the networks tried. An epsilon, a padding or an
+    # interpolation mode gone wrong shows from 1e-3 up.
+    "fp32": Tolerance(max_abs=2e-4, max_rel=1e-4),
+    "fp16": _HALF,
+    # Healthy 8-bit networks come out at 20 to 40 dB, broken ones (a layer saturated, a scale off) below 10.
+    "int8": Tolerance(min_sqnr_db=15.0, min_agreement=0.95),
+}
+# Outputs that differ by less than this, relative to their size, over all samples do not depend on the input.
+_CONSTANT = 1e-6
+# Equal up to the rounding of float32: preprocessing is a few multiplications on whole numbers.
+_TENSOR_RTOL, _TENSOR_ATOL = 1e-6, 1e-6
+# How sure a small sample must be before it calls an agreement too low.
+_CONFIDENCE = 0.999
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """How far outputs are from their reference, the worst over all tensors.
+
+    max_abs: over the reference's standard deviation where that is above 1. max_rel: over the largest reference value.
+    sqnr_db: null where there is no error at all. agreement: fraction of samples whose decision stays.
+    """
+
+    samples: int
+    max_abs: float
+    max_rel: float
+    sqnr_db: float | None
+    agreement: float
+
+
+def compare(reference: Feed, outputs: Feed, *, task: Task, where: str = "outputs") -> Errors:
+    """The errors of `outputs` against `reference`, tensor by tensor.
+
+    Raises GateError where the comparison would mean nothing or cannot be made: no samples, other names, dtypes or
+    shapes, NaN or infinity on either side, or a reference that does not depend on the input.
+    """
+    _check_comparable(reference, outputs, where)
+    pairs = [(np.asarray(reference[n], np.float64), np.asarray(outputs[n], np.float64)) for n in reference]
+    count = len(pairs[0][0])
+    sqnrs = [value for expected, got in pairs if (value := _sqnr_db(expected, got)) is not None]
+    ordered = {name: outputs[name] for name in reference}
+    kept = np.equal(task.decide(reference), task.decide(ordered)).reshape(count, -1).all(axis=1)
+    return Errors(
+        samples=count,
+        max_abs=max(_largest(got - expected) / max(1.0, float(expected.std())) for expected, got in pairs),
+        max_rel=max(_relative(expected, got) for expected, got in pairs),
+        sqnr_db=min(sqnrs, default=None),
+        agreement=float(kept.mean()),
+    )
+
+
+def shortfalls(errors: Errors, tolerance: Tolerance, *, sampled: bool = False) -> list[str]:
+    """What `errors` break of `tolerance`, one clause each; empty where they keep it.
+
+    sampled: the samples are a few out of those that parity was shown on, so an agreement counts as too low only where
+    chance does not explain it (a one-sided binomial test at 99.9 %).
+    """
+    broken = []
+    if tolerance.max_abs is not None and not errors.max_abs <= tolerance.max_abs:
+        broken.append(f"largest absolute error {errors.max_abs:.3g}, allowed {tolerance.max_abs:g}")
+    if tolerance.max_rel is not None and not errors.max_rel <= tolerance.max_rel:
+        broken.append(f"largest relative error {errors.max_rel:.3g}, allowed {tolerance.max_rel:g}")
+    exact = errors.sqnr_db is None
+    if tolerance.min_sqnr_db is not None and not exact and not errors.sqnr_db >= tolerance.min_sqnr_db:  # type: ignore[operator]
+        broken.append(f"SQNR {errors.sqnr_db:.1f} dB, at least {tolerance.min_sqnr_db:g} wanted")
+    if tolerance.min_agreement is not None:
+        flips = round((1 - errors.agreement) * errors.samples)
+        floor = tolerance.min_agreement
+        allowed = _plausible_flips(errors.samples, 1 - floor) if sampled else (1 - floor) * errors.samples + 1e-9
+        if flips > allowed:
+            broken.append(f"{flips} of {errors.samples} decisions differ, at least {floor:.0%} must stay")
+    return broken
+
+
+def check_parity(
+    session: Session, feed: Feed, reference: Feed, *, task: Task, tolerance: Tolerance, batches: Sequence[int],
+    title: str, sampled: bool = False,
+) -> Parity:  # fmt: skip
+    """Run `feed` through the session once for each size in `batches` and compare with `reference`.
+
+    Returns the worst errors over the batches. Raises GateError naming the batch and the bounds that are broken.
+    """
+    found: list[Errors] = []
+    problems: dict[int, list[str]] = {}
+    for size in batches:
+        outputs = run_batched(session, feed, size)
+        errors = compare(reference, outputs, task=task, where=f"{title} at batch {size}")
+        found.append(errors)
+        if clauses := shortfalls(errors, tolerance, sampled=sampled):
+            problems[size] = clauses
+    if not found:
+        raise GateError(f"{title}: parity over no batch at all proves nothing")
+    if problems:
+        sizes = ", ".join(str(size) for size in problems)
+        raise GateError(
+            f"{title}: outputs differ from the reference on {session.placement.provider} at batch {sizes}: "
+            f"{'; '.join(next(iter(problems.values())))}",
+            hint="the model file does not compute what the checkpoint computes on this machine: do not use it",
+        )
+    sqnrs = [errors.sqnr_db for errors in found if errors.sqnr_db is not None]
+    return Parity(
+        provider=session.placement.provider,
+        batches=tuple(batches),
+        samples=max(errors.samples for errors in found),
+        max_abs=max(errors.max_abs for errors in found),
+        max_rel=max(errors.max_rel for errors in found),
+        sqnr_db=min(sqnrs, default=None),
+        agreement=min(errors.agreement for errors in found),
+        tolerance=tolerance,
+    )
+
+
+def self_test(artifact: Artifact, session: Session) -> Parity:
+    """Run the samples that the artifact carries: raw → tensor, then tensor → output at batch 1 and all at once.
+
+    What is demanded is the stricter of what the artifact records and of what this version asks of its precision: a
+    manifest can ask for more, never for less. Returns what was found on this machine. Raises GateError naming what
+    differs, CorruptError where the artifact has no samples to test with or no bound to test against.
+    """
+    samples = artifact.samples()
+    if not len(samples) or not samples.inputs or not samples.outputs:
+        raise CorruptError(
+            f"{artifact.title}: no samples with inputs and outputs, so nothing shows that it works",
+            hint="export it again",
+        )
+    if artifact.preprocess is not None:
+        name = artifact.signature.inputs[0].name
+        _check_tensors(samples.inputs[name], artifact.preprocess.batch(samples.raw), artifact.title)
+    tolerance = stricter(artifact.parity.tolerance, TOLERANCES.get(artifact.variant.precision, Tolerance()))
+    if tolerance == Tolerance():
+        raise CorruptError(
+            f"{artifact.title}: it records no tolerance, and this version has none for {artifact.variant.precision}",
+            hint="export it again",
+        )
+    return check_parity(
+        session,
+        samples.inputs,
+        samples.outputs,
+        task=open_task(artifact.task),
+        tolerance=tolerance_on(session.placement, artifact.variant.precision, tolerance),
+        batches=sorted({1, min(len(samples), artifact.signature.max_batch)}),
+        title=artifact.title,
+        sampled=True,
+    )
+
+
+def stricter(recorded: Tolerance, table: Tolerance) -> Tolerance:
+    """Bound by bound the harder one of two tolerances; a bound that only one of them has holds."""
+
+    def harder(name: str, choose: Callable[[float, float], float]) -> float | None:
+        # The table's comes first: min and max keep it where the recorded one is NaN.
+        bounds = [bound for bound in (getattr(table, name), getattr(recorded, name)) if bound is not None]
+        return choose(*bounds) if len(bounds) == 2 else next(iter(bounds), None)
+
+    return Tolerance(
+        max_abs=harder("max_abs", min),
+        max_rel=harder("max_rel", min),
+        min_sqnr_db=harder("min_sqnr_db", max),
+        min_agreement=harder("min_agreement", max),
+    )
+
+
+def tolerance_on(placement: Placement, precision: str, recorded: Tolerance) -> Tolerance:
+    """The tolerance that holds where the artifact truly runs: the recorded one, or half precision's.
+
+    fp32 convolutions and products run in TF32 on CUDA, which has the 10 bits of mantissa of fp16.
+    """
+    return _HALF if precision == "fp32" and placement.device.startswith("cuda") else recorded
+
+
+def run_batched(session: Session, feed: Feed, size: int) -> dict[str, Array]:
+    """The outputs for all samples of `feed`, run `size` at a time (the last batch may be smaller)."""
+    count = len(next(iter(feed.values())))
+    _check_batched(session.signature)
+    parts = [session.run({n: a[i : i + size] for n, a in feed.items()}) for i in range(0, count, size)]
+    return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in session.signature.outputs}
+
+
+def _check_comparable(reference: Feed, outputs: Feed, where: str) -> None:
+    if set(reference) != set(outputs) or not reference:
+        raise GateError(f"{where}: tensors {sorted(outputs)}, the reference has {sorted(reference)}")
+    for name, expected in reference.items():
+        got = outputs[name]
+        if (got.dtype, got.shape) != (expected.dtype, expected.shape):
+            raise GateError(
+                f"{where}: {name} is {got.dtype}{list(got.shape)}, the reference {expected.dtype}{list(expected.shape)}"
+            )
+        if expected.size == 0:
+            raise GateError(f"{where}: {name} is empty: a comparison of nothing proves nothing")
+        for side, array in (("the reference", expected), ("it", got)):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise GateError(f"{where}: {side} has NaN or infinity in {name}")
+    if all(_is_constant(array) for array in reference.values()):
+        raise GateError(
+            f"{where}: the reference gives the same output for every sample, so agreement with it proves nothing",
+            hint="is the model trained, and are the samples different from one another?",
+        )
+
+
+def _is_constant(array: Array) -> bool:
+    # One sample cannot show it, and batch 1 of one sample is still a comparison.
+    if len(array) < 2:
+        return False
+    values = np.asarray(array, np.float64)
+    return bool(np.ptp(values, axis=0).max() <= _CONSTANT * max(np.abs(values).max(), np.finfo(np.float32).tiny))
+
+
+def _largest(values: NDArray[np.float64]) -> float:
+    return float(np.abs(values).max())
+
+
+def _relative(expected: NDArray[np.float64], got: NDArray[np.float64]) -> float:
+    error, size = _largest(got - expected), _largest(expected)
+    return error / size if size > 0 else (0.0 if error == 0 else math.inf)
+
+
+def _sqnr_db(expected: NDArray[np.float64], got: NDArray[np.float64]) -> float | None:
+    noise, signal = float(np.square(got - expected).sum()), float(np.square(expected).sum())
+    if noise == 0:
+        return None
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _plausible_flips(count: int, rate: float) -> int:
+    """The most flips among `count` that a true rate of `rate` gives in 99.9 % of draws."""
+    cumulative = 0.0
+    for flips in range(count + 1):
+        cumulative += math.comb(count, flips) * rate**flips * (1 - rate) ** (count - flips)
+        if cumulative >= _CONFIDENCE:
+            return flips
+    return count
+
+
+def _check_tensors(stored: Array, made: Array, title: str) -> None:
+    if stored.shape != made.shape or stored.dtype != made.dtype:
+        raise GateError(
+            f"{title}: preprocessing gives {made.dtype}{list(made.shape)}, stored is {stored.dtype}{list(stored.shape)}"
+        )
+    close = np.isclose(made, stored, rtol=_TENSOR_RTOL, atol=_TENSOR_ATOL)
+    if not close.all():
+        wrong = int((~close.reshape(len(close), -1).all(axis=1)).sum())
+        raise GateError(
+            f"{title}: preprocessing gives other tensors than at export for {wrong} of {len(close)} samples "
+            f"(largest difference {_largest(np.asarray(made, np.float64) - np.asarray(stored, np.float64)):.3g})",
+            hint="compare the Pillow version with the one in the artifact's provenance",
+        )
+
+
+def _check_batched(signature: Signature) -> None:
+    for spec in (*signature.inputs, *signature.outputs):
+        if not spec.is_batched:
+            raise GateError(f"{spec.name} has no batch axis in front, so it cannot be checked sample by sample")

@@ -1,0 +1,163 @@
+"""What a bench run found: measurements with their raw samples, and the machine that they were made on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dlops.environment import Environment
+from dlops.errors import CorruptError
+from dlops.manifest import Manifest, Record, read_manifest
+from dlops.version import __version__
+
+Boundary = Literal["device", "host", "preprocessing", "network"]
+Scenario = Literal["single_stream", "multi_stream", "server", "offline"]
+# Beside the latencies under "<key>", the samples file holds when each call began and in which turn, under these.
+STARTS, TURNS = ".starts", ".turns"
+
+
+class Interval(Record):
+    """A point estimate with its two-sided 95 % interval; an end is null where the sample is too small to give it."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Latency(Record):
+    """In nanoseconds. A quantile is null where the sample is too small to certify it (p99 needs 368).
+
+    effective_samples: how many independent calls the median's precision is worth; calls near in time resemble one
+    another, so it is at most `samples`. The median's alone: p90 and p99 are certified by counts of their own, which may
+    be larger (slow calls scattered evenly over a run whose median wanders), and which a verdict's reasons give.
+    """
+
+    samples: int = Field(ge=1)
+    effective_samples: int = Field(ge=1)
+    p50_ns: Interval | None
+    p90_ns: Interval | None
+    p99_ns: Interval | None
+    mean_ns: float
+    min_ns: float
+    max_ns: float
+
+
+class Load(Record):
+    """What was asked of the target.
+
+    scenario: MLPerf's words. single_stream: one call after the other. multi_stream: a fixed number of calls in
+    flight. server: calls at a rate, whether or not earlier ones are answered. offline: large batches back to back.
+    batch: items a call. concurrency: calls in flight. rate: offered calls a second, null in a closed loop.
+    """
+
+    scenario: Scenario = "single_stream"
+    batch: int = Field(1, ge=1)
+    concurrency: int = Field(1, ge=1)
+    rate: float | None = None
+
+
+class Verdict(Record):
+    """steady: the row can be quoted. reasons: what stands against it, or against one of its numbers."""
+
+    steady: bool
+    reasons: tuple[str, ...] = ()
+
+
+class Measurement(Record):
+    """One target under one load.
+
+    target: what was measured ("digits/onnx-int8", "eager", a URL). artifact: its slug where it is one.
+    runtime, provider, device, precision: what truly ran; "unknown" where a server does not say.
+    boundary: what the latency includes. samples: the key of the raw latencies in the report's samples file.
+    throughput: items a second. errors: calls that failed, by kind; in a closed loop they are in no latency, in an open
+    loop each counts as the worst latency. speedup: over the report's baseline under the same load, from paired turns.
+    peak_memory_bytes: most that a fresh process held that loaded and ran it, interpreter and runtime included.
+    accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
+    """
+
+    target: str
+    artifact: str | None
+    runtime: str
+    provider: str
+    device: str
+    precision: str
+    threads: int | None
+    boundary: Boundary
+    load: Load
+    samples: str
+    latency: Latency
+    throughput: Interval
+    speedup: Interval | None = None
+    errors: dict[str, int] = {}
+    warmup_calls: int
+    model_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    accuracy: float | None = None
+    accuracy_samples: int | None = None
+    drop_points: float | None = None
+    drop_low: float | None = None
+    drop_high: float | None = None
+    flips: int | None = None
+    verdict: Verdict
+
+    @property
+    def error_count(self) -> int:
+        return sum(self.errors.values())
+
+    @property
+    def label(self) -> str:
+        """What a table or a plot calls it: the slug, or the target where it is no artifact."""
+        if self.boundary == "network":
+            return f"{self.target} ({self.artifact})" if self.artifact else self.target
+        return self.artifact or self.target
+
+
+class Report(Manifest):
+    """report.json: files hold the role samples, a safetensors file of int64 nanoseconds by measurement key.
+
+    baseline: the target that speed-ups are counted from. chosen: the target to deploy, chosen_because in words.
+    notes: what a reader must know about all of it. partial: it was interrupted.
+    """
+
+    file_name: ClassVar[str] = "report.json"
+
+    kind: Literal["report"] = "report"
+    schema_version: int = Field(1, alias="schema", ge=1)
+    dlops_version: str = __version__
+    title: str
+    command: tuple[str, ...]
+    environment: Environment
+    measurements: tuple[Measurement, ...]
+    baseline: str | None = None
+    chosen: str | None = None
+    chosen_because: str | None = None
+    notes: tuple[str, ...] = ()
+    partial: bool = False
+
+    def raw_samples(self) -> dict[str, NDArray[np.int64]]:
+        """Every latency that was measured, in order, in nanoseconds, by measurement key.
+
+        Beside "<key>" lie "<key>.starts" (when the call began, from the row's start) and, where targets took turns,
+        "<key>.turns" (the round of each call). Raises CorruptError where a row's latencies are missing.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            arrays = {key: array.astype(np.int64) for key, array in load_file(self.path("samples")).items()}
+        except (SafetensorError, KeyError, OSError) as error:
+            raise CorruptError(f"{self.directory}: no samples that dlops wrote ({error})") from None
+        missing = {row.samples for row in self.measurements} - arrays.keys()
+        if missing:
+            raise CorruptError(f"{self.path('samples')}: no samples for {', '.join(sorted(missing))}")
+        return arrays
+
+
+def read_report(path: Path | str) -> Report:
+    """The report in a directory (or at its report.json), its digests checked."""
+    path = Path(path)
+    return read_manifest(path.parent if path.name == Report.file_name else path, Report)

@@ -1,0 +1,79 @@
+"""A torch module run as it is: the reference that parity and speed-ups are counted from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from dlops.environment import available_cores
+from dlops.errors import MachineError
+from dlops.runtimes.session import Placement, SessionOptions
+from dlops.signature import Feed, Signature
+
+
+class ModuleSession:
+    """Any callable module, eager or scripted. Outputs come back as numpy arrays on the host."""
+
+    def __init__(
+        self, module: torch.nn.Module, *, signature: Signature, runtime: str, precision: str, device: torch.device,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self._module = module
+        self._device = device
+        self.signature = signature
+        count = threads or available_cores()
+        # torch has one thread count a process, so it is set here and not at every run.
+        torch.set_num_threads(count)
+        self.placement = Placement(
+            runtime=runtime, device=str(device), provider=device.type, precision=precision, threads=count
+        )
+
+    def run(self, feed: Feed) -> Feed:
+        # Arrays that a server parsed out of a body are read-only; torch warns about those, and nothing writes here.
+        tensors = [torch.from_numpy(_writable(feed[spec.name])) for spec in self.signature.inputs]
+        with torch.inference_mode():
+            result = self._module(*(tensor.to(self._device) for tensor in tensors))
+        return outputs_by_name(result, self.signature)
+
+    def close(self) -> None:
+        del self._module
+
+
+def open_eager(module: torch.nn.Module, signature: Signature, options: SessionOptions | None = None) -> ModuleSession:
+    """A session over an eager module, put into eval mode."""
+    options = options or SessionOptions()
+    device = choose_device(options)
+    return ModuleSession(
+        module.to(device).eval(), signature=signature, runtime="eager", precision="fp32", device=device,
+        threads=options.threads,
+    )  # fmt: skip
+
+
+def choose_device(options: SessionOptions) -> torch.device:
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise MachineError(
+            "CUDA was asked for, and torch finds no GPU here",
+            hint="dlops doctor shows what works; --device cpu runs on the CPU",
+        )
+    return torch.device("cuda:0" if available and options.device != "cpu" else "cpu")
+
+
+def outputs_by_name(result: object, signature: Signature) -> dict[str, np.ndarray]:
+    """A module's return value (tensor, sequence or mapping) as arrays under the signature's names."""
+    if isinstance(result, torch.Tensor):
+        values = [result]
+    elif isinstance(result, Mapping):
+        values = [result[spec.name] for spec in signature.outputs]
+    elif isinstance(result, (tuple, list)):
+        values = list(result)
+    else:
+        raise TypeError(f"a module returned {type(result).__name__}, not tensors")
+    names = [spec.name for spec in signature.outputs]
+    return {name: value.detach().cpu().numpy() for name, value in zip(names, values, strict=True)}
+
+
+def _writable(array: np.ndarray) -> np.ndarray:
+    return array if array.flags.writeable else array.copy()

@@ -1,0 +1,45 @@
+"""TorchScript through torch.jit: the module frozen, on the CPU or CUDA.
+
+Such a file is a program with torch's operators, some of which open files: it is run as it is, and only files from a
+source that one trusts should be.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dlops.artifact import Artifact
+from dlops.errors import CorruptError
+from dlops.runtimes.eager import ModuleSession, choose_device
+from dlops.runtimes.session import SessionOptions
+
+
+def open_session(artifact: Artifact, options: SessionOptions) -> ModuleSession:
+    import warnings
+
+    device = choose_device(options)
+    try:
+        with warnings.catch_warnings():
+            # torch announces TorchScript's retirement at every load; the format was the user's choice.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(str(artifact.path("model")), map_location=device).eval()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise CorruptError(f"{artifact.title}: torch cannot load it: {str(error).splitlines()[0][:300]}") from error
+    session = ModuleSession(
+        module, signature=artifact.signature, runtime="torchscript", precision=artifact.variant.precision,
+        device=device, threads=options.threads,
+    )  # fmt: skip
+    _settle(session)
+    return session
+
+
+def _settle(session: ModuleSession) -> None:
+    """Run twice at batch 1: the profiling executor records on the first run and recompiles on the second."""
+    feed = {
+        spec.name: np.zeros([1 if isinstance(dim, str) else dim for dim in spec.shape], dtype=spec.dtype)
+        for spec in session.signature.inputs
+    }
+    for _ in range(2):
+        session.run(feed)

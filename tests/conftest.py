@@ -1,0 +1,135 @@
+"""Fixtures that several stages' tests share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dlops.artifact import Artifact, Parity, Precision, Provenance, Tolerance, Variant
+from dlops.environment import describe_environment
+from dlops.manifest import DirectoryWriter
+from dlops.preprocess import Decode, Preprocess, Resize, Scale
+from dlops.samples import Samples
+from dlops.signature import DimRange, Signature, TensorSpec
+
+MakeArtifact = Callable[..., Artifact]
+
+
+@pytest.fixture(scope="session")
+def digit_pngs() -> list[bytes]:
+    """40 scanned digits, 8×8 grey PNG files; the digit that each shows is `digit_targets`."""
+    from sklearn.datasets import load_digits
+
+    images = load_digits().images[:40]
+    return [_png(np.round(image / 16 * 255).astype(np.uint8)) for image in images]
+
+
+@pytest.fixture(scope="session")
+def digit_targets() -> np.ndarray:
+    from sklearn.datasets import load_digits
+
+    return load_digits().target[:40]
+
+
+@pytest.fixture(scope="session")
+def make_digits_artifact(digit_pngs: list[bytes]) -> MakeArtifact:
+    """Writes a real ONNX artifact, a ridge classifier of scanned digits; no torch is needed to make or run it.
+
+    scale: of the weights in the file but not in the samples' outputs, so that 1 is right and anything else is broken.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # Closed form, on what digit_pngs does not show; 10 spreads the scores so that softmax has something to say.
+    pixels = np.hstack([digits.data[40:] / 16, np.ones((len(digits.data) - 40, 1))])
+    normal = pixels.T @ pixels + 0.1 * np.eye(65)
+    solution = 10 * np.linalg.solve(normal, pixels.T @ np.eye(10)[digits.target[40:]])
+    weights, bias = solution[:64].astype(np.float32), solution[64].astype(np.float32)
+
+    def make(
+        directory: Path, *, name: str = "digits", scale: float = 1.0, precision: Precision = "fp32",
+        created: datetime | None = None,
+    ) -> Artifact:  # fmt: skip
+        preprocess = Preprocess(
+            input="image", shape=(1, 8, 8), steps=(Decode(mode="L"), Resize(size=(8, 8)), Scale(factor=1 / 255))
+        )
+        raw = tuple(digit_pngs[:16])
+        inputs = preprocess.batch(raw)
+        samples = Samples(
+            raw=raw, inputs={"image": inputs}, outputs={"logits": inputs.reshape(16, 64) @ weights + bias}
+        )
+        with DirectoryWriter(directory) as writer:
+            files = {
+                "model": writer.add("model.onnx", _linear_onnx(weights * np.float32(scale), bias)),
+                "samples": writer.add("samples.safetensors", samples.to_bytes()),
+            }
+            artifact = Artifact(
+                name=name, created=created or datetime.now(UTC), variant=Variant(format="onnx", precision=precision),
+                signature=Signature(
+                    inputs=(TensorSpec(name="image", dtype="float32", shape=("batch", 1, 8, 8)),),
+                    outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 10)),),
+                    dims={"batch": DimRange(max=64)},
+                ),
+                preprocess=preprocess, labels=tuple("0123456789"), task="classification", requires=("onnxruntime",),
+                parity=Parity(
+                    provider="CPUExecutionProvider", batches=(1,), samples=16, max_abs=0.0, max_rel=0.0, sqnr_db=None,
+                    agreement=1.0, tolerance=Tolerance(max_abs=1e-3),
+                ),
+                accuracy=None,
+                provenance=Provenance(
+                    checkpoint=name, checkpoint_sha256="0" * 64, environment=describe_environment()
+                ),
+                files=files,
+            )  # fmt: skip
+            return writer.commit(artifact)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digits_artifact(make_digits_artifact: MakeArtifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """One that is right, in a folder of its own."""
+    return make_digits_artifact(tmp_path_factory.mktemp("artifact") / "digits" / "onnx-fp32")
+
+
+@pytest.fixture(scope="session")
+def working_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A person's folder after a short training and two exports: runs/cnn/short and artifacts/digits-cnn/."""
+    from dlops.export.pipeline import export_variants
+    from dlops.train.launch import configure, train_recipe
+
+    folder = tmp_path_factory.mktemp("work")
+    config = configure("cnn", overrides=["data=digits", "epochs=6"])
+    checkpoint = train_recipe("cnn", config, run_dir=folder / "runs" / "cnn" / "short")
+    export_variants(checkpoint, variants=["onnx-fp32", "onnx-int8"], out=folder / "artifacts", max_drop=5)
+    return folder
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _linear_onnx(weights: np.ndarray, bias: np.ndarray) -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"], axis=1),
+        helper.make_node("Gemm", ["flat", "weights", "bias"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "digits",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(bias, "bias")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return bytes(model.SerializeToString())

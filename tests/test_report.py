@@ -1,0 +1,112 @@
+"""report.json: its schema against a golden file, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from dlops.environment import Environment
+from dlops.errors import CorruptError, UsageError
+from dlops.manifest import DirectoryWriter
+from dlops.report import Interval, Latency, Load, Measurement, Report, Verdict, read_report
+
+GOLDEN = Path(__file__).parent / "golden" / "report.json"
+
+
+def interval(value: float) -> Interval:
+    return Interval(value=value, low=value * 0.9, high=value * 1.1)
+
+
+def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Report:
+    arrays = samples if samples is not None else {"row00": np.array([1_000_000, 1_100_000], np.int64)}
+    row = Measurement(
+        target="digits/onnx-int8",
+        artifact="onnx-int8",
+        runtime="onnxruntime",
+        provider="CPUExecutionProvider",
+        device="cpu",
+        precision="int8",
+        threads=2,
+        boundary="host",
+        load=Load(scenario="single_stream", batch=1, concurrency=1),
+        samples="row00",
+        latency=Latency(
+            samples=2, effective_samples=2, p50_ns=interval(1e6), p90_ns=None, p99_ns=None, mean_ns=1.05e6, min_ns=1e6,
+            max_ns=1.1e6,
+        ),
+        throughput=Interval(value=950.0, low=None, high=None),
+        speedup=interval(3.0),
+        errors={"HTTP 503": 2},
+        warmup_calls=10,
+        model_bytes=52_000,
+        peak_memory_bytes=81_000_000,
+        accuracy=0.98,
+        accuracy_samples=360,
+        drop_points=0.28,
+        drop_low=-0.3,
+        drop_high=0.9,
+        flips=1,
+        verdict=Verdict(steady=False, reasons=("p99 is not certified",)),
+    )  # fmt: skip
+    with DirectoryWriter(directory) as writer:
+        report = Report(
+            dlops_version="0.1.0",
+            title="digits",
+            created=datetime(2026, 11, 21, tzinfo=UTC),
+            command=("dlops", "bench"),
+            environment=Environment(
+                system="Linux", machine="x86_64", cpu="Example", instruction_sets=("avx2",), cores=2,
+                memory_bytes=1_000_000, python="3.11.7", gpus=(), packages={"numpy": "2.0"},
+            ),
+            measurements=(row,),
+            baseline="eager",
+            chosen="digits/onnx-int8",
+            chosen_because="lowest median latency",
+            notes=("a note",),
+            files={"samples": writer.add("samples.safetensors", save(arrays))},
+        )  # fmt: skip
+        return writer.commit(report)
+
+
+def test_the_schema_is_the_golden_files(tmp_path) -> None:
+    write(tmp_path / "r")
+    written = (tmp_path / "r" / "report.json").read_text()
+    assert written == GOLDEN.read_text(), "a changed schema needs a new number and a reader for the old one"
+
+
+def test_what_is_written_is_read_back(tmp_path) -> None:
+    report = write(tmp_path / "r")
+    assert read_report(tmp_path / "r" / "report.json") == report
+    assert report.raw_samples()["row00"].tolist() == [1_000_000, 1_100_000]
+    assert report.measurements[0].error_count == 2
+
+
+def test_a_newer_schema_is_refused_with_the_version_that_reads_it(tmp_path) -> None:
+    document = json.loads(GOLDEN.read_text()) | {"schema": 99, "dlops_version": "9.1"}
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    with pytest.raises(CorruptError, match=r"schema 99.*dlops 9\.1"):
+        read_report(tmp_path)
+
+
+def test_altered_samples_are_refused(tmp_path) -> None:
+    report = write(tmp_path / "r")
+    path = report.path("samples")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CorruptError, match="SHA-256"):
+        read_report(tmp_path / "r")
+
+
+def test_a_row_without_samples_is_refused(tmp_path) -> None:
+    report = write(tmp_path / "r", {"other": np.zeros(2, np.int64)})
+    with pytest.raises(CorruptError, match="no samples for row00"):
+        report.raw_samples()
+
+
+def test_a_folder_without_a_report_is_a_users_mistake(tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"no report\.json there"):
+        read_report(tmp_path)
