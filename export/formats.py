@@ -1,0 +1,87 @@
+"""What every exporter is given, gives back and must hold: one request, one file, nothing of this machine in it."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dlops.artifact import Variant
+from dlops.errors import GateError
+from dlops.signature import Feed, Signature
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The batch that graphs are captured with: 1 would be taken for a constant, and so might a size of the network.
+EXAMPLE_BATCH = 3
+# One folder name says nothing ("/app"), and would be found by chance among the weights.
+_MIN_PATH_BYTES = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """module: in eval mode, on the CPU. calibration: input tensors, for int8 alone. into: the file to write.
+
+    captured: what exporting this very module gave before, kept by the exporter for its next variant of it.
+    """
+
+    module: nn.Module
+    signature: Signature
+    variant: Variant
+    into: Path
+    title: str
+    calibration: Feed | None = None
+    captured: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """notes: what one should know about the file, for its provenance."""
+
+    path: Path
+    notes: dict[str, str | int | float | bool] = field(default_factory=dict)
+
+
+def check_no_machine_paths(path: Path, *, title: str) -> None:
+    """Raise GateError where a file (or a member of a zip file) holds an absolute path of this machine."""
+    needles = _machine_paths()
+    for member, content in _contents(path):
+        for needle in needles:
+            if needle in content:
+                raise GateError(
+                    f"{title}: {path.name}{member} holds the path {needle.decode(errors='replace')!r} of this machine",
+                    hint="this is a defect of the exporter: report it with the model's type and the variant",
+                )
+
+
+def portable_argument(argument: str) -> str:
+    """A command's argument without the building machine's folders: relative to here, or the bare name."""
+    option, separator, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    here = Path.cwd()
+    return f"{option}{separator}{path.relative_to(here) if path.is_relative_to(here) else path.name}"
+
+
+def _machine_paths() -> list[bytes]:
+    import dlops
+
+    folders = {Path.home(), Path.cwd(), Path(sys.prefix), Path(sys.base_prefix), Path(tempfile.gettempdir())}
+    folders |= {Path(__file__).resolve().parents[1], Path(dlops.__file__).resolve().parents[1]}
+    texts = {f"{folder}/" for folder in folders if folder != Path(folder.anchor)}
+    return sorted({text.encode() for text in texts if len(text) >= _MIN_PATH_BYTES} | {b"site-packages/"})
+
+
+def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
+    if not zipfile.is_zipfile(path):
+        yield "", path.read_bytes()
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            yield f":{entry.filename}", entry.filename.encode() + archive.read(entry)

@@ -1,0 +1,368 @@
+"""From a checkpoint to gated artifacts: prune, export, check parity and accuracy, then commit."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import JsonValue
+
+from dlops import catalog
+from dlops.artifact import Accuracy, Artifact, Parity, Provenance, Tolerance, Variant, open_artifact
+from dlops.checkpoint import Checkpoint, load_checkpoint
+from dlops.console import say
+from dlops.environment import describe_environment
+from dlops.errors import DlopsError, GateError, UsageError, from_os_error
+from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
+from dlops.export.formats import Exported, ExportRequest, check_no_machine_paths, portable_argument
+from dlops.export.module import check_module, eager_outputs
+from dlops.export.origin import checkpoint_digest
+from dlops.export.parity import check_variant
+from dlops.export.plan import check_disjoint, check_fitting, needs_calibration, plan_variants
+from dlops.export.prune import prune
+from dlops.export.quantize import spread
+from dlops.export.recover import recover
+from dlops.manifest import DirectoryWriter, Payload, sha256_of
+from dlops.parity import run_batched, self_test
+from dlops.runtimes import SessionOptions, open_session
+from dlops.runtimes.eager import choose_device
+from dlops.runtimes.session import Device
+from dlops.samples import MAX_ARTIFACT_SAMPLES, Samples, row_fingerprints
+from dlops.signature import Feed
+from dlops.tasks import Task, open_task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dlops.checkpoint import ModuleSource
+
+SUFFIXES = {"torchscript": "pt", "onnx": "onnx"}
+# The samples that an artifact carries are copied with it everywhere; large inputs come in smaller number.
+MAX_CARRIED_BYTES = 16 * 1024 * 1024
+MIN_CARRIED = 4
+ACCURACY_BATCH = 64
+
+
+def export_variants(
+    checkpoint: Checkpoint | Path | str,
+    *,
+    variants: Sequence[Variant | str],
+    out: Path | str = "artifacts",
+    model: ModuleSource | None = None,
+    max_drop: float = 1.0,
+    strict: bool = False,
+    device: Device = "cpu",
+    command: Sequence[str] = (),
+) -> list[Artifact]:
+    """Write `out/<name>/<slug>/` for each variant that passes its gates, and return those artifacts in order.
+
+    variants: slugs or Variants. model: the module or a function that makes it, where the checkpoint names no builder.
+    max_drop: percentage points of the task's metric that may be lost against the dense checkpoint; with `strict` the
+    upper end of the 95 % interval must keep it too. device: where pruned models are recovered and the gates run.
+
+    A variant that fails leaves an older artifact of it untouched, and the others are still made. Then GateError lists
+    each that failed and why. Raises UsageError, before any work, for what cannot be made.
+    """
+    results = list(
+        export_each(
+            checkpoint, variants=variants, out=out, model=model, max_drop=max_drop, strict=strict, device=device,
+            command=command,
+        )
+    )  # fmt: skip
+    made = [result for _, result in results if isinstance(result, Artifact)]
+    failed = {variant.slug: result for variant, result in results if isinstance(result, DlopsError)}
+    if failed:
+        _raise_failures(failed, made, planned=len(results))
+    return made
+
+
+def export_each(
+    checkpoint: Checkpoint | Path | str,
+    *,
+    variants: Sequence[Variant | str],
+    out: Path | str = "artifacts",
+    model: ModuleSource | None = None,
+    max_drop: float = 1.0,
+    strict: bool = False,
+    device: Device = "cpu",
+    command: Sequence[str] = (),
+) -> Iterator[tuple[Variant, Artifact | GateError | UsageError]]:
+    """`export_variants` one variant at a time: each with its artifact, or with the error that refused it."""
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint)
+    checkpoint_digest(checkpoint)
+    planned = plan_variants(variants, checkpoint, max_drop=max_drop, strict=strict)
+    export = _Export(
+        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, device=device, command=command,
+        calibrates=any(map(needs_calibration, planned)),
+    )  # fmt: skip
+    for variant in planned:
+        try:
+            result: Artifact | GateError | UsageError = export.make(variant)
+        except (GateError, UsageError) as error:
+            say(f"{variant.slug}: not exported: {error.message}")
+            result = error
+        yield variant, result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Structure:
+    """A module that variants are made of, and what it answers on the evaluation samples: the reference of parity."""
+
+    module: nn.Module
+    reference: Feed
+    notes: dict[str, JsonValue]
+    record: str | None = None
+    captured: dict[str, bytes] = field(default_factory=dict)
+
+
+class _Export:
+    """One checkpoint under export: what its variants share is made once."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, out: Path, model: ModuleSource | None, max_drop: float, strict: bool,
+        device: Device, command: Sequence[str], calibrates: bool,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.out, self.signature = checkpoint, out, checkpoint.signature
+        self.max_drop, self.strict, self.command = max_drop, strict, tuple(command)
+        self.options = SessionOptions(device=device)
+        self.task: Task = open_task(checkpoint.spec.task)
+        evaluation = checkpoint.samples("evaluation")
+        assert evaluation is not None
+        self.evaluation = evaluation
+        self.feed = self._feed(evaluation)
+        check_fitting(evaluation, self.feed, checkpoint, split="evaluation")
+        self.calibration = checkpoint.samples("calibration") if calibrates else None
+        self.calibration_feed = None if self.calibration is None else self._calibration_feed(self.calibration)
+        # A module object belongs to the caller: weights are loaded into a copy of it.
+        own = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model
+        dense = checkpoint.build_module(own)
+        check_module(dense, self.feed, self.signature, title=checkpoint.name)
+        self.dense = _Structure(module=dense, reference=eager_outputs(dense, self.feed, self.signature), notes={})
+        self._structures: dict[float, _Structure | DlopsError] = {0.0: self.dense}
+        # Last, so that it stands for all that was read from the directory above.
+        self.digest = checkpoint_digest(checkpoint)
+        self.notes = self._doubts()
+
+    def make(self, variant: Variant) -> Artifact:
+        """The committed artifact. Raises GateError or UsageError, and then nothing was written."""
+        title = f"{self.checkpoint.name}/{variant.slug}"
+        try:
+            artifact = self._make(variant, self._structure(variant), title)
+        except OSError as error:
+            raise from_os_error(error, doing=f"exporting {title}") from error
+        say(_summary(artifact))
+        return artifact
+
+    def _make(self, variant: Variant, structure: _Structure, title: str) -> Artifact:
+        say(f"{variant.slug}: exporting")
+        with tempfile.TemporaryDirectory(prefix="dlops-export-") as folder:
+            exported = self._export(variant, structure, Path(folder), title)
+            draft = self._draft(variant, structure, exported)
+            checked = self._gate(draft, structure)
+            final = self._write(checked, structure, exported, Path(folder, "whole"))
+            # The samples are the user's own data, whatever their metadata say; the rest was written by us.
+            written = [final.path(role) for role in final.files if role != "samples"]
+            for path in (final.directory / Artifact.file_name, *written):
+                check_no_machine_paths(path, title=title)
+            session = open_session(open_artifact(final.directory), self.options)
+            try:
+                self_test(final, session)
+            finally:
+                session.close()
+            return self._write(final, structure, exported, self.out / self.checkpoint.name / variant.slug)
+
+    def _structure(self, variant: Variant) -> _Structure:
+        fraction = variant.pruned_fraction
+        if fraction not in self._structures:
+            try:
+                self._structures[fraction] = self._pruned(fraction, variant.sparsity or "")
+            except (GateError, UsageError) as error:
+                self._structures[fraction] = error
+        found = self._structures[fraction]
+        if isinstance(found, DlopsError):
+            raise found
+        return found
+
+    def _pruned(self, fraction: float, sparsity: str) -> _Structure:
+        say(f"{sparsity}: removing {fraction:.0%} of the MACs")
+        pruned = prune(
+            self.dense.module,
+            fraction=fraction,
+            example=self.checkpoint.example(),
+            title=f"{self.checkpoint.name}/{sparsity}",
+        )
+        assert self.calibration is not None
+        assert self.calibration_feed is not None
+        recovery = recover(
+            pruned.module,
+            self.dense.module,
+            signature=self.signature,
+            feed=self.calibration_feed,
+            targets=self.calibration.targets,
+            seed=self.checkpoint.seed or 0,
+            device=choose_device(self.options),
+            title=f"{sparsity}: recovering",
+        )
+        check_module(pruned.module, self.feed, self.signature, title=sparsity)
+        say(
+            f"{sparsity}: {pruned.record.macs_removed:.1%} of the MACs removed, recovered in {recovery.epochs} epochs "
+            f"on {recovery.samples} samples (held-out loss {recovery.loss_before:.3f} to {recovery.loss_after:.3f})"
+        )
+        return _Structure(
+            module=pruned.module,
+            reference=eager_outputs(pruned.module, self.feed, self.signature),
+            notes={
+                "macs_removed": pruned.record.macs_removed,
+                "recovery_epochs": recovery.epochs,
+                "recovery_samples": recovery.samples,
+                "recovery_loss_before": recovery.loss_before,
+                "recovery_loss_after": recovery.loss_after,
+            },
+            record=pruned.record.model_dump_json(),
+        )
+
+    def _export(self, variant: Variant, structure: _Structure, folder: Path, title: str) -> Exported:
+        request = ExportRequest(
+            module=copy.deepcopy(structure.module),
+            signature=self.signature,
+            variant=variant,
+            into=folder / f"model.{SUFFIXES[variant.format]}",
+            title=title,
+            calibration=self.calibration_feed if variant.precision == "int8" else None,
+            captured=structure.captured,
+        )
+        exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
+        check_no_machine_paths(exported.path, title=title)
+        return exported
+
+    def _draft(self, variant: Variant, structure: _Structure, exported: Exported) -> Artifact:
+        """The artifact as the runtime needs it, before anything was measured; it is never written."""
+        path = exported.path
+        nothing = Parity(
+            provider="", batches=(), samples=0, max_abs=0, max_rel=0, sqnr_db=None, agreement=0, tolerance=Tolerance()
+        )
+        return Artifact(
+            name=self.checkpoint.name,
+            version=self.checkpoint.version,
+            created=datetime.now(UTC),
+            variant=variant,
+            signature=self.signature,
+            preprocess=self.checkpoint.spec.preprocess,
+            labels=self.checkpoint.spec.labels,
+            task=self.checkpoint.spec.task,
+            requires=catalog.REQUIREMENTS[variant.format],
+            parity=nothing,
+            accuracy=None,
+            provenance=Provenance(
+                checkpoint=portable_argument(str(self.checkpoint.directory.resolve())),
+                checkpoint_sha256=self.digest,
+                environment=describe_environment(),
+                command=tuple(portable_argument(argument) for argument in self.command),
+                notes={**self.notes, **structure.notes, **exported.notes},
+            ),
+            files={"model": Payload(path=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)},
+        ).located_at(path.parent)
+
+    def _gate(self, draft: Artifact, structure: _Structure) -> Artifact:
+        """Parity against the same structure, then accuracy against the dense checkpoint."""
+        session = open_session(draft, self.options)
+        try:
+            parity = check_variant(
+                session, self.feed, structure.reference, task=self.task, precision=draft.variant.precision,
+                title=draft.title,
+            )  # fmt: skip
+            accuracy = self._accuracy(run_batched(session, self.feed, min(ACCURACY_BATCH, self.signature.max_batch)))
+        finally:
+            session.close()
+        if accuracy is not None:
+            check_drop(accuracy, title=draft.title)
+        return draft.model_copy(update={"parity": parity, "accuracy": accuracy})
+
+    def _accuracy(self, outputs: Feed) -> Accuracy | None:
+        if self.evaluation.targets is None:
+            return None
+        return measure_accuracy(
+            self.dense.reference, outputs, self.evaluation.targets, task=self.task, max_drop=self.max_drop,
+            strict=self.strict,
+        )  # fmt: skip
+
+    def _write(self, artifact: Artifact, structure: _Structure, exported: Exported, directory: Path) -> Artifact:
+        with DirectoryWriter(directory) as writer:
+            files = {
+                "model": writer.add_file(exported.path.name, exported.path),
+                "samples": writer.add("samples.safetensors", self._carried(structure).to_bytes()),
+            }
+            if structure.record is not None:
+                files["pruning"] = writer.add("pruning.json", structure.record.encode())
+            return writer.commit(artifact.model_copy(update={"files": files}))
+
+    def _carried(self, structure: _Structure) -> Samples:
+        """Real inputs for any machine to check itself with: raw, tensors, and what the reference answered."""
+        size = sum(array[0].nbytes for array in self.feed.values()) * (1 if self.checkpoint.spec.preprocess else 2)
+        limit = max(MIN_CARRIED, min(MAX_ARTIFACT_SAMPLES, MAX_CARRIED_BYTES // max(size, 1)))
+        chosen = [int(i) for i in spread({"index": np.arange(len(self.evaluation))}, limit)["index"]]
+        taken = self.evaluation.take(chosen)
+        return Samples(
+            raw=taken.raw,
+            inputs={name: array[chosen] for name, array in self.feed.items()},
+            outputs={name: array[chosen] for name, array in structure.reference.items()},
+            targets=taken.targets,
+        )
+
+    def _calibration_feed(self, calibration: Samples) -> Feed:
+        """Its tensors, which must fit the model and be other ones than those that accuracy is measured on."""
+        feed, specs = self._feed(calibration), self.signature.inputs
+        check_fitting(calibration, feed, self.checkpoint, split="calibration")
+        check_disjoint(row_fingerprints(feed, specs), row_fingerprints(self.feed, specs), title=self.checkpoint.name)
+        return feed
+
+    def _doubts(self) -> dict[str, JsonValue]:
+        """What makes the accuracy gate say little, said now and noted in every artifact."""
+        if self.evaluation.targets is None:
+            say(
+                f"WARNING: the evaluation samples of {self.checkpoint.name} have no targets: accuracy is not measured, "
+                f"and max_drop {self.max_drop:g} holds nothing back; parity alone is checked"
+            )
+            return {"accuracy": "not measured: the evaluation samples have no targets"}
+        dense = float(self.task.score(self.dense.reference, self.evaluation.targets).mean())
+        if self.task.name != "classification" or not at_chance(self.dense.reference, dense):
+            return {}
+        say(
+            f"WARNING: the dense checkpoint {self.checkpoint.name} scores {dense:.2%} {self.task.metric}, no better "
+            "than guessing: that a variant loses nothing against it says nothing. Is it trained, are the targets right?"
+        )
+        return {"dense_accuracy": f"{dense:.2%}: no better than guessing"}
+
+    def _feed(self, samples: Samples) -> Feed:
+        return samples.feed(self.checkpoint.spec.preprocess, self.signature.inputs[0].name)
+
+
+def _raise_failures(failed: Mapping[str, DlopsError], made: list[Artifact], *, planned: int) -> None:
+    if planned == 1:
+        raise next(iter(failed.values()))
+    reasons = "; ".join(f"{slug}: {error.message}" for slug, error in failed.items())
+    kept = f"; exported: {', '.join(artifact.slug for artifact in made)}" if made else ""
+    hints = dict.fromkeys(error.hint for error in failed.values() if error.hint)
+    raise GateError(
+        f"{len(failed)} of {planned} variants were not exported: {reasons}{kept}", hint="; ".join(hints) or None
+    )
+
+
+def _summary(artifact: Artifact) -> str:
+    parity, accuracy = artifact.parity, artifact.accuracy
+    exact = "equal" if parity.sqnr_db is None else f"{parity.sqnr_db:.0f} dB"
+    parts: list[Any] = [f"{artifact.slug}: {artifact.model_bytes / 1e6:.2f} MB", f"parity {exact}"]
+    if accuracy is not None:
+        parts.append(
+            f"{accuracy.metric} {accuracy.value:.2%}, {accuracy.drop_points:+.2f} points lost "
+            f"({accuracy.drop_low:+.2f} to {accuracy.drop_high:+.2f}), {accuracy.flips} flips"
+        )
+    return " · ".join(parts)

@@ -1,0 +1,132 @@
+"""What can be exported: every request that cannot work is refused before any work, with the reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from dlops import catalog
+from dlops.artifact import Variant, check_sparsity
+from dlops.checkpoint import Checkpoint
+from dlops.errors import InputError, UsageError, unknown_name
+from dlops.samples import Samples
+from dlops.signature import Feed
+from dlops.tasks import open_task
+
+AVAILABLE: Mapping[str, tuple[str, ...]] = {
+    "torchscript": ("fp32",),
+    "onnx": ("fp32", "fp16", "int8"),
+}
+# With fewer, what recovery holds out says nothing of when to stop.
+MIN_RECOVERY_SAMPLES = 16
+# Beyond these a network is left whole, or with a channel or two a layer.
+MIN_PRUNED, MAX_PRUNED = 0.05, 0.95
+
+
+def plan_variants(
+    requested: Sequence[Variant | str], checkpoint: Checkpoint, *, max_drop: float, strict: bool
+) -> list[Variant]:
+    """The variants in order, each once. Raises UsageError naming every one that cannot be made, and why."""
+    if not requested:
+        raise UsageError("no variant was asked for", hint=f"for example onnx-fp32; available: {available()}")
+    if not (math.isfinite(max_drop) and 0 <= max_drop <= 100):
+        raise UsageError(f"max_drop is {max_drop}: percentage points from 0 to 100 are wanted")
+    parsed = [Variant.parse(item) if isinstance(item, str) else item for item in requested]
+    variants = list({variant.slug: variant for variant in parsed}.values())
+    problems = [f"{variant.slug}: {reason}" for variant in variants for reason in _reasons(variant, checkpoint)]
+    if problems:
+        raise UsageError("; ".join(problems), hint=f"available: {available()}")
+    if any(map(needs_calibration, variants)):
+        _check_calibration(checkpoint, pruning=any(variant.pruned_fraction for variant in variants))
+    if strict and _evaluation(checkpoint).targets is None:
+        raise UsageError("strict needs targets, and the checkpoint's evaluation samples have none")
+    return variants
+
+
+def available() -> str:
+    """What this version exports, in one line."""
+    parts = [f"{form}-{precision}" for form, precisions in AVAILABLE.items() for precision in precisions]
+    return f"{', '.join(parts)}, each also with -prunedNN"
+
+
+def needs_calibration(variant: Variant) -> bool:
+    return variant.precision == "int8" or variant.pruned_fraction > 0
+
+
+def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str], *, title: str) -> None:
+    """Raise UsageError where a fingerprint is in both: accuracy after such a calibration would be flattered."""
+    held_out = set(evaluation)
+    shared = [place for place, digest in enumerate(calibration) if digest in held_out]
+    if shared:
+        raise UsageError(
+            f"{title}: {len(shared)} of {len(calibration)} calibration samples are evaluation samples too "
+            f"(the first is number {shared[0]}), so the accuracy measured after calibration would mean nothing",
+            hint="take calibration samples from the training split, and save the checkpoint again",
+        )
+
+
+def check_fitting(samples: Samples, feed: Feed, checkpoint: Checkpoint, *, split: str) -> None:
+    """Raise UsageError unless every input fits the checkpoint's signature and every target its task."""
+    signature = checkpoint.signature
+    try:
+        for start in range(0, len(samples), signature.max_batch):
+            signature.check({name: array[start : start + signature.max_batch] for name, array in feed.items()})
+        if samples.targets is not None:
+            open_task(checkpoint.spec.task).check_targets(samples.targets, signature.outputs[0])
+    except InputError as error:
+        raise UsageError(
+            f"{checkpoint.name}: the {split} samples do not fit the model: {error.message}",
+            hint=error.hint or "save the checkpoint again with samples as the model takes them",
+        ) from None
+
+
+def _check_calibration(checkpoint: Checkpoint, *, pruning: bool) -> None:
+    calibration = checkpoint.samples("calibration")
+    assert calibration is not None
+    if pruning and len(calibration) < MIN_RECOVERY_SAMPLES:
+        raise UsageError(
+            f"{checkpoint.name}: {len(calibration)} calibration samples; a pruned model is recovered on them, "
+            f"which takes {MIN_RECOVERY_SAMPLES} at least",
+            hint="save the checkpoint again with more samples of the training split, some hundreds for a good recovery",
+        )
+    check_disjoint(calibration.fingerprints(), _evaluation(checkpoint).fingerprints(), title=checkpoint.name)
+
+
+def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
+    if variant.format not in catalog.FORMATS:
+        raise unknown_name("format", variant.format, catalog.FORMATS)
+    check_sparsity(variant.sparsity, where=f"variant {variant.slug!r}")
+    reasons = []
+    offered = AVAILABLE.get(variant.format, ())
+    if variant.precision not in offered:
+        reasons.append(f"{variant.format} in {variant.precision} is not available in this version")
+    if variant.sparsity and not variant.pruned_fraction:
+        reasons.append(f"sparsity {variant.sparsity} is not available in this version, prunedNN is")
+    if variant.pruned_fraction:
+        reasons += _pruning_reasons(variant, checkpoint)
+    if needs_calibration(variant) and "calibration" not in checkpoint.files:
+        use = "its ranges" if variant.precision == "int8" else "its recovery"
+        reasons.append(
+            f"needs calibration samples for {use}, and checkpoint {checkpoint.name!r} has none "
+            "(train it again with this version, or pass calibration= to save_checkpoint)"
+        )
+    return reasons
+
+
+def _pruning_reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
+    reasons = []
+    if not MIN_PRUNED <= variant.pruned_fraction <= MAX_PRUNED:
+        reasons.append(f"pruned{MIN_PRUNED * 100:02.0f} to pruned{MAX_PRUNED * 100:02.0f} can be asked for")
+    if checkpoint.spec.pruning is not None:
+        reasons.append("the checkpoint is pruned already, and the fraction counts from the dense model")
+    return reasons
+
+
+def _evaluation(checkpoint: Checkpoint) -> Samples:
+    samples = checkpoint.samples("evaluation")
+    if samples is None or not len(samples):
+        raise UsageError(
+            f"checkpoint {checkpoint.name!r} has no evaluation samples, so no export of it could be checked",
+            hint="train it again with this version, or pass evaluation= to save_checkpoint",
+        )
+    return samples

@@ -1,0 +1,199 @@
+"""ONNX through torch.export: named dims, checked names, no trace of the machine; fp32, fp16 inside, or int8."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+import onnx
+import torch
+
+from dlops.checkpoint import example_inputs
+from dlops.errors import GateError, UsageError
+from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest
+from dlops.export.precision import check_precision
+from dlops.export.quantize import quantize
+from dlops.signature import Signature
+
+# What torch's exporter writes without converting, and what every ONNX Runtime that we allow reads (1.17 and later).
+OPSET = 20
+PRODUCER = "dlops"
+# One protobuf message ends here; beyond it weights go to a second file, which an artifact does not hold yet.
+_MAX_BYTES = 2**31 - 1
+_UNSUPPORTED = re.compile(r"(?:No ONNX function found for|Unsupported[^<]*)\s*<OpOverload\(op='([^']+)'", re.I)
+_ANY_OP = re.compile(r"\b((?:aten|torchvision|prims)[.:]+[A-Za-z0-9_.]+)")
+
+
+def export(request: ExportRequest) -> Exported:
+    """Write the module to `request.into`, and check on the written file that it is what was asked for.
+
+    Raises UsageError where the module has what ONNX cannot hold (the operator is named), GateError where the written
+    file's opset, names, dtypes, named dims or weights are others than those asked for.
+    """
+    if "onnx" not in request.captured:
+        request.captured["onnx"] = _to_fp32(request).SerializeToString(deterministic=True)
+    model = onnx.load_from_string(request.captured["onnx"])
+    notes: dict[str, str | int | float | bool] = {"opset": OPSET}
+    match request.variant.precision:
+        case "fp16":
+            model = _to_fp16(model, request)
+        case "int8":
+            assert request.calibration is not None
+            model, found = quantize(model, request.calibration, title=request.title)
+            notes |= found
+    strip(model)
+    if model.ByteSize() > _MAX_BYTES:
+        raise UsageError(f"{request.title}: {model.ByteSize()} bytes; one ONNX file holds at most 2 GB")
+    # Deterministic: maps sorted by key, so that the same checkpoint gives the same bytes.
+    request.into.write_bytes(model.SerializeToString(deterministic=True))
+    written = onnx.load(request.into)
+    check_written(written, request.signature, precision=request.variant.precision, title=request.title)
+    return Exported(path=request.into, notes=notes)
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter says about its source: stack traces, docs, node metadata; name us as producer."""
+    model.producer_name, model.producer_version = PRODUCER, ""
+    model.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    for function in model.functions:
+        function.ClearField("metadata_props")
+        function.ClearField("doc_string")
+        for node in function.node:
+            _strip_node(node)
+    _strip_graph(model.graph)
+
+
+def check_written(model: onnx.ModelProto, signature: Signature, *, precision: str, title: str) -> None:
+    """Raise GateError unless the file has the opset, names, dtypes, dims and precision that were asked for."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise GateError(f"{title}: the written file is not valid ONNX: {_first_line(error)}") from error
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if opsets.get("") != OPSET:
+        raise GateError(f"{title}: opset {OPSET} was asked for, the file has {opsets.get('')}")
+    for kind, specs, values in (
+        ("inputs", signature.inputs, model.graph.input),
+        ("outputs", signature.outputs, model.graph.output),
+    ):
+        wanted = [(spec.name, spec.dtype, tuple(spec.shape)) for spec in specs]
+        found = [_described(value) for value in values]
+        if wanted != found:
+            raise GateError(f"{title}: {kind} asked for: {wanted}; in the written file: {found}")
+    check_precision(model, precision, title=title)
+
+
+def _to_fp32(request: ExportRequest) -> onnx.ModelProto:
+    signature = request.signature
+    dims = {name: torch.export.Dim(name, min=limits.min) for name, limits in signature.dims.items()}
+    shapes = tuple(
+        {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in signature.inputs
+    )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                request.module,
+                example_inputs(signature, batch=EXAMPLE_BATCH),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
+                dynamic_shapes=shapes,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise _explained(error, request.title) from error
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _to_fp16(model: onnx.ModelProto, request: ExportRequest) -> onnx.ModelProto:
+    """Weights and arithmetic in half precision, inputs and outputs cast from and to the checkpoint's dtypes."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    with warnings.catch_warnings():
+        # It clips what half precision cannot hold and only warns: below the smallest number that is harmless.
+        warnings.filterwarnings("error", message="the float32 number .* will be truncated to (?!.*e-0[5-9])")
+        try:
+            converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
+        except UserWarning as warning:
+            raise GateError(f"{request.title}: a weight does not fit half precision: {warning}") from None
+    # The casts are appended at the end; the standard wants every node after what it reads.
+    OnnxModel.graph_topological_sort(converted.graph, is_deterministic=True)
+    return converted
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's announcements and progress; what it refuses it raises."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _explained(error: Exception, title: str) -> UsageError:
+    chain = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    text = "\n".join(chain)
+    unsupported = _UNSUPPORTED.search(text)
+    if unsupported:
+        return UsageError(
+            f"{title}: ONNX has no form of the operator {unsupported[1]} in this module",
+            hint="replace it by operators that ONNX has, or export to torchscript",
+        )
+    reason = next((line.strip() for line in reversed(chain) if line.strip()), type(error).__name__)
+    named = _ANY_OP.search(reason)
+    about = f" (at {named[1]})" if named else ""
+    return UsageError(
+        f"{title}: torch.export cannot take this module{about}: {reason.splitlines()[0][:300]}",
+        hint="branches on tensor values and fixed batch sizes are the usual reasons; torchscript may still take it",
+    )
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    graph.name = PRODUCER
+    graph.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.ClearField("doc_string")
+        value.ClearField("metadata_props")
+    for node in graph.node:
+        _strip_node(node)
+
+
+def _strip_node(node: onnx.NodeProto) -> None:
+    node.ClearField("doc_string")
+    node.ClearField("metadata_props")
+    for attribute in node.attribute:
+        attribute.ClearField("doc_string")
+        for graph in (attribute.g, *attribute.graphs):
+            if graph.node or graph.initializer:
+                _strip_graph(graph)
+
+
+def _described(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
+    tensor = value.type.tensor_type
+    dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, dims
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

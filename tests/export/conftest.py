@@ -1,0 +1,125 @@
+"""A small convolutional network on scikit-learn's scanned digits, trained in seconds: real weights, real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from dlops.artifact import Artifact
+from dlops.checkpoint import Checkpoint, save_checkpoint
+from dlops.export.pipeline import export_variants
+from dlops.preprocess import Decode, Normalize, Preprocess, Scale
+from dlops.samples import Samples
+
+EVALUATION = 360
+CALIBRATION = 400
+PREPROCESS = Preprocess(
+    input="image", shape=(1, 8, 8), steps=(Decode(mode="L"), Scale(factor=1 / 255), Normalize(mean=(0.3,), std=(0.35,)))
+)
+
+
+class SmallNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        )  # fmt: skip
+        self.dropout = nn.Dropout(0.2)
+        self.classify = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.dropout(self.features(x).mean(dim=(2, 3))))
+
+
+def split() -> tuple[Samples, Samples, Samples]:
+    """Train, calibration (a part of train) and evaluation samples, seeded."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.images))
+    pixels = np.round(data.images[order] / 16 * 255).astype(np.uint8)
+    # A few scans occur twice; a copy in both splits would be refused.
+    _, first = np.unique(pixels.reshape(len(pixels), -1), axis=0, return_index=True)
+    pixels, targets = pixels[np.sort(first)], data.target[order][np.sort(first)].astype(np.int64)
+    samples = Samples(raw=tuple(pixels), targets=targets)
+    train = samples.take(range(EVALUATION, len(samples)))
+    return train, train.take(range(CALIBRATION)), samples.take(range(EVALUATION))
+
+
+def trained(train: Samples, *, epochs: int = 12) -> SmallNet:
+    torch.manual_seed(0)
+    model = SmallNet()
+    inputs, targets = torch.from_numpy(PREPROCESS.batch(train.raw)), torch.from_numpy(train.targets)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        for indices in torch.randperm(len(inputs)).split(64):
+            loss = nn.functional.cross_entropy(model(inputs[indices]), targets[indices])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+def save_digits(directory: Path, model: nn.Module, **changes: object) -> Checkpoint:
+    _, calibration, evaluation = split()
+    settings = {
+        "evaluation": evaluation, "calibration": calibration, "preprocess": PREPROCESS, "name": "digits",
+        "labels": tuple("0123456789"), "max_batch": 32, "seed": 0,
+    }  # fmt: skip
+    return save_checkpoint(model, directory, **{**settings, **changes})
+
+
+SLUGS = (
+    "torchscript-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8",
+    "onnx-fp32-pruned50", "onnx-int8-pruned50", "torchscript-fp32-pruned50",
+)  # fmt: skip
+SaveDigits = Callable[..., Checkpoint]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on networks of this size wait for each other, on a busy machine for minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for runtime in ("eager", "onnxruntime"):
+            patch.setattr(f"dlops.runtimes.{runtime}.available_cores", lambda: 1)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits_model() -> nn.Module:
+    """Trained; tests must not change it."""
+    return trained(split()[0])
+
+
+@pytest.fixture(scope="session")
+def save_digits_checkpoint() -> SaveDigits:
+    return save_digits
+
+
+@pytest.fixture(scope="session")
+def checkpoint(digits_model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return save_digits(tmp_path_factory.mktemp("runs") / "digits", digits_model)
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """Every variant of the digits checkpoint, by slug; tests must not change the folders."""
+    made = export_variants(
+        checkpoint, variants=SLUGS, out=tmp_path_factory.mktemp("artifacts"), model=SmallNet, max_drop=2.0,
+        command=("/opt/venv/bin/dlops", "export", "--out=/opt/elsewhere/artifacts"),
+    )  # fmt: skip
+    return {artifact.slug: artifact for artifact in made}
+
+
+@pytest.fixture
+def small_net() -> type[nn.Module]:
+    return SmallNet
