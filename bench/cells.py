@@ -1,0 +1,177 @@
+"""How a measurement's numbers are written: the same in the console, Markdown and HTML."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dlops.report import Interval, Measurement, Report
+
+NONE = "–"
+COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "items/s", "speed", "memory")
+# A dash in these is a finding, in the others only what does not apply.
+_ALWAYS = ("p50 ms", "p99 ms", "items/s")
+_BOUNDARIES = {
+    "device": "on the device",
+    "host": "in process",
+    "preprocessing": "in process, preprocessing included",
+    "network": "over HTTP",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Rows under one load at one boundary, which are the ones to compare. title says which."""
+
+    title: str
+    rows: tuple[Measurement, ...]
+
+
+def groups(report: Report) -> list[Group]:
+    """The rows by boundary and batch, in the order measured; network rows of all concurrencies together."""
+
+    def load(row: Measurement) -> tuple[str, int]:
+        return row.boundary, row.load.batch
+
+    return [
+        Group(title=f"{_BOUNDARIES[boundary]}, batch {batch}", rows=tuple(rows))
+        for (boundary, batch), rows in itertools.groupby(report.measurements, key=load)
+    ]
+
+
+def name(row: Measurement) -> str:
+    """What a row is called inside its group, in full."""
+    return f"{model(row)} with {row.load.concurrency} in flight" if row.boundary == "network" else model(row)
+
+
+def short_name(row: Measurement) -> str:
+    """The same where there is no room: `onnx-int8 ×8` is onnx-int8 with 8 requests in flight."""
+    return f"{model(row)} ×{row.load.concurrency}" if row.boundary == "network" else model(row)
+
+
+def model(row: Measurement) -> str:
+    """What was measured, whatever the load."""
+    if row.boundary == "network":
+        return row.artifact or row.target
+    return row.artifact if row.artifact and "#" not in row.target else row.target
+
+
+def headings(rows: Sequence[Measurement]) -> list[str]:
+    """Latency, throughput and the columns that hold anything for these rows, variant first."""
+    filled = [values(row) for row in rows]
+    return ["variant", *[one for one in COLUMNS if one in _ALWAYS or any(cell[one] != NONE for cell in filled)]]
+
+
+def values(row: Measurement) -> dict[str, str]:
+    """Every column of a row but its name, as text."""
+    texts = (
+        size(row.model_bytes),
+        percent(row.accuracy),
+        change(row.drop_points),
+        milliseconds(row.latency.p50_ns),
+        milliseconds(row.latency.p99_ns),
+        rate(row.throughput),
+        ratio(row.speedup),
+        size(row.peak_memory_bytes),
+    )
+    return dict(zip(COLUMNS, texts, strict=True))
+
+
+def ranges(row: Measurement) -> dict[str, str]:
+    """The 95 % intervals of a row's columns, and how many predictions changed; a column without one is left out."""
+    intervals = {"p50 ms": row.latency.p50_ns, "p99 ms": row.latency.p99_ns, "speed": row.speedup}
+    texts = {}
+    for column, interval in intervals.items():
+        if interval is not None and interval.low is not None and interval.high is not None:
+            scale = 1.0 if column == "speed" else 1e6
+            texts[column] = f"{significant(interval.low / scale)}–{significant(interval.high / scale)}"
+    if row.throughput.low is not None and row.throughput.high is not None:
+        texts["items/s"] = f"{_rate(row.throughput.low)}–{_rate(row.throughput.high)}"
+    if row.flips is not None:
+        texts["change"] = f"{row.flips} of {row.accuracy_samples} flipped"
+    return texts
+
+
+def milliseconds(interval: Interval | None) -> str:
+    return NONE if interval is None else significant(interval.value / 1e6)
+
+
+def rate(interval: Interval) -> str:
+    return _rate(interval.value)
+
+
+def ratio(interval: Interval | None) -> str:
+    return NONE if interval is None else f"{significant(interval.value)}×"
+
+
+def percent(share: float | None) -> str:
+    return NONE if share is None else f"{share * 100:.2f}"
+
+
+def change(drop_points: float | None) -> str:
+    """A drop as a signed change: −0.28 is 0.28 points lost."""
+    if drop_points is None:
+        return NONE
+    return f"{-drop_points:+.2f}".replace("-", "−") if round(drop_points, 2) else "0.00"
+
+
+def size(byte_count: int | None) -> str:
+    if byte_count is None:
+        return NONE
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if byte_count >= scale:
+            value = byte_count / scale
+            return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.1f} {unit}"
+    return f"{byte_count} B"
+
+
+def significant(value: float) -> str:
+    """Three significant digits, never in exponents: 0.0123, 1.23, 12.3, 123, 1,234."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = 2
+    while abs(value) < 10 ** (2 - digits) and digits < 6:
+        digits += 1
+    return f"{value:.{digits if abs(value) < 10 else 1}f}"
+
+
+def footnotes(report: Report) -> list[str]:
+    """What a reader must know about the rows: one line for each thing that stands against them, rows joined."""
+    by_reason: dict[str, list[str]] = {}
+    for group in groups(report):
+        for row in group.rows:
+            for reason in row.verdict.reasons:
+                by_reason.setdefault(reason, []).append(f"{name(row)} ({group.title})")
+    lines = [f"{', '.join(where)}: {reason}" for reason, where in by_reason.items()]
+    if report.partial:
+        lines.insert(0, "This report is partial: the run was interrupted or a target failed.")
+    return [*lines, *report.notes]
+
+
+def explanations(report: Report) -> list[str]:
+    """What the columns and marks mean here, then the footnotes."""
+    lines = []
+    if report.baseline:
+        lines.append(f"speed: how many times faster than {report.baseline}, from turns taken in the same run")
+    if any(not row.verdict.steady for row in report.measurements):
+        lines.append("*: not to be quoted, for the reason below")
+    return [*lines, *footnotes(report)]
+
+
+def placements(rows: Sequence[Measurement]) -> list[str]:
+    """Where rows truly ran, one line for each distinct place."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        threads = f", {row.threads} threads" if row.threads and row.threads > 1 else ", 1 thread" if row.threads else ""
+        place = f"{row.runtime} on {row.provider}{threads}"
+        if row.boundary == "network":
+            place = f"{row.target} ({row.runtime})"
+        places.setdefault(place, []).append(name(row))
+    return [f"{place}: {', '.join(dict.fromkeys(names))}" for place, names in places.items()]
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else significant(value)

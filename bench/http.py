@@ -1,0 +1,138 @@
+"""A small HTTP/1.1 client connection for load: prepared bytes out, one whole answer back, the time taken on arrival.
+
+A general client costs more per request than a small model does; this one is a parser of answers and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+MAX_HEAD_BYTES = 64 * 1024
+MAX_BODY_BYTES = 1024 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """arrived_ns: perf_counter_ns when its last byte was read. headers: lower-case names."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    arrived_ns: int
+
+
+class Connection(asyncio.Protocol):
+    """One request in flight at a time, kept alive between them."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._waiter: asyncio.Future[Answer] | None = None
+        self._lost: BaseException | None = None
+        self._close_after = False
+
+    @classmethod
+    async def open(cls, host: str, port: int) -> Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(cls, host, port)
+        return connection
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    async def send(self, request: bytes, *, timeout_s: float) -> Answer:
+        """Raises ConnectionError, TimeoutError, or ValueError for an answer that is not HTTP."""
+        if not self.is_open or self._transport is None:
+            raise ConnectionResetError("the connection is closed")
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Answer] = loop.create_future()
+        self._waiter = waiter
+        timer = loop.call_later(timeout_s, self._expire, waiter)
+        self._transport.write(request)
+        try:
+            return await waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+            if self._close_after or not waiter.done() or waiter.cancelled() or waiter.exception() is not None:
+                # An answer may still come for a request that was given up: it must not be taken for the next one's.
+                self.close()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(exc if isinstance(exc, ConnectionError) else ConnectionResetError("the server closed it"))
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if self._waiter is None or self._waiter.done():
+            self.close()  # nothing was asked: the server and we disagree about where answers end
+            return
+        try:
+            answer = self._parsed()
+        except ValueError as error:
+            self._fail(error)
+            return
+        if answer is not None:
+            self._waiter.set_result(answer)
+
+    def _parsed(self) -> Answer | None:
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._buffer) > MAX_HEAD_BYTES:
+                raise ValueError("the head of the answer does not end")
+            return None
+        lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
+        version, _, rest = lines[0].partition(" ")
+        if not version.startswith("HTTP/1.") or not rest[:3].isdigit():
+            raise ValueError(f"not an HTTP/1 answer: {lines[0][:60]!r}")
+        fields = (line.partition(":") for line in lines[1:])
+        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        body = self._body(end + 4, headers)
+        if body is None:
+            return None
+        self._close_after = headers.get("connection", "").lower() == "close" or version == "HTTP/1.0"
+        self._buffer.clear()
+        return Answer(status=int(rest[:3]), headers=headers, body=body, arrived_ns=time.perf_counter_ns())
+
+    def _body(self, start: int, headers: dict[str, str]) -> bytes | None:
+        if "chunked" in headers.get("transfer-encoding", "").lower():
+            return _unchunked(self._buffer, start)
+        length = headers.get("content-length", "")
+        if not (length.isascii() and length.isdigit()) or int(length) > MAX_BODY_BYTES:
+            raise ValueError(f"Content-Length is {length!r}")
+        stop = start + int(length)
+        return bytes(self._buffer[start:stop]) if len(self._buffer) >= stop else None
+
+    def _expire(self, waiter: asyncio.Future[Answer]) -> None:
+        if not waiter.done():
+            waiter.set_exception(TimeoutError("no answer in time"))
+
+    def _fail(self, error: Exception) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+
+
+def _unchunked(buffer: bytearray, start: int) -> bytes | None:
+    """The joined chunks, or None where the last one is not there yet."""
+    pieces: list[bytes] = []
+    while True:
+        line_end = buffer.find(b"\r\n", start)
+        if line_end < 0:
+            return None
+        size = int(bytes(buffer[start:line_end]).split(b";")[0], 16)
+        start = line_end + 2
+        if len(buffer) < start + size + 2:
+            return None
+        if size == 0:
+            return b"".join(pieces)
+        pieces.append(bytes(buffer[start : start + size]))
+        start += size + 2

@@ -1,0 +1,219 @@
+"""A fixed number of calls kept in flight against a server: each latency from the send, failures counted by kind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlops.bench.http import Connection
+from dlops.timing import steady
+
+TIMEOUT_S = 30.0
+_WINDOW_S = 0.25
+_MIN_WINDOW_CALLS = 5
+# Over the network medians move more than in process; under this they may still be quoted.
+_WARMUP_TOLERANCE = 0.05
+_RECONNECT_PAUSE_S = 0.05
+# A server that has not answered one call for this long while others fail is gone.
+_DEAD_AFTER_S = 2.0
+_MIN_SAMPLES = 368
+_STRETCH = 2.0
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """The run lasts from the end of the warm-up for duration_s; all times are counted from its begin.
+
+    latencies_ns, starts_ns: (n,), the successful calls that began in the run, by start, the last of which end after it.
+    ends_ns: (m,), when calls succeeded in the run, those included that began in the warm-up: what throughput counts.
+    errors: failed calls by kind, after the warm-up. stopped: why it ended early, or None. interrupted: by Ctrl-C.
+    """
+
+    latencies_ns: Integers
+    starts_ns: Integers
+    ends_ns: Integers
+    errors: dict[str, int]
+    duration_s: float
+    warmup_calls: int
+    warmed_up: bool
+    stopped: str | None
+    interrupted: bool
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """Written by the workers. began_ns is None during the warm-up."""
+
+    latencies: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    warmup_calls: int = 0
+    warmup_errors: Counter[str] = field(default_factory=Counter)
+    warmed_up: bool = False
+    began_ns: int | None = None
+    ended_ns: int | None = None
+    last_success_ns: int = field(default_factory=time.perf_counter_ns)
+    stopped: str | None = None
+    window: list[int] = field(default_factory=list)
+
+    def success(self, start: int, arrived: int) -> None:
+        self.last_success_ns = arrived
+        if self.began_ns is None:
+            self.warmup_calls += 1
+            self.window.append(arrived - start)
+            return
+        # Where calls are long, as many end in the run that began before it as begin in it and end after it.
+        self.ends.append(arrived - self.began_ns)
+        if start >= self.began_ns:
+            self.starts.append(start - self.began_ns)
+            self.latencies.append(arrived - start)
+
+    def failure(self, start: int, kind: str) -> None:
+        if self.began_ns is not None and start >= self.began_ns:
+            self.errors[kind] += 1
+        else:
+            self.warmup_errors[kind] += 1
+
+
+def closed_loop(
+    host: str,
+    port: int,
+    requests: Sequence[bytes],
+    *,
+    concurrency: int,
+    duration_s: float,
+    max_warmup_s: float = 3.0,
+    timeout_s: float = TIMEOUT_S,
+) -> Loaded:
+    """Keep `concurrency` calls in flight for `duration_s` after a warm-up that ends when latency has settled.
+
+    requests: whole HTTP requests, sent in turn. It goes on to twice the time where there are fewer than 368 answers.
+    Any status but 200, a broken connection and a time-out are errors; the call is not repeated. Ctrl-C ends it and
+    keeps what was measured.
+    """
+    recorder = _Recorder()
+    interrupted = False
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(_drive(host, port, requests, recorder, concurrency, duration_s, max_warmup_s, timeout_s))
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        if was_on:
+            gc.enable()
+    began = recorder.began_ns or time.perf_counter_ns()
+    ended = recorder.ended_ns or time.perf_counter_ns()
+    ends = np.sort(np.array(recorder.ends, np.int64))
+    order = np.argsort(np.array(recorder.starts, np.int64), kind="stable")
+    # Where nothing ever succeeded, the failures of the warm-up are what there is to say.
+    errors = recorder.errors if recorder.latencies else recorder.errors + recorder.warmup_errors
+    return Loaded(
+        latencies_ns=np.array(recorder.latencies, np.int64)[order],
+        starts_ns=np.array(recorder.starts, np.int64)[order],
+        ends_ns=ends[ends <= ended - began],
+        errors=dict(errors),
+        duration_s=(ended - began) / 1e9,
+        warmup_calls=recorder.warmup_calls,
+        warmed_up=recorder.warmed_up,
+        stopped=recorder.stopped,
+        interrupted=interrupted,
+    )
+
+
+async def _drive(
+    host: str, port: int, requests: Sequence[bytes], recorder: _Recorder, concurrency: int, duration_s: float,
+    max_warmup_s: float, timeout_s: float,
+) -> None:  # fmt: skip
+    stop = asyncio.Event()
+    workers = []
+    for index in range(concurrency):
+        # Each worker begins elsewhere in the list, so that not all send the same at the same time.
+        own = [requests[(index + offset) % len(requests)] for offset in range(len(requests))]
+        workers.append(asyncio.create_task(_worker(host, port, own, recorder, stop, timeout_s)))
+    try:
+        await _warm_up(recorder, max_warmup_s)
+        recorder.began_ns = time.perf_counter_ns()
+        while recorder.stopped is None and not _enough(recorder, duration_s):
+            await asyncio.sleep(min(_WINDOW_S, duration_s / 10))
+            _notice_death(recorder)
+    finally:
+        recorder.ended_ns = time.perf_counter_ns()
+        stop.set()
+        # Calls that are in flight began within the run: they are waited for and counted.
+        for worker in asyncio.as_completed(workers, timeout=timeout_s + 1):
+            await worker
+
+
+async def _worker(
+    host: str, port: int, requests: Sequence[bytes], recorder: _Recorder, stop: asyncio.Event, timeout_s: float
+) -> None:
+    connection: Connection | None = None
+    for request in cycle(requests):
+        if stop.is_set():
+            break
+        start = time.perf_counter_ns()
+        try:
+            if connection is None or not connection.is_open:
+                connection = await asyncio.wait_for(Connection.open(host, port), timeout_s)
+                start = time.perf_counter_ns()
+            answer = await connection.send(request, timeout_s=timeout_s)
+        except (OSError, ValueError) as error:
+            recorder.failure(start, _kind(error))
+            connection = None
+            await asyncio.sleep(_RECONNECT_PAUSE_S)
+            continue
+        if answer.status == 200:
+            recorder.success(start, answer.arrived_ns)
+        else:
+            recorder.failure(start, f"HTTP {answer.status}")
+    if connection is not None:
+        connection.close()
+
+
+async def _warm_up(recorder: _Recorder, limit_s: float) -> None:
+    began = time.perf_counter_ns()
+    windows: list[Integers] = []
+    while not recorder.warmed_up and recorder.stopped is None and (time.perf_counter_ns() - began) / 1e9 < limit_s:
+        await asyncio.sleep(_WINDOW_S)
+        if len(recorder.window) >= _MIN_WINDOW_CALLS:
+            windows.append(np.array(recorder.window, np.int64))
+            recorder.window.clear()
+        recorder.warmed_up = steady(windows, tolerance=_WARMUP_TOLERANCE)
+        _notice_death(recorder)
+
+
+def _notice_death(recorder: _Recorder) -> None:
+    silent_s = (time.perf_counter_ns() - recorder.last_success_ns) / 1e9
+    if silent_s > _DEAD_AFTER_S and (recorder.errors or recorder.warmup_errors):
+        recorder.stopped = f"no call succeeded for {silent_s:.1f} s: the server is gone or refuses everything"
+
+
+def _enough(recorder: _Recorder, duration_s: float) -> bool:
+    assert recorder.began_ns is not None
+    elapsed = (time.perf_counter_ns() - recorder.began_ns) / 1e9
+    if elapsed < duration_s:
+        return False
+    return len(recorder.latencies) >= _MIN_SAMPLES or elapsed >= _STRETCH * duration_s
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, ValueError):
+        return "not an HTTP answer"
+    return "connection lost"

@@ -1,0 +1,184 @@
+"""A service measured over HTTP: what is sent to it, whether it answers right, and its rows."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlops.artifact import Artifact
+from dlops.bench import stats
+from dlops.bench.http import Answer, Connection
+from dlops.bench.inprocess import accuracy_fields, undersampled
+from dlops.bench.load import TIMEOUT_S, Loaded, closed_loop
+from dlops.bench.oip import Endpoint, decode_outputs, encode_request
+from dlops.bench.payload import artifact_feeds, check_fits, random_feed
+from dlops.errors import GateError, MachineError, UsageError
+from dlops.parity import compare, shortfalls
+from dlops.report import Interval, Load, Measurement, Verdict
+from dlops.signature import Feed
+from dlops.tasks import open_task
+
+# A run is cut into this many stretches of equal time, which are taken as independent of one another.
+_STRETCHES = 30
+_UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """What is sent. artifact: the one that the service was found to serve, or None; note: what to tell the reader."""
+
+    feeds: list[Feed]
+    artifact: Artifact | None
+    note: str | None
+
+
+def prepare(endpoint: Endpoint, artifact: Artifact | None, *, batch: int) -> Payload:
+    """Choose what to send, and send one of it: the answer must be a whole one of the same batch.
+
+    Raises UsageError where the service does not take it, MachineError where it does not answer.
+    """
+    if artifact is None:
+        feeds: list[Feed] = [random_feed(endpoint.signature, batch)]
+        _check_answer(endpoint, _ask(endpoint, feeds[0]), batch)
+        note = f"{endpoint.url} was sent random numbers: no artifact's samples were given (--payload)"
+        return Payload(feeds=feeds, artifact=None, note=note)
+    feeds = artifact_feeds(artifact, batch)
+    check_fits(feeds, endpoint.signature, where=endpoint.url)
+    _check_answer(endpoint, _ask(endpoint, feeds[0]), batch)
+    difference = _difference(endpoint, artifact)
+    if difference is None:
+        return Payload(feeds=feeds, artifact=artifact, note=None)
+    note = f"{endpoint.url} does not answer as {artifact.title} does ({difference}): its accuracy is not quoted here"
+    return Payload(feeds=feeds, artifact=None, note=note)
+
+
+def measure_endpoint(
+    endpoint: Endpoint, payload: Payload, *, batch: int, concurrency: int, duration_s: float, key: str
+) -> tuple[Measurement, Loaded]:
+    """One row and its samples. Raises MachineError, naming the errors, where no call succeeded."""
+    requests = [encode_request(endpoint, feed) for feed in payload.feeds]
+    loaded = closed_loop(
+        endpoint.host, endpoint.port, requests, concurrency=concurrency, duration_s=duration_s,
+        max_warmup_s=max(3.0, duration_s),
+    )  # fmt: skip
+    if not len(loaded.latencies_ns):
+        if loaded.interrupted:
+            raise KeyboardInterrupt
+        raise MachineError(
+            f"{endpoint.url}: no call succeeded at {concurrency} in flight ({_listed(loaded.errors)})",
+            hint="the server's log says why",
+        )
+    turns = stretches(loaded)
+    artifact = payload.artifact
+    row = Measurement(
+        target=endpoint.url,
+        artifact=artifact.slug if artifact else None,
+        runtime=endpoint.platform,
+        provider=_UNKNOWN,
+        device=_UNKNOWN,
+        precision=artifact.variant.precision if artifact else _UNKNOWN,
+        threads=None,
+        boundary="network",
+        load=Load(
+            scenario="single_stream" if concurrency == 1 else "multi_stream", batch=batch, concurrency=concurrency
+        ),
+        samples=key,
+        latency=stats.summarize(loaded.latencies_ns, turns=turns),
+        throughput=_throughput(loaded, batch),
+        errors=loaded.errors,
+        warmup_calls=loaded.warmup_calls,
+        model_bytes=artifact.model_bytes if artifact else None,
+        verdict=judge(loaded, turns),
+        **(accuracy_fields(artifact) if artifact else {}),
+    )
+    return row, loaded
+
+
+def stretches(loaded: Loaded) -> stats.Integers:
+    """For each call the stretch of time that it began in."""
+    length_ns = max(1.0, loaded.duration_s * 1e9 / _STRETCHES)
+    return np.asarray(np.minimum(loaded.starts_ns // length_ns, _STRETCHES - 1), np.int64)
+
+
+def judge(loaded: Loaded, turns: stats.Integers) -> Verdict:
+    """Whether a network row can be quoted, and why not."""
+    against = []
+    if loaded.errors:
+        failed = sum(loaded.errors.values())
+        against.append(f"{failed} of {failed + len(loaded.latencies_ns)} calls failed: {_listed(loaded.errors)}")
+    if loaded.stopped:
+        against.append(loaded.stopped)
+    if loaded.interrupted:
+        against.append("interrupted")
+    if not loaded.warmed_up:
+        against.append(f"not steady: latency was still moving when the warm-up ended ({loaded.warmup_calls} calls)")
+    medians = [float(np.median(loaded.latencies_ns[turns == turn])) for turn in np.unique(turns)]
+    trend = stats.drift(medians)
+    if trend.matters:
+        against.append(f"not steady: the median moved by {trend.change:+.0%} over the run")
+    wide = stats.spread(medians)
+    if wide > stats.MAX_SPREAD:
+        against.append(f"not steady: the median varies by {wide:.0%} within the run; something else used the machine")
+    return Verdict(steady=not against, reasons=(*against, *undersampled(loaded.latencies_ns, turns)))
+
+
+def _throughput(loaded: Loaded, batch: int) -> Interval:
+    """From all that was answered within the run, whenever it was asked: what a slow server owes at one end of the run
+    it is paid at the other."""
+    edges = np.linspace(0, loaded.duration_s * 1e9, _STRETCHES + 1)
+    counts, _ = np.histogram(loaded.ends_ns, bins=edges)
+    return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)
+
+
+def _ask(endpoint: Endpoint, feed: Feed) -> Feed:
+    """The decoded answer to one request."""
+    try:
+        answer = asyncio.run(_send_once(endpoint, encode_request(endpoint, feed)))
+    except (OSError, ValueError) as error:
+        raise MachineError(f"{endpoint.url}: the first request failed: {error or type(error).__name__}") from None
+    if answer.status != 200:
+        text = answer.body[:300].decode("utf-8", "replace").strip()
+        kind = UsageError if 400 <= answer.status < 500 else MachineError
+        raise kind(f"{endpoint.url}: the first request was answered {answer.status}: {text}")
+    length = answer.headers.get("inference-header-content-length")
+    try:
+        return decode_outputs(answer.body, None if length is None else int(length))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{endpoint.url}: the first answer is not the Open Inference Protocol's ({error})") from None
+
+
+async def _send_once(endpoint: Endpoint, request: bytes) -> Answer:
+    connection = await Connection.open(endpoint.host, endpoint.port)
+    try:
+        return await connection.send(request, timeout_s=TIMEOUT_S)
+    finally:
+        connection.close()
+
+
+def _check_answer(endpoint: Endpoint, outputs: Feed, batch: int) -> None:
+    for spec in endpoint.signature.outputs:
+        if spec.name not in outputs:
+            raise UsageError(f"{endpoint.url}: output {spec.name!r} is missing from the answer")
+        if spec.is_batched and len(outputs[spec.name]) != batch:
+            raise UsageError(f"{endpoint.url}: {batch} rows sent, {len(outputs[spec.name])} answered")
+
+
+def _difference(endpoint: Endpoint, artifact: Artifact) -> str | None:
+    """How the answers to the artifact's samples differ from what they must be; None where they are right."""
+    samples = artifact.samples()
+    feed = samples.feed(artifact.preprocess, artifact.signature.inputs[0].name)
+    rows = [_ask(endpoint, {name: array[i : i + 1] for name, array in feed.items()}) for i in range(len(samples))]
+    if {name for row in rows for name in row} != set(samples.outputs):
+        return "other outputs"
+    outputs = {name: np.concatenate([row[name] for row in rows]) for name in samples.outputs}
+    try:
+        errors = compare(samples.outputs, outputs, task=open_task(artifact.task), where=endpoint.url)
+    except GateError as error:
+        return error.message
+    return "; ".join(shortfalls(errors, artifact.parity.tolerance, sampled=True)) or None
+
+
+def _listed(errors: dict[str, int]) -> str:
+    return ", ".join(f"{kind} ×{count}" for kind, count in sorted(errors.items(), key=lambda item: -item[1])) or "none"

@@ -1,0 +1,225 @@
+"""A report as one self-contained HTML page: no script, no network, readable in light, dark and print."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlops.bench import cells, plots
+from dlops.report import Measurement, Report
+
+_METHOD = (
+    "Latency is what one call took at the boundary that the table names. In process: from numpy arrays to numpy "
+    "arrays, targets taking turns within one run. Over HTTP: from the send to the last byte of the answer.",
+    "Small figures are 95 % intervals from order statistics, with as many independent samples as the run is worth. "
+    f"{cells.NONE} stands where there are too few to give one: p99 needs 368.",
+    "Throughput is items a second under that load. Memory is the most that a fresh process held that loaded the "
+    "model and ran it, interpreter and runtime included.",
+)
+
+
+def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str:
+    """The page. samples: what Report.raw_samples gives."""
+    groups = cells.groups(report)
+    numbers = _numbers(report)
+    body = [_header(report), _summary(report), "<section><h2>Results</h2>"]
+    body += [_table(group, report) for group in groups]
+    body.append("</section>")
+    for group in groups:
+        series = [
+            plots.Series(row=row, number=numbers[cells.name(row)], latencies_ns=samples[row.samples])
+            for row in group.rows
+        ]
+        body.append(_plots(group, series))
+    body += [_notes(report), _environment(report), _footer(report)]
+    style = resources.files("dlops.bench").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # An empty icon: without one, a browser that is served the page asks for /favicon.ico.
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(report.title)}: dlops report</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{chr(10).join(part for part in body if part)}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _numbers(report: Report) -> dict[str, int]:
+    """A number for each name, so that a name looks the same in all plots; names over HTTP are counted anew."""
+    names: dict[bool, dict[str, None]] = {False: {}, True: {}}
+    for row in report.measurements:
+        names[row.boundary == "network"][cells.name(row)] = None
+    return {name: number for group in names.values() for number, name in enumerate(group)}
+
+
+def _header(report: Report) -> str:
+    made = report.created.strftime("%d %B %Y, %H:%M UTC")
+    machine = report.environment
+    where = f"{machine.cpu}, {machine.cores} cores" + "".join(f", {gpu}" for gpu in machine.gpus)
+    return f"<header><h1>{escape(report.title)}</h1><p>{made} · {escape(where)}</p></header>"
+
+
+def _summary(report: Report) -> str:
+    parts = []
+    if report.partial:
+        parts.append(
+            '<div class="card warning"><p class="verdict">Partial</p><p>The run was interrupted or a target failed: '
+            "what is below was measured, and something is missing.</p></div>"
+        )
+    row = next((row for row in report.measurements if row.target == report.chosen), None)
+    if row is not None:
+        figures = _figures(row, report)
+        parts.append(
+            f'<div class="card chosen"><p class="verdict">{escape(row.target)}</p>'
+            f'<p class="because">Chosen: {escape(report.chosen_because or "")}.</p>'
+            f'<ul class="figures">{figures}</ul></div>'
+        )
+    elif report.chosen_because:
+        parts.append(
+            '<div class="card warning"><p class="verdict">No variant chosen</p>'
+            f"<p>{escape(report.chosen_because)}.</p></div>"
+        )
+    return "\n".join(parts)
+
+
+def _figures(row: Measurement, report: Report) -> str:
+    values = cells.values(row)
+    figures = [(f"{values['p50 ms']} ms", "median latency")]
+    if row.speedup is not None and row.target != report.baseline:
+        figures.append((values["speed"], f"as fast as {report.baseline}"))
+    if row.accuracy is not None:
+        figures.append((f"{values['acc %']} %", _accuracy_label(row)))
+    if row.model_bytes is not None:
+        figures.append((values["size"], "model file"))
+    figures.append((values["items/s"], "items a second"))
+    return "".join(f"<li><b>{escape(value)}</b><span>{escape(what)}</span></li>" for value, what in figures)
+
+
+def _accuracy_label(row: Measurement) -> str:
+    if row.drop_points is None:
+        return "accuracy"
+    change = cells.change(row.drop_points)
+    return "accuracy, unchanged" if change == "0.00" else f"accuracy ({change} points)"
+
+
+def _table(group: cells.Group, report: Report) -> str:
+    headings = cells.headings(group.rows)
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    rows = "".join(_table_row(row, headings[1:], report) for row in group.rows)
+    return (
+        f'<div class="scroll"><table><caption>{escape(_capital(group.title))}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _table_row(row: Measurement, headings: Sequence[str], report: Report) -> str:
+    values, ranges = cells.values(row), cells.ranges(row)
+    reasons = escape("; ".join(row.verdict.reasons))
+    mark = "" if row.verdict.steady else f' <span class="mark" title="{reasons}">*</span>'
+    # The notes give the provider's full name.
+    where = f"{row.runtime} · {row.provider.removesuffix('ExecutionProvider')}"
+    where = row.target if row.boundary == "network" else where
+    cells_ = [f'<th scope="row">{escape(cells.name(row))}{mark}<small>{escape(where)}</small></th>']
+    for heading in headings:
+        # A range may break after its dash where the page is narrow.
+        small = escape(ranges.get(heading, "")).replace("–", "–<wbr>")
+        none = ' class="none"' if values[heading] == cells.NONE else ""
+        cells_.append(f"<td{none}>{escape(values[heading])}{f'<small>{small}</small>' if small else ''}</td>")
+    kind = ' class="chosen"' if row.target == report.chosen else ""
+    return f"<tr{kind}>{''.join(cells_)}</tr>"
+
+
+def _plots(group: cells.Group, series: Sequence[plots.Series]) -> str:
+    legend = "".join(f'<li><i class="{one.look}"></i>{escape(one.name)}</li>' for one in series)
+    figures = [
+        _figure(
+            "Latency distributions",
+            f'<ul class="legend">{legend}</ul>{_both_widths(plots.latency_curves, series)}',
+            "Share of calls that took at most so long. Further left is faster, steeper is steadier. "
+            "Dots are medians; the outermost 0.5 % at each end is not drawn.",
+        )
+    ]
+    if group.rows[0].boundary != "network" and len(plots.comparable(series)) > 1:
+        drawn = _both_widths(plots.accuracy_against_latency, series)
+        figures.append(_figure("Accuracy against latency", drawn, _accuracy_caption(series)))
+    figures.append(
+        _figure(
+            "Throughput",
+            _both_widths(plots.throughput_bars, series),
+            "Items finished a second. Further right is better. Whiskers are 95 % intervals.",
+        )
+    )
+    return f"<section><h2>{escape(_capital(group.title))}</h2>{''.join(figures)}</section>"
+
+
+def _figure(title: str, content: str, caption: str) -> str:
+    return f"<figure><h3>{title}</h3>{content}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _both_widths(draw: Callable[[Sequence[plots.Series], int], str], series: Sequence[plots.Series]) -> str:
+    return draw(series, plots.WIDE) + draw(series, plots.NARROW)
+
+
+def _accuracy_caption(series: Sequence[plots.Series]) -> str:
+    front = plots.pareto_front(series)
+    lines = ["Up and to the left is better. Vertical bars are 95 % intervals:"]
+    paired = [one.row.drop_low is not None for one in plots.comparable(series)]
+    if all(paired):
+        lines.append("of the change against the reference, on the same samples.")
+    elif any(paired):
+        lines.append("of the change on the same samples where there is a reference, else of the accuracy itself.")
+    else:
+        lines.append("of the accuracy.")
+    if len(front) > 1:
+        lines.append("The dashed line joins those that no other beats in both accuracy and latency.")
+    else:
+        lines.append(f"{front[0].name} is the fastest, and none is more accurate.")
+    left_out = [one.name for one in series if one.row.accuracy is not None and one.row.latency.p50_ns is None]
+    if left_out:
+        lines.append(f"Not drawn, for too few calls to give a median: {', '.join(left_out)}.")
+    return " ".join(lines)
+
+
+def _notes(report: Report) -> str:
+    lines = [*cells.explanations(report), *cells.placements(report.measurements)]
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    method = "".join(f"<li>{escape(line)}</li>" for line in _METHOD)
+    return (
+        f'<section><h2>Verdicts and notes</h2><div class="card"><ul class="notes">{items}</ul></div></section>'
+        f'<section><h2>How it was measured</h2><div class="card"><ul class="notes">{method}</ul></div></section>'
+    )
+
+
+def _environment(report: Report) -> str:
+    machine = report.environment
+    facts = [
+        ("System", f"{machine.system}, {machine.machine}"),
+        ("Processor", machine.cpu),
+        ("Instruction sets", ", ".join(machine.instruction_sets) or "none of note"),
+        ("Cores and memory", f"{machine.cores} cores, {cells.size(machine.memory_bytes)}"),
+        ("GPU", ", ".join(machine.gpus) or "none"),
+        ("Python", machine.python),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in machine.packages.items())),
+    ]
+    if report.command:
+        facts.append(("To repeat it", shlex.join(report.command)))
+    rows = "".join(
+        f"<dt>{what}</dt><dd>{f'<code>{escape(value)}</code>' if what == 'To repeat it' else escape(value)}</dd>"
+        for what, value in facts
+    )
+    return f'<section><h2>Environment</h2><div class="card"><dl>{rows}</dl></div></section>'
+
+
+def _footer(report: Report) -> str:
+    return (
+        f"<footer>Made by dlops {escape(report.dlops_version)}. Every number comes from report.json and the raw "
+        "samples beside this page.</footer>"
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,145 @@
+"""A report in memory, and what one does with it: put several together, choose a variant, write it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from dlops.bench.render import render_html
+from dlops.manifest import DirectoryWriter, write_json
+from dlops.report import STARTS, TURNS, Measurement, Report
+
+HTML_NAME = "report.html"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """report: not yet in a directory. samples: int64 arrays under the names that Report.raw_samples describes."""
+
+    report: Report
+    samples: dict[str, NDArray[np.int64]]
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        return self.report.measurements
+
+    @property
+    def partial(self) -> bool:
+        return self.report.partial
+
+
+class MeasureInterrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle; `measured` holds the rows made until then, at least one, and is marked partial."""
+
+    def __init__(self, measured: Measured) -> None:
+        super().__init__()
+        self.measured = measured
+
+
+def merge(first: Measured, *others: Measured) -> Measured:
+    """One report with the rows of all in order; title, command, baseline and choice are the first's that has one."""
+    parts = (first, *others)
+    numbers = itertools.count()
+    rows: list[Measurement] = []
+    samples: dict[str, NDArray[np.int64]] = {}
+    for part in parts:
+        for row in part.report.measurements:
+            key = row_key(next(numbers))
+            for suffix in ("", STARTS, TURNS):
+                if row.samples + suffix in part.samples:
+                    samples[key + suffix] = part.samples[row.samples + suffix]
+            rows.append(row.model_copy(update={"samples": key}))
+    reports = [part.report for part in parts]
+    chosen = next((report for report in reports if report.chosen), first.report)
+    report = first.report.model_copy(
+        update={
+            "measurements": tuple(rows),
+            "baseline": next((report.baseline for report in reports if report.baseline), None),
+            "chosen": chosen.chosen,
+            "chosen_because": chosen.chosen_because,
+            "notes": tuple(dict.fromkeys(note for report in reports for note in report.notes)),
+            "partial": any(report.partial for report in reports),
+        }
+    )
+    return Measured(report=report, samples=samples)
+
+
+def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
+    """The same with `chosen`: the artifact of the lowest median in process that loses at most `max_drop` points.
+
+    Rows at the smallest batch measured count. An artifact whose accuracy is not known is not chosen. Certified medians
+    go before those that are not; where only the latter are left, `chosen_because` says so. Where nothing qualifies,
+    `chosen` is None and `chosen_because` says why.
+    """
+    rows = [row for row in measured.measurements if row.boundary == "host" and row.artifact]
+    smallest = min((row.load.batch for row in rows), default=1)
+    candidates = [row for row in rows if row.load.batch == smallest]
+    kept = [row for row in candidates if row.drop_points is not None and row.drop_points <= max_drop]
+    rest = _what_the_rest_lose(candidates, kept)
+    if not kept:
+        return _with_choice(measured, None, f"no variant is known to lose {_at_most(max_drop)}: {rest}")
+    certified = [row for row in kept if row.latency.p50_ns is not None]
+    best = min(certified or kept, key=lambda row: float(np.median(measured.samples[row.samples])))
+    if len(candidates) == 1:
+        because = f"the only variant measured, and it loses {_at_most(max_drop)}"
+    elif len(kept) == 1:
+        because = f"the only variant that is known to lose {_at_most(max_drop)} ({rest})"
+    elif rest:
+        because = f"the fastest at batch {smallest} of the {len(kept)} variants that lose {_at_most(max_drop)} ({rest})"
+    else:
+        because = f"the fastest of {len(kept)} variants at batch {smallest}, and all of them lose {_at_most(max_drop)}"
+    if not certified:
+        because += "; too few calls were made to be sure of any median"
+    elif len(certified) < len(kept):
+        because += f"; too few calls were made to be sure of the median of {len(kept) - len(certified)} more"
+    return _with_choice(measured, best.target, because)
+
+
+def save_report(measured: Measured, directory: Path | str | None = None) -> Report:
+    """Write report.json, the samples beside it and report.html; a kill leaves the old report or the new one.
+
+    directory: by default reports/<time> in the working folder. Raises MachineError where it cannot be written.
+    """
+    directory = _fresh_directory() if directory is None else Path(directory)
+    with DirectoryWriter(directory) as writer:
+        payload = writer.add("samples.safetensors", save(measured.samples))
+        report = writer.commit(measured.report.model_copy(update={"files": {"samples": payload}}))
+    write_json(directory / HTML_NAME, render_html(report, measured.samples))
+    return report
+
+
+def row_key(number: int) -> str:
+    return f"row{number:02d}"
+
+
+def _at_most(max_drop: float) -> str:
+    if max_drop == 0:
+        return "no accuracy"
+    return f"at most {max_drop:g} percentage point{'' if max_drop == 1 else 's'} of accuracy"
+
+
+def _what_the_rest_lose(candidates: Sequence[Measurement], kept: Sequence[Measurement]) -> str:
+    """`2 lose more, and the accuracy of 1 is not known`; empty where nothing was left out."""
+    unknown = sum(row.drop_points is None for row in candidates)
+    more = len(candidates) - len(kept) - unknown
+    parts = [f"{more} lose{'s' if more == 1 else ''} more"] if more else []
+    parts += [f"the accuracy of {unknown} is not known"] if unknown else []
+    return ", and ".join(parts)
+
+
+def _with_choice(measured: Measured, chosen: str | None, because: str) -> Measured:
+    report = measured.report.model_copy(update={"chosen": chosen, "chosen_because": because})
+    return Measured(report=report, samples=measured.samples)
+
+
+def _fresh_directory() -> Path:
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    candidates = itertools.chain([stamp], (f"{stamp}-{number}" for number in itertools.count(2)))
+    return next(path for name in candidates if not (path := Path("reports") / name).exists())

@@ -1,0 +1,240 @@
+"""The bench stage's door: measure artifacts in process and services over HTTP, as one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlops.artifact import Artifact, open_artifact
+from dlops.bench import inprocess
+from dlops.bench.memory import peak_memory_bytes
+from dlops.bench.payload import check_batch
+from dlops.bench.results import Measured, MeasureInterrupted, choose_fastest, merge, row_key, save_report
+from dlops.checkpoint import Checkpoint
+from dlops.console import progress_bar, say
+from dlops.environment import describe_environment
+from dlops.errors import MachineError, UsageError
+from dlops.report import STARTS, TURNS, Measurement, Report
+from dlops.runtimes import SessionOptions
+from dlops.runtimes.session import Device
+from dlops.timing import Interleaved, TimingInterrupted
+
+if TYPE_CHECKING:
+    from dlops.bench.oip import Endpoint
+    from dlops.checkpoint import ModuleSource
+
+__all__ = ["MeasureInterrupted", "Measured", "choose_fastest", "measure", "merge", "save_report"]
+
+_PROGRESS_STEPS = 100
+
+
+def measure(
+    targets: Sequence[Artifact | Path | str],
+    *,
+    checkpoint: Checkpoint | None = None,
+    batch: Sequence[int] = (1,),
+    concurrency: Sequence[int] = (1,),
+    duration_s: float = 3.0,
+    threads: int | None = None,
+    device: Device = "auto",
+    payload: Artifact | None = None,
+    model: ModuleSource | None = None,
+    title: str = "",
+    command: Sequence[str] = (),
+) -> Measured:
+    """Measure every target at every batch, and every URL at every concurrency too; `save_report` writes the result.
+
+    targets: artifacts or their folders, run in this process in turns within one run a batch; `http://HOST:PORT`, a
+    service of the Open Inference Protocol. checkpoint: adds its eager module as the row that speed-ups are counted
+    from (without it, the first of several artifacts is); model: what builds the module where the checkpoint names no
+    builder. duration_s: for each row, on the clock: the waits between turns count, the warm-up does not. payload:
+    whose samples are sent to URLs; without it the first artifact among the targets, else random numbers within the
+    signature.
+
+    Raises UsageError and MachineError before anything is timed where a target is not there or cannot run what is
+    asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
+    """
+    artifacts, urls = _sorted_out(targets)
+    batches, calls = _numbers("batch", batch), _numbers("concurrency", concurrency)
+    if duration_s <= 0:
+        raise UsageError(f"a duration of {duration_s:g} s")
+    if not artifacts and not urls and checkpoint is None:
+        raise UsageError("nothing to measure", hint="name an artifact's folder or http://HOST:PORT")
+    if not urls and calls != [1]:
+        raise UsageError("concurrency is for URLs: in process, one session runs one call at a time")
+    for one in artifacts:
+        for size in batches:
+            check_batch(one.signature, size, where=one.title)
+    endpoints = _find_endpoints(urls, payload or next(iter(artifacts), None))
+
+    bench = _Bench(title=title or _title(artifacts, urls), command=tuple(command), duration_s=duration_s)
+    try:
+        if artifacts or checkpoint is not None:
+            options = SessionOptions(device=device, threads=threads)
+            with inprocess.opened_targets(artifacts, checkpoint=checkpoint, model=model, options=options) as opened:
+                bench.baseline = opened[0].target if len(opened) > 1 or checkpoint is not None else None
+                for size in batches:
+                    peaks = bench.peaks(opened, checkpoint=checkpoint, model=model, batch=size, options=options)
+                    bench.time_in_process(opened, batch=size, peaks=peaks)
+        for endpoint in endpoints:
+            for size in batches:
+                bench.load(endpoint, payload or next(iter(artifacts), None), batch=size, concurrency=calls)
+    except KeyboardInterrupt:
+        if not bench.rows:
+            raise
+        raise MeasureInterrupted(bench.result(partial=True)) from None
+    if not bench.rows:
+        raise MachineError(bench.failures[0], hint="the server's log says why")
+    return bench.result(partial=bool(bench.failures))
+
+
+@dataclass(slots=True)
+class _Bench:
+    """The rows and samples of a run as they come in."""
+
+    title: str
+    command: tuple[str, ...]
+    duration_s: float
+    baseline: str | None = None
+    rows: list[Measurement] = field(default_factory=list)
+    samples: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def peaks(
+        self, opened: Sequence[inprocess.Opened], *, checkpoint: Checkpoint | None, model: ModuleSource | None,
+        batch: int, options: SessionOptions,
+    ) -> list[int | None]:  # fmt: skip
+        """Peak memory of each target in a process of its own; None for a module that only this process can build."""
+        peaks: list[int | None] = []
+        with progress_bar(f"memory at batch {batch}", total=len(opened)) as bar:
+            for one in opened:
+                subject = one.artifact or checkpoint
+                if subject is checkpoint and model is not None:
+                    peaks.append(None)
+                    self.note("peak memory of eager is not measured: a fresh process cannot build a module passed in")
+                else:
+                    assert subject is not None
+                    peaks.append(
+                        peak_memory_bytes(subject, batch=batch, device=options.device, threads=options.threads)
+                    )
+                bar.advance(note=one.target)
+        return peaks
+
+    def time_in_process(self, opened: Sequence[inprocess.Opened], *, batch: int, peaks: Sequence[int | None]) -> None:
+        feeds = inprocess.feeds_for(opened, batch)
+        say(
+            f"timing {len(opened)} targets in turns at batch {batch}, {self.duration_s:g} s each with the waits between"
+            " turns, after the warm-up"
+        )
+        with progress_bar(f"batch {batch}", total=_PROGRESS_STEPS) as bar:
+            done = 0
+
+            def advance(fraction: float) -> None:
+                nonlocal done
+                steps = round(fraction * _PROGRESS_STEPS) - done
+                done += steps
+                bar.advance(steps)
+
+            try:
+                timed = inprocess.time_targets(opened, feeds, duration_s=self.duration_s, on_progress=advance)
+            except TimingInterrupted as interruption:
+                self._keep(opened, interruption.partial, batch=batch, peaks=peaks, interrupted=True)
+                raise
+        self._keep(opened, timed, batch=batch, peaks=peaks)
+
+    def load(self, endpoint: Endpoint, artifact: Artifact | None, *, batch: int, concurrency: Sequence[int]) -> None:
+        """The rows of one URL at one batch. One that fails half-way is noted, and the others are kept."""
+        from dlops.bench.network import measure_endpoint, prepare
+
+        try:
+            sent = prepare(endpoint, artifact, batch=batch)
+            if sent.note:
+                self.note(sent.note)
+            for calls in concurrency:
+                say(
+                    f"loading {endpoint.url}: batch {batch}, {calls} in flight, {self.duration_s:g} s after the warm-up"
+                )
+                key = row_key(len(self.rows))
+                row, loaded = measure_endpoint(
+                    endpoint, sent, batch=batch, concurrency=calls, duration_s=self.duration_s, key=key
+                )
+                self.rows.append(row)
+                self.samples |= {key: loaded.latencies_ns, key + STARTS: loaded.starts_ns}
+                if loaded.interrupted:
+                    raise KeyboardInterrupt
+        except MachineError as error:
+            say(str(error))
+            self.failures.append(error.message)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            say(f"note: {text}")
+            self.notes.append(text)
+
+    def result(self, *, partial: bool) -> Measured:
+        report = Report(
+            title=self.title,
+            created=datetime.now(UTC),
+            command=self.command,
+            environment=describe_environment(),
+            measurements=tuple(self.rows),
+            baseline=self.baseline,
+            notes=(*self.notes, *self.failures),
+            partial=partial,
+        )
+        return Measured(report=report, samples=self.samples)
+
+    def _keep(
+        self, opened: Sequence[inprocess.Opened], timed: Interleaved, *, batch: int, peaks: Sequence[int | None],
+        interrupted: bool = False,
+    ) -> None:  # fmt: skip
+        keys = [row_key(len(self.rows) + index) for index in range(len(opened))]
+        rows = inprocess.measurements(
+            opened, timed, batch=batch, baseline=self.baseline, keys=keys, interrupted=interrupted
+        )
+        for key, one, row, peak in zip(keys, opened, rows, peaks, strict=True):
+            run = timed.runs[one.target]
+            self.rows.append(row.model_copy(update={"peak_memory_bytes": peak}))
+            self.samples |= {key: run.latencies_ns, key + STARTS: run.starts_ns, key + TURNS: run.turns}
+
+
+def _sorted_out(targets: Sequence[Artifact | Path | str]) -> tuple[list[Artifact], list[str]]:
+    artifacts, urls = [], []
+    for target in targets:
+        if isinstance(target, str) and "://" in target:
+            urls.append(target)
+        else:
+            artifacts.append(target if isinstance(target, Artifact) else open_artifact(target))
+    return artifacts, urls
+
+
+def _numbers(what: str, given: Sequence[int]) -> list[int]:
+    if not given or any(number < 1 for number in given):
+        raise UsageError(f"{what} {', '.join(map(str, given)) or 'empty'}: whole numbers from 1 up are wanted")
+    return sorted(set(given))
+
+
+def _find_endpoints(urls: Sequence[str], artifact: Artifact | None) -> list[Endpoint]:
+    if not urls:
+        return []
+    from dlops.errors import missing_package
+
+    try:
+        from dlops.bench.oip import find_endpoint
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise missing_package("httpx", extra="bench", needed_for="measuring a URL") from None
+    return [find_endpoint(url, model=artifact.name if artifact else None) for url in urls]
+
+
+def _title(artifacts: Sequence[Artifact], urls: Sequence[str]) -> str:
+    names = list(dict.fromkeys([artifact.name for artifact in artifacts] + list(urls)))
+    return ", ".join(names) or "eager"

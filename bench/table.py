@@ -1,0 +1,106 @@
+"""A report as a table for the console, for Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dlops.bench import cells
+from dlops.report import Report
+
+_COLUMNS = 80
+
+
+def render_table(report: Report) -> RenderableType:
+    """For `Console.print`: one table a load, then where it ran, then footnotes. Fits 80 columns."""
+    parts: list[RenderableType] = []
+    for group in cells.groups(report):
+        # The box's own divider is a space: with padding 0, ten columns and a long slug fit 80 characters.
+        table = Table(
+            box=SIMPLE_HEAD,
+            title=Text(group.title, style="bold"),
+            title_justify="left",
+            show_edge=False,
+            padding=0,
+        )
+        headings = cells.headings(group.rows)
+        name = cells.name if _width(group) <= _COLUMNS else cells.short_name
+        for index, heading in enumerate(headings):
+            left = index == 0
+            table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        for row in group.rows:
+            label = name(row) + ("" if row.verdict.steady else " *")
+            values = cells.values(row)
+            style = "bold green" if row.target == report.chosen else ""
+            table.add_row(Text(label, style=style), *[values[heading] for heading in headings[1:]])
+        parts.append(table)
+    lines = [f"chosen: {report.chosen}: {report.chosen_because}"] if report.chosen else []
+    lines += [report.chosen_because] if report.chosen_because and not report.chosen else []
+    lines += cells.placements(report.measurements)
+    lines += cells.explanations(report)
+    return Group(*parts, *[Text(line) for line in lines])
+
+
+def _width(group: cells.Group) -> int:
+    """Characters that the console table takes with names in full, one space between columns."""
+    headings = cells.headings(group.rows)[1:]
+    names = max(len(cells.name(row)) + (0 if row.verdict.steady else 2) for row in group.rows)
+    filled = [cells.values(row) for row in group.rows]
+    return names + sum(1 + max(len(heading), *(len(one[heading]) for one in filled)) for heading in headings)
+
+
+def table_text(report: Report, *, width: int = 80) -> str:
+    """The console table without colours."""
+    console = Console(file=io.StringIO(), width=width, highlight=False, no_color=True, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(render_table(report))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def to_markdown(report: Report) -> str:
+    """One Markdown table a load, for a page or a pull request."""
+    lines = []
+    for group in cells.groups(report):
+        headings = cells.headings(group.rows)
+        lines += [f"**{group.title}**", "", "| " + " | ".join(headings) + " |"]
+        lines.append("|---|" + "---:|" * (len(headings) - 1))
+        for row in group.rows:
+            values = cells.values(row)
+            label = cells.name(row).replace("|", "\\|") + ("" if row.verdict.steady else " \\*")
+            lines.append("| " + " | ".join((label, *[values[heading] for heading in headings[1:]])) + " |")
+        lines.append("")
+    lines += [f"- {line}" for line in (*cells.placements(report.measurements), *cells.explanations(report))]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(report: Report) -> str:
+    """One line a row with every number in its base unit; empty where it is null."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    quantiles = [f"{q}_ns{end}" for q in ("p50", "p90", "p99") for end in ("", "_low", "_high")]
+    writer.writerow(
+        [
+            "target", "artifact", "runtime", "provider", "device", "precision", "threads", "boundary", "scenario",
+            "batch", "concurrency", "samples", "effective_samples", *quantiles, "throughput", "throughput_low",
+            "throughput_high", "speedup", "speedup_low", "speedup_high", "errors", "model_bytes",
+            "peak_memory_bytes", "accuracy", "drop_points", "flips", "steady", "reasons",
+        ]
+    )  # fmt: skip
+    for row in report.measurements:
+        latency = row.latency
+        intervals = (latency.p50_ns, latency.p90_ns, latency.p99_ns, row.throughput, row.speedup)
+        ends = [value for one in intervals for value in ((one.value, one.low, one.high) if one else (None,) * 3)]
+        writer.writerow(
+            [
+                row.target, row.artifact, row.runtime, row.provider, row.device, row.precision, row.threads,
+                row.boundary, row.load.scenario, row.load.batch, row.load.concurrency, latency.samples,
+                latency.effective_samples, *ends, row.error_count, row.model_bytes, row.peak_memory_bytes,
+                row.accuracy, row.drop_points, row.flips, row.verdict.steady, "; ".join(row.verdict.reasons),
+            ]
+        )  # fmt: skip
+    return buffer.getvalue()

@@ -1,0 +1,250 @@
+"""Load over HTTP against real servers: healthy, failing, frozen, dying."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socketserver
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from dlops.bench import network
+from dlops.bench.http import Connection
+from dlops.bench.load import closed_loop
+from dlops.bench.network import measure_endpoint, prepare
+from dlops.bench.oip import decode_outputs, encode_request, find_endpoint
+from dlops.bench.run import MeasureInterrupted, measure
+from dlops.errors import MachineError, UsageError
+
+
+def test_every_call_is_answered_and_measured(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    endpoint = find_endpoint(server.url, model=artifact.name)
+    payload = prepare(endpoint, artifact, batch=4)
+    asked_before = server.requests
+    row, loaded = measure_endpoint(endpoint, payload, batch=4, concurrency=3, duration_s=0.5, key="row00")
+    answered = server.requests - asked_before
+    assert row.error_count == 0
+    # All that the server answered are measured, but for the calls that straddle the end of the warm-up.
+    assert 0 <= answered - loaded.warmup_calls - len(loaded.latencies_ns) <= 3
+    # The server's own count over the run, warm-up left out by its calls.
+    assert row.throughput.value == pytest.approx(4 * (answered - loaded.warmup_calls) / loaded.duration_s, rel=0.05)
+    assert (row.artifact, row.accuracy, row.boundary) == ("onnx-fp32", 0.98, "network")
+    # Little's law: calls in flight = rate × time in the system.
+    in_flight = row.throughput.value / 4 * row.latency.mean_ns / 1e9
+    assert in_flight == pytest.approx(3, rel=0.15)
+
+
+def test_the_throughput_of_a_slow_server_is_its_true_rate(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    endpoint = find_endpoint(server.url, model=artifact.name)
+    payload = prepare(endpoint, artifact, batch=1)
+    asked_before, delay_s, calls = server.requests, 0.5, 8
+
+    def slow(count: int) -> None:
+        # The first of each connection wait longer and longer, so that answers come evenly and not eight at once.
+        first = max(0, calls - (count - asked_before)) if count - asked_before <= calls else 0
+        time.sleep(delay_s + first * delay_s / calls)
+
+    server.behave = slow
+    row, loaded = measure_endpoint(endpoint, payload, batch=1, concurrency=calls, duration_s=1.0, key="row00")
+    # Eight in flight, half a second each: 16 a second, one answer more or less at either end of two seconds.
+    assert row.throughput.value == pytest.approx(calls / delay_s, rel=0.1)
+    assert len(loaded.starts_ns) == len(loaded.latencies_ns)
+    assert loaded.starts_ns.min() >= 0
+    assert loaded.ends_ns.max() <= loaded.duration_s * 1e9
+
+
+def test_errors_are_counted_by_kind_and_are_in_no_latency(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    endpoint = find_endpoint(server.url, model=artifact.name)
+    payload = prepare(endpoint, artifact, batch=1)
+    server.behave = lambda count: (503, b'{"error": "busy"}') if count % 4 == 0 else None
+    row, loaded = measure_endpoint(endpoint, payload, batch=1, concurrency=2, duration_s=0.5, key="row00")
+    assert set(row.errors) == {"HTTP 503"}
+    calls = row.error_count + row.latency.samples
+    assert row.error_count / calls == pytest.approx(0.25, abs=0.02)
+    assert not row.verdict.steady
+    assert f"{row.error_count} of {calls} calls failed: HTTP 503" in row.verdict.reasons[0]
+    assert len(loaded.latencies_ns) == row.latency.samples
+
+
+def test_a_flood_of_errors_is_one_clear_error(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    endpoint = find_endpoint(server.url, model=artifact.name)
+    payload = prepare(endpoint, artifact, batch=1)
+    server.behave = lambda count: (500, b"{}")
+    with pytest.raises(MachineError, match=r"no call succeeded at 2 in flight \(HTTP 500 ×\d+\)"):
+        measure_endpoint(endpoint, payload, batch=1, concurrency=2, duration_s=0.3, key="row00")
+
+
+@pytest.fixture
+def brief_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm-up that a busy machine draws out must not be what a planned event meets."""
+    real = network.closed_loop
+    monkeypatch.setattr(network, "closed_loop", lambda *a, **k: real(*a, **{**k, "max_warmup_s": 0.2}))
+
+
+def test_a_server_that_dies_half_way_keeps_what_was_measured(make_artifact, serve, brief_warmup) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    dying = threading.Timer(1.6, server.close)
+    dying.start()
+    measured = measure([server.url], payload=artifact, concurrency=(1, 2), duration_s=8.0)
+    dying.join()
+    assert measured.partial
+    (row,) = measured.measurements
+    assert row.latency.samples > 100
+    assert not row.verdict.steady
+    assert "connection refused" in row.errors or "connection lost" in row.errors
+    assert any("the server is gone" in reason for reason in row.verdict.reasons), row.verdict.reasons
+    assert any("no call succeeded at 2 in flight (connection" in note for note in measured.report.notes)
+
+
+def test_a_slow_answer_times_out_and_its_late_bytes_are_not_taken_for_the_next() -> None:
+    async def scenario() -> tuple[str, bool]:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                while await reader.readuntil(b"\r\n\r\n"):
+                    await asyncio.sleep(0.2)
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nlate")
+                    await writer.drain()
+            except (asyncio.IncompleteReadError, ConnectionError):
+                pass
+            writer.close()
+
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        connection = await Connection.open("127.0.0.1", port)
+        try:
+            await connection.send(b"GET / HTTP/1.1\r\n\r\n", timeout_s=0.05)
+        except TimeoutError as error:
+            said = str(error)
+        closed = not connection.is_open
+        server.close()
+        await asyncio.sleep(0.5)
+        return said, closed
+
+    assert asyncio.run(scenario()) == ("no answer in time", True)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "body"),
+    [
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"], b"hello"),
+        ([b"HTTP/1.1 200 O", b"K\r\ncontent-length: 5\r\n\r", b"\nhe", b"llo"], b"hello"),
+        ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r", b"\n2;x=1\r\nlo\r\n0\r\n\r\n"], b"hello"),
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"], b""),
+    ],
+)
+def test_answers_are_read_however_they_are_cut(pieces, body) -> None:
+    async def scenario() -> bytes:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        connection = await Connection.open("127.0.0.1", server.sockets[0].getsockname()[1])
+        answer = await connection.send(b"GET / HTTP/1.1\r\n\r\n", timeout_s=5)
+        connection.close()
+        server.close()
+        await asyncio.sleep(0.1)  # the handler sees the end and closes its side
+        return answer.body
+
+    assert asyncio.run(scenario()) == body
+
+
+def test_what_is_no_http_is_counted_as_such() -> None:
+    class Greeter(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(b"SSH-2.0-OpenSSH\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Greeter) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        port = server.server_address[1]
+        request = [b"GET / HTTP/1.1\r\n\r\n"]
+        loaded = closed_loop("127.0.0.1", port, request, concurrency=1, duration_s=0.3, max_warmup_s=0.3)
+        server.shutdown()
+        thread.join()
+    assert set(loaded.errors) == {"not an HTTP answer"}
+    assert len(loaded.latencies_ns) == 0
+
+
+def test_requests_are_what_the_protocol_says(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    endpoint = find_endpoint(f"{server.url}/v2/models/{artifact.name}", model=None)
+    feed = {"input": np.arange(32, dtype=np.float32).reshape(2, 16)}
+    head, _, rest = encode_request(endpoint, feed).partition(b"\r\n\r\n")
+    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    length = int(headers["Inference-Header-Content-Length"])
+    (entry,) = json.loads(rest[:length])["inputs"]
+    assert entry == {
+        "name": "input", "datatype": "FP32", "shape": [2, 16], "parameters": {"binary_data_size": 128}
+    }  # fmt: skip
+    assert rest[length:] == feed["input"].tobytes()
+    assert len(rest) == int(headers["Content-Length"])
+    response = httpx.post(f"{server.url}{endpoint.infer_path}", content=rest, headers=headers)
+    outputs = decode_outputs(response.content, int(response.headers["inference-header-content-length"]))
+    assert outputs["logits"].shape == (2, 10)
+
+
+def test_a_service_of_another_model_is_not_credited_with_the_artifacts_accuracy(make_artifact, serve) -> None:
+    served, named = make_artifact(hidden=8), make_artifact("onnx-int8", hidden=16)
+    measured = measure([serve(served).url], payload=named, duration_s=0.3)
+    (row,) = measured.measurements
+    assert (row.artifact, row.accuracy) == (None, None)
+    assert "does not answer as toy/onnx-int8 does" in measured.report.notes[0]
+
+
+def test_without_samples_random_numbers_are_sent_and_the_report_says_so(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    url = f"{serve(artifact).url}/v2/models/{artifact.name}"
+    measured = measure([url], duration_s=0.3)
+    assert "was sent random numbers" in measured.report.notes[0]
+    assert measured.measurements[0].accuracy is None
+
+
+def test_a_server_without_that_model_is_refused_with_its_answer(make_artifact, serve) -> None:
+    server = serve(make_artifact())
+    with pytest.raises(UsageError, match=r"GET /v2/models/other answered 404: .*no such model"):
+        measure([server.url], payload=make_artifact(name="other"))
+
+
+def test_a_server_that_does_not_list_its_models_needs_a_name(make_artifact, serve) -> None:
+    with pytest.raises(UsageError, match="lists no models") as caught:
+        measure([serve(make_artifact()).url])
+    assert "--payload" in str(caught.value)
+
+
+def test_ctrl_c_under_load_keeps_what_was_measured(make_artifact, serve, brief_warmup) -> None:
+    import os
+    import signal
+
+    artifact = make_artifact()
+    server = serve(artifact)
+    interrupt = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        measure([server.url], payload=artifact, concurrency=(1, 2), duration_s=20.0)
+    interrupt.join()
+    assert isinstance(caught.value, MeasureInterrupted)
+    assert caught.value.measured.partial
+    (row,) = caught.value.measured.measurements
+    assert row.latency.samples > 20
+    assert "interrupted" in row.verdict.reasons

@@ -1,0 +1,262 @@
+"""A report as a person sees it: console, Markdown, CSV, and the page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import html
+import http.server
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlops.bench.results import Measured, merge, save_report
+from dlops.bench.table import table_text, to_csv, to_markdown
+from dlops.report import Interval
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def test_the_table_fits_80_columns_and_wraps_no_variant(example) -> None:
+    text = table_text(example().report, width=80)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    row = next(line for line in text.splitlines() if line.startswith("onnx-int8-pruned50 "))
+    assert re.split(r"\s+", row.strip())[1:7] == ["31", "kB", "97.22", "−1.39", "0.102", "0.128"]
+    assert row.endswith("81 MB")
+
+
+def test_the_table_marks_what_is_not_to_be_quoted_and_says_why(example) -> None:
+    text = " ".join(table_text(example().report).split())
+    assert "onnx-fp32 * " in text
+    assert "onnx-fp32 (in process, batch 1): not steady: the median moved by +12% over the run" in text
+    assert "2 of 302 calls failed: HTTP 503 ×2" in text
+    assert "p99 is not certified: 300 effective samples of 300, it needs 368" in text
+
+
+def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:
+    report = example().report
+    assert report.measurements[4].latency.p99_ns is None
+    (line,) = [line for line in to_markdown(report).splitlines() if line.startswith("| onnx-int8 with 8 in flight")]
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["0.895", "–", "333"]
+
+
+def test_the_console_says_in_flight_where_it_fits_80_columns(example) -> None:
+    assert "onnx-int8 with 8 in flight *" in table_text(example().report)
+    one = example().report
+    long_name = "onnx-int8-pruned50-and-a-name-that-is-rather-long"
+    rows = (one.measurements[4].model_copy(update={"artifact": long_name}),)
+    text = table_text(one.model_copy(update={"measurements": rows}))
+    assert f"{long_name} ×8 *" in text
+    assert max(len(line) for line in text.split("chosen:")[0].splitlines()) <= 80
+
+
+def test_csv_has_a_line_a_row_in_base_units(example) -> None:
+    report = example().report
+    rows = list(csv.DictReader(io.StringIO(to_csv(report))))
+    assert [row["target"] for row in rows] == [row.target for row in report.measurements]
+    assert float(rows[0]["p50_ns"]) == report.measurements[0].latency.p50_ns.value
+    assert rows[4]["p99_ns"] == ""
+    assert rows[4]["errors"] == "2"
+
+
+def test_merging_keeps_every_rows_samples(example) -> None:
+    one = example()
+    both = merge(one, one)
+    assert len({row.samples for row in both.measurements}) == 10
+    for row, source in zip(both.measurements, one.measurements * 2, strict=True):
+        assert (both.samples[row.samples] == one.samples[source.samples]).all()
+    assert both.report.chosen == "digits/onnx-int8"
+
+
+def test_names_are_escaped(example, tmp_path) -> None:
+    nasty = '<script>alert(1)</script> & "co"'
+    save_report(example(title=nasty), tmp_path / "r")
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<script" not in page
+    assert html.escape(nasty) in page
+
+
+def test_the_page_asks_the_network_for_nothing(example, tmp_path) -> None:
+    save_report(example(), tmp_path / "r")
+    page = (tmp_path / "r" / "report.html").read_text()
+    links = set(re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', page))
+    assert links == {"data:,"}
+    assert "@import" not in page
+
+
+class _Pages(http.server.SimpleHTTPRequestHandler):
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+# Sizes are read after layout, and written into the document that --dump-dom prints.
+_PROBE = """<script>
+window.problems = []; window.onerror = (text) => window.problems.push(text);
+addEventListener("load", () => {
+  const seen = (query) => [...document.querySelectorAll(query)].filter((node) => node.getClientRects().length);
+  const sizes = (query) => seen(query).map((node) => {
+    const box = node.getBoundingClientRect(); return [Math.round(box.width), Math.round(box.height)]; });
+  const texts = (svg) => [...svg.querySelectorAll("text")].map((node) => {
+    const box = node.getBBox(); return [node.textContent, box.x, box.y, box.x + box.width, box.y + box.height]; });
+  const labels = (svg) => [...svg.querySelectorAll("text.label")].map((node) => node.textContent);
+  const plots = seen("svg").map((svg) => ({ name: svg.getAttribute("aria-label"), labels: labels(svg),
+    view: svg.getAttribute("viewBox").split(" ").map(Number), texts: texts(svg), size: svg.className.baseVal }));
+  const tables = [...document.querySelectorAll(".scroll")].map((node) => node.scrollWidth - node.clientWidth);
+  const result = { svg: sizes("svg"), dots: sizes("svg .dot"), bars: sizes("svg rect.fill"), plots,
+    curves: sizes("svg .curve"), overflow: tables, front: seen("svg .front").length,
+    page: document.documentElement.scrollWidth - innerWidth, problems: window.problems,
+    dark: matchMedia("(prefers-color-scheme: dark)").matches, ground: getComputedStyle(document.body).backgroundColor };
+  const out = document.createElement("pre"); out.id = "probe"; out.textContent = JSON.stringify(result);
+  document.body.append(out);
+});</script>"""
+_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome is installed")
+
+
+def _look(folder: Path, *options: str, width: int = 1200) -> dict[str, Any]:
+    """What a browser that is `width` pixels wide makes of the folder's report.html."""
+    page = folder / "report.html"
+    page.write_text(page.read_text().replace("</head>", _PROBE + "</head>"))
+    handler = type("Handler", (_Pages,), {"asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: handler(*args, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        command = [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+            "--dump-dom", *options, f"http://127.0.0.1:{server.server_address[1]}/report.html",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert handler.asked == ["/report.html"]
+    assert "CONSOLE" not in done.stderr
+    probe = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert probe, done.stderr[-2000:]
+    seen = json.loads(html.unescape(probe[1]))
+    assert seen["problems"] == []
+    return seen
+
+
+@_BROWSER
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_real_browser_draws_every_plot_and_asks_for_nothing_else(example, tmp_path, dark) -> None:
+    save_report(example(), tmp_path / "r")
+    seen = _look(tmp_path / "r", *(["--force-dark-mode"] if dark else []))
+    assert len(seen["svg"]) == 5  # curves, Pareto and throughput in process; curves and throughput over HTTP
+    assert all(width > 400 and height > 60 for width, height in seen["svg"])
+    assert len(seen["curves"]) == 5
+    assert all(width > 5 and height > 100 for width, height in seen["curves"])
+    assert len(seen["dots"]) == 4 + 4 + 1
+    assert all(width >= 8 and height >= 8 for width, height in seen["dots"])
+    assert all(width > 1 and height > 10 for width, height in seen["bars"])
+    assert max(seen["overflow"]) <= 0
+    assert seen["page"] <= 0
+    assert seen["dark"] is dark
+    assert seen["ground"] == ("rgb(16, 20, 27)" if dark else "rgb(246, 247, 249)")
+
+
+_CROWD = (
+    "torchscript-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-fp32-pruned50", "onnx-fp16-pruned50",
+    "onnx-int8-pruned50", "tensorrt-fp32", "tensorrt-fp16", "tensorrt-int8", "openvino-int8-pruned50",
+    "openvino-fp16-with-a-name-that-is-far-too-long-for-a-narrow-page",
+)  # fmt: skip
+
+
+def crowded_report(measured: Measured, medians_ms: Sequence[float], accuracies: Sequence[float]) -> Measured:
+    """The example's onnx-int8 as often as there are medians, each under a name of its own."""
+    row = measured.measurements[2]
+    rows = []
+    for name, median_ms, accuracy in zip(_CROWD, medians_ms, accuracies, strict=False):
+        factor = median_ms * 1e6 / row.latency.p50_ns.value
+        latency = {"p50_ns": Interval(**{end: value * factor for end, value in row.latency.p50_ns})}
+        rows.append(
+            row.model_copy(
+                update={
+                    "target": f"digits/{name}",
+                    "artifact": name,
+                    "accuracy": accuracy,
+                    "latency": row.latency.model_copy(update=latency),
+                }
+            )
+        )
+    report = measured.report.model_copy(update={"measurements": tuple(rows), "chosen": None, "chosen_because": None})
+    return Measured(report=report, samples=measured.samples)
+
+
+def _overlaps(one: Sequence[float], two: Sequence[float]) -> bool:
+    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
+
+
+@_BROWSER
+@pytest.mark.parametrize("width", [1200, 500])
+@pytest.mark.parametrize(
+    ("medians_ms", "accuracies"),
+    [
+        pytest.param([0.02] * 12, [0.99] * 12, id="twelve points in one place"),
+        pytest.param([0.02 * (1 + i % 3 / 50) for i in range(12)], [0.99] * 12, id="three heaps side by side"),
+        pytest.param([0.02 * 1.4**i for i in range(12)], [0.99 - i % 5 / 200 for i in range(12)], id="spread"),
+        pytest.param([0.019, 0.25], [0.99, 0.99], id="two at the far ends"),
+    ],
+)
+def test_no_text_of_a_plot_is_cut_or_lies_on_another(example, tmp_path, width, medians_ms, accuracies) -> None:
+    save_report(crowded_report(example(), medians_ms, accuracies), tmp_path / "r")
+    seen = _look(tmp_path / "r", width=width)
+    assert [plot["name"] for plot in seen["plots"]] == [
+        "Latency distributions", "Accuracy against latency", "Throughput",
+    ]  # fmt: skip
+    assert {plot["size"] for plot in seen["plots"]} == {"wide" if width > 760 else "narrow"}
+    assert len(seen["plots"][1]["labels"]) == len(medians_ms)
+    for plot in seen["plots"]:
+        left, top, wide, high = plot["view"]
+        for text, *box in plot["texts"]:
+            inside = box[0] >= left and box[1] >= top and box[2] <= left + wide and box[3] <= top + high
+            assert inside, f"{plot['name']}: {text} at {box} leaves {plot['view']}"
+        on_another = [
+            (one[0], two[0]) for one, two in itertools.combinations(plot["texts"], 2) if _overlaps(one[1:], two[1:])
+        ]
+        assert on_another == [], plot["name"]
+    assert seen["page"] <= 0
+
+
+@_BROWSER
+@pytest.mark.parametrize("width", [1000, 1200])
+def test_the_tables_fit_a_page_of_1000_pixels(example, tmp_path, width) -> None:
+    measured = example()
+    slow = [
+        row.model_copy(update={"provider": "CPUExecutionProvider", "accuracy_samples": 10_000, "flips": 1234})
+        for row in measured.measurements
+    ]
+    measured = Measured(
+        report=measured.report.model_copy(update={"measurements": tuple(slow)}), samples=measured.samples
+    )
+    save_report(measured, tmp_path / "r")
+    assert max(_look(tmp_path / "r", width=width)["overflow"]) <= 0
+
+
+@pytest.mark.parametrize(("accuracies", "lines"), [([0.98, 0.99], 1), ([0.99, 0.98], 0), ([0.99, 0.99], 0)])
+def test_the_caption_names_the_dashed_line_only_where_it_is_drawn(example, tmp_path, accuracies, lines) -> None:
+    save_report(crowded_report(example(), [0.02, 0.04], accuracies), tmp_path / "r")
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert page.count('class="front"') == 2 * lines  # for wide pages and for narrow ones
+    assert page.count("The dashed line joins") == lines
+    assert page.count("torchscript-fp32 is the fastest, and none is more accurate.") == 1 - lines

@@ -1,0 +1,205 @@
+"""Measuring end to end: real ONNX artifacts in process, a real server over HTTP, one report on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dlops.bench.run import Measured, MeasureInterrupted, choose_fastest, measure, merge, save_report
+from dlops.errors import MachineError, UsageError
+from dlops.report import read_report
+from dlops.timing import interleave
+
+
+def test_in_process_rows_and_network_rows_end_in_one_report(make_artifact, serve, tmp_path) -> None:
+    fast, slow = make_artifact("onnx-int8", hidden=8, drop=0.3), make_artifact("onnx-fp32", hidden=100_000)
+    server = serve(fast)
+    host = measure([slow, fast], batch=(1, 32), duration_s=0.4, threads=1, title="toy", command=("dlops", "bench"))
+    network = measure([server.url], payload=fast, concurrency=(1, 2), duration_s=0.4)
+    both = choose_fastest(merge(host, network), max_drop=1.0)
+    report = save_report(both, tmp_path / "report")
+
+    again = read_report(tmp_path / "report")
+    assert again == report
+    assert (tmp_path / "report" / "report.html").is_file()
+    seen = [(row.artifact, row.boundary, row.load.batch, row.load.concurrency) for row in again.measurements]
+    assert seen == [
+        ("onnx-fp32", "host", 1, 1),
+        ("onnx-int8", "host", 1, 1),
+        ("onnx-fp32", "host", 32, 1),
+        ("onnx-int8", "host", 32, 1),
+        ("onnx-int8", "network", 1, 1),
+        ("onnx-int8", "network", 1, 2),
+    ]
+    samples = again.raw_samples()
+    for row in again.measurements:
+        assert row.latency.samples == len(samples[row.samples]) == len(samples[row.samples + ".starts"])
+        assert row.latency.min_ns <= row.latency.mean_ns <= row.latency.max_ns
+        assert row.throughput.value > 0
+        assert row.error_count == 0
+    base, quick = again.measurements[:2]
+    assert again.baseline == "toy/onnx-fp32"
+    assert base.speedup is not None
+    assert quick.speedup is not None
+    assert base.speedup.value == 1.0
+    assert quick.speedup.low is not None
+    assert quick.speedup.low > 1.0
+    assert quick.provider == "CPUExecutionProvider"
+    assert (quick.accuracy, quick.drop_points, quick.flips) == (pytest.approx(0.977), 0.3, 1)
+    assert quick.peak_memory_bytes is not None
+    assert 2**24 < quick.peak_memory_bytes < 2**32
+    assert again.chosen == "toy/onnx-int8"
+
+
+def test_rows_that_ctrl_c_cut_short_cannot_be_quoted(make_artifact, monkeypatch) -> None:
+    first, second = make_artifact("onnx-fp32"), make_artifact("onnx-int8")
+
+    def interrupted(runs, *, on_progress, **options):
+        rounds = []
+
+        def ctrl_c(fraction: float) -> None:
+            rounds.append(fraction)
+            if len(rounds) == 3:
+                raise KeyboardInterrupt
+
+        return interleave(runs, on_progress=ctrl_c, **options)
+
+    monkeypatch.setattr("dlops.bench.inprocess.interleave", interrupted)
+    with pytest.raises(MeasureInterrupted) as caught:
+        measure([first, second], duration_s=5.0, threads=1)
+    assert caught.value.measured.partial
+    rows = caught.value.measured.measurements
+    assert len(rows) == 2
+    for row in rows:
+        assert not row.verdict.steady
+        assert row.verdict.reasons[0] == "interrupted"
+        assert "only 3 rounds" in row.verdict.reasons[1]
+        assert row.speedup is None
+        assert row.latency.p99_ns is None
+        assert row.latency.effective_samples == 3
+
+
+def test_nothing_listening_is_one_clear_error(make_artifact) -> None:
+    with pytest.raises(MachineError, match=r"http://127\.0\.0\.1:1: no answer"):
+        measure(["http://127.0.0.1:1"], payload=make_artifact())
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("ftp://127.0.0.1:1", "no http://HOST:PORT"),
+        ("http://127.0.0.1:99999", "port is no number"),
+        ("http://127.0.0.1:1/predict", "unknown path /predict"),
+    ],
+)
+def test_a_url_that_is_none_is_refused(target, said) -> None:
+    with pytest.raises(UsageError, match=said):
+        measure([target])
+
+
+def test_the_fastest_that_keeps_the_accuracy_is_chosen(example) -> None:
+    # onnx-int8-pruned50 is faster and loses 1.39 points.
+    report = choose_fastest(example(), max_drop=1.0).report
+    assert report.chosen == "digits/onnx-int8"
+    assert report.chosen_because == (
+        "the fastest at batch 1 of the 2 variants that lose at most 1 percentage point of accuracy (1 loses more)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "chosen", "because"),
+    [
+        (0, "onnx-fp32", "the only variant that is known to lose no accuracy (2 lose more)"),
+        (
+            2.0,
+            "onnx-int8-pruned50",
+            "the fastest of 3 variants at batch 1, and all of them lose at most 2 percentage points",
+        ),
+    ],
+)
+def test_the_choice_says_what_it_was_made_from(example, max_drop, chosen, because) -> None:
+    report = choose_fastest(example(), max_drop=max_drop).report
+    assert report.chosen == f"digits/{chosen}"
+    assert report.chosen_because.removesuffix(" of accuracy") == because
+
+
+def test_the_choice_counts_variants_whose_accuracy_is_not_known(example) -> None:
+    measured = example()
+    rows = tuple(
+        row.model_copy(update={"drop_points": None}) if row.artifact == "onnx-fp32" else row
+        for row in measured.measurements
+    )
+    measured = Measured(report=measured.report.model_copy(update={"measurements": rows}), samples=measured.samples)
+    assert choose_fastest(measured, max_drop=1.0).report.chosen_because == (
+        "the only variant that is known to lose at most 1 percentage point of accuracy "
+        "(1 loses more, and the accuracy of 1 is not known)"
+    )
+    (eager, only) = (row for row in rows if row.target in ("eager", "digits/onnx-int8"))
+    alone = Measured(
+        report=measured.report.model_copy(update={"measurements": (eager, only)}), samples=measured.samples
+    )
+    assert choose_fastest(alone, max_drop=1.0).report.chosen_because == (
+        "the only variant measured, and it loses at most 1 percentage point of accuracy"
+    )
+
+
+def test_where_no_variant_keeps_the_accuracy_none_is_chosen(example) -> None:
+    report = choose_fastest(example(), max_drop=-1.0).report
+    assert report.chosen is None
+    assert report.chosen_because == (
+        "no variant is known to lose at most -1 percentage points of accuracy: 3 lose more"
+    )
+
+
+def test_a_median_that_is_not_certified_is_chosen_only_where_there_is_no_other(example) -> None:
+    measured = example()
+
+    def blurred(*targets: str):
+        rows = [
+            row.model_copy(update={"latency": row.latency.model_copy(update={"p50_ns": None})})
+            if row.target in targets
+            else row
+            for row in measured.measurements
+        ]
+        report = measured.report.model_copy(update={"measurements": tuple(rows)})
+        return choose_fastest(Measured(report=report, samples=measured.samples), max_drop=1.0).report
+
+    assert blurred("digits/onnx-int8").chosen == "digits/onnx-fp32"
+    both = blurred("digits/onnx-int8", "digits/onnx-fp32")
+    assert both.chosen == "digits/onnx-int8"
+    assert both.chosen_because.endswith("; too few calls were made to be sure of any median")
+
+
+def test_a_batch_that_the_signature_does_not_allow_is_refused_before_anything_runs(make_artifact) -> None:
+    with pytest.raises(UsageError, match=r"toy/onnx-fp32: batch 65 asked, it takes 1 to 64"):
+        measure([make_artifact()], batch=(1, 65))
+
+
+def test_concurrency_without_a_url_is_refused(make_artifact) -> None:
+    with pytest.raises(UsageError, match="concurrency is for URLs"):
+        measure([make_artifact()], concurrency=(4,))
+
+
+def test_a_report_that_was_there_is_replaced_whole(example, tmp_path) -> None:
+    save_report(example(title="old"), tmp_path / "r")
+    save_report(example(title="new"), tmp_path / "r")
+    assert read_report(tmp_path / "r").title == "new"
+    assert "<h1>new</h1>" in (tmp_path / "r" / "report.html").read_text()
+    assert len(list((tmp_path / "r").iterdir())) == 3
+
+
+def test_a_checkpoint_adds_eager_as_the_baseline(make_artifact, tmp_path) -> None:
+    torch = pytest.importorskip("torch", reason="the eager row needs torch")
+    from dlops.checkpoint import save_checkpoint
+
+    module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    inputs = torch.randn(8, 16).numpy()
+    checkpoint = save_checkpoint(module, tmp_path / "c", evaluation=(inputs, np.zeros(8, np.int64)), max_batch=64)
+    measured = measure([make_artifact()], checkpoint=checkpoint, model=module, duration_s=0.2, threads=1)
+    eager, artifact = measured.measurements
+    assert (eager.target, eager.runtime, eager.accuracy) == ("eager", "eager", 0.98)
+    assert measured.report.baseline == "eager"
+    assert eager.speedup.value == 1.0
+    assert artifact.speedup.value > 1.0
+    assert eager.peak_memory_bytes is None
+    assert "peak memory of eager is not measured" in measured.report.notes[0]

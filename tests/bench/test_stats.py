@@ -1,0 +1,142 @@
+"""Intervals against distributions whose quantiles are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from dlops.bench import stats
+
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+
+
+def lognormal(draw: np.random.Generator, n: int) -> np.ndarray:
+    return np.exp(draw.normal(0, 0.5, n))
+
+
+def bimodal(draw: np.random.Generator, n: int) -> np.ndarray:
+    return np.where(draw.random(n) < 0.8, draw.normal(1, 0.05, n), draw.normal(5, 0.3, n))
+
+
+def in_turns_that_differ(draw: np.random.Generator, n: int) -> np.ndarray:
+    """Calls of one turn share a slow or fast spell: a normal with half of its variance between turns."""
+    turn = np.repeat(draw.normal(0, 1, n // 40), 40)
+    return (turn + draw.normal(0, 1, n)) / np.sqrt(2)
+
+
+@pytest.mark.parametrize(("q", "fewest"), [(0.5, 6), (0.9, 36), (0.99, 368), (0.999, 3688)])
+def test_a_quantile_is_null_below_the_fewest_samples_that_bound_it(q, fewest) -> None:
+    assert stats.fewest_samples(q) == fewest
+    ranks = stats.interval_ranks(fewest, q)
+    assert ranks.low is not None
+    assert ranks.high is not None
+    assert stats.interval_ranks(fewest - 1, q).high is None
+    draw = np.random.default_rng(0)
+    assert stats.quantile_interval(draw.normal(0, 1, fewest - 1), q) is None
+    assert stats.quantile_interval(draw.normal(0, 1, 4 * fewest), q) is not None
+
+
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_a_few_turns_certify_nothing_however_many_calls_they_hold(turns: int) -> None:
+    samples = np.random.default_rng(0).normal(0, 1, 10_000)
+    of = np.repeat(np.arange(turns), 10_000 // turns)
+    assert stats.effective_samples(samples, 0.99, turns=of) == turns
+    for q in (0.5, 0.9, 0.99):
+        assert stats.quantile_interval(samples, q, turns=of) is None
+
+
+def test_ranks_are_those_of_the_tables() -> None:
+    # Conover, Practical Nonparametric Statistics: n = 20, median, 95 %: the 6th and the 15th.
+    assert stats.interval_ranks(20, 0.5) == stats.Ranks(low=6, high=15)
+
+
+@pytest.mark.parametrize("distribution", [lognormal, bimodal])
+@pytest.mark.parametrize(("q", "n"), [(0.5, 50), (0.5, 2000), (0.9, 400), (0.99, 2000)])
+def test_intervals_of_independent_samples_cover_the_truth(distribution: Draw, q: float, n: int) -> None:
+    draw = np.random.default_rng(7)
+    truth = float(np.quantile(distribution(draw, 2_000_000), q))
+    covered, certified = 0, 0
+    for _ in range(300):
+        interval = stats.quantile_interval(distribution(draw, n), q)
+        if interval is not None:
+            certified += 1
+            covered += interval.low <= truth <= interval.high
+    assert certified == 300
+    # 95 % less three standard errors of a simulation of 300.
+    assert covered / 300 >= 0.95 - 3 * 0.0126
+
+
+@pytest.mark.parametrize("q", [0.5, 0.9])
+def test_intervals_stay_honest_where_calls_of_a_turn_resemble_each_other(q: float) -> None:
+    draw = np.random.default_rng(11)
+    truth = {0.5: 0.0, 0.9: 1.2816}[q]
+    turns = np.repeat(np.arange(40), 40)
+    corrected = naive = 0
+    for _ in range(300):
+        samples = in_turns_that_differ(draw, 1600)
+        right = stats.quantile_interval(samples, q, turns=turns)
+        ranks, ordered = stats.interval_ranks(1600, q), np.sort(samples)
+        corrected += right.low <= truth <= right.high
+        naive += ordered[ranks.low - 1] <= truth <= ordered[ranks.high - 1]
+    assert naive / 300 < 0.75
+    assert corrected / 300 >= 0.95 - 3 * 0.0126
+
+
+def test_effective_samples_are_the_number_of_turns_where_a_turn_repeats_one_value() -> None:
+    draw = np.random.default_rng(3)
+    samples = np.repeat(draw.normal(0, 1, 200), 25)
+    turns = np.repeat(np.arange(200), 25)
+    assert 150 <= stats.effective_samples(samples, 0.5, turns=turns) <= 210
+    independent = draw.normal(0, 1, 5000)
+    assert stats.effective_samples(independent, 0.5, turns=turns) > 3500
+
+
+def test_speed_up_cancels_a_drift_that_both_share() -> None:
+    draw = np.random.default_rng(5)
+    pace = np.linspace(1, 3, 40)
+    base = [np.int64(2e6 * speed * draw.lognormal(0, 0.05, 30)) for speed in pace]
+    new = [np.int64(1e6 * speed * draw.lognormal(0, 0.05, 30)) for speed in pace]
+    interval = stats.ratio_interval(base, new)
+    assert interval.low <= 2.0 <= interval.high
+    assert interval.high / interval.low < 1.1
+
+
+def test_a_speed_up_is_given_with_its_interval_or_not_at_all() -> None:
+    turns = [np.array([5, 6, 7])] * 6
+    assert stats.ratio_interval(turns[:5], turns[:5]) is None
+    interval = stats.ratio_interval(turns, turns)
+    assert (interval.value, interval.low, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_throughput_intervals_cover_the_truth() -> None:
+    draw = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        durations = draw.gamma(4, 0.25, (20, 10)).sum(axis=1)
+        interval = stats.rate_interval(np.full(20, 10), durations)
+        covered += interval.low <= 1.0 <= interval.high
+    assert covered / 400 >= 0.95 - 3 * 0.011
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(4, 2.7764), (5, 2.5706), (9, 2.2622), (29, 2.0452), (1000, 1.9623)])
+def test_student_t_matches_the_tables(degrees, quantile) -> None:
+    assert stats.student_t(degrees) == pytest.approx(quantile, rel=1e-3)
+
+
+def test_drift_is_found_where_there_is_one_and_rarely_where_not() -> None:
+    draw = np.random.default_rng(4)
+    rising = np.linspace(1.0, 1.2, 30) + draw.normal(0, 0.02, 30)
+    found = stats.drift(rising.tolist())
+    assert found.matters
+    assert found.change == pytest.approx(0.2, abs=0.05)
+    alarms = sum(stats.drift(draw.normal(1, 0.1, 30).tolist()).matters for _ in range(500))
+    assert alarms <= 12  # 1 % of 500, and three standard errors
+    assert not stats.drift([1.0, 1.001, 1.002, 1.003, 1.004, 1.005, 1.006]).matters
+
+
+def test_wilson_matches_a_published_interval() -> None:
+    # Brown, Cai and DasGupta 2001: 10 of 20 gives 0.299 to 0.701.
+    interval = stats.proportion_interval(0.5, 20)
+    assert (interval.low, interval.high) == (pytest.approx(0.299, abs=1e-3), pytest.approx(0.701, abs=1e-3))

@@ -1,0 +1,45 @@
+"""Experiments: what depends on a real clock or runs long. Each writes a page of docs/benchmarks/ with its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from dlops.environment import describe_environment
+
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+
+WritePage = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_page() -> WritePage:
+    """Writes docs/benchmarks/<name>.md: what was measured, where, with which command, and the table."""
+
+    def write(name: str, *, title: str, says: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
+        where = describe_environment()
+        system = where.system.partition("-")[0]
+        versions = ", ".join(f"{package} {version}" for package, version in where.packages.items())
+        lines = [
+            f"# {title}",
+            "",
+            says,
+            "",
+            f"| {' | '.join(header)} |",
+            f"|{'---|' * len(header)}",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            f"Measured on {datetime.now(UTC):%-d %B %Y}: {where.cpu}, {where.cores} cores, {system}, "
+            f"Python {where.python}; {versions}.",
+            "",
+            "Repeat it: `make experiments`.",
+            "",
+        ]
+        path = PAGES / f"{name}.md"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
