@@ -1,0 +1,272 @@
+"""Start the service from Python or the command line: in the foreground, or as a child for as long as a block lasts."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import importlib.util
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from dlops.artifact import Artifact
+from dlops.console import say
+from dlops.errors import MachineError, UsageError, from_os_error, missing_package
+from dlops.runtimes.session import Device
+from dlops.serve.settings import Settings
+from dlops.serve.supervision import FAILURE_FILE, STOP_ON_STDIN_EOF, Family, read_failure
+
+_SERVICE = "dlops.serve.service:Service"
+_POLL_S = 0.05
+_LOG_TAIL_LINES = 30
+
+
+def serve_artifact(
+    artifact: Artifact, *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
+    threads: int | None = None, workers: int = 1,
+) -> int:  # fmt: skip
+    """Serve in the foreground until a signal ends it. port: 0 takes a free one.
+
+    Returns the exit status: 130 after Ctrl-C, 143 after SIGTERM, both once what was accepted is answered. Raises
+    MachineError where the port is taken or the device is missing, GateError where the artifact fails its self-test.
+    """
+    settings = Settings(artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers)
+    address = _address(host)
+    port = _usable_port(address, port)
+    with tempfile.TemporaryDirectory(prefix="dlops-serve-") as folder:
+        failure_file = Path(folder) / "failure.json"
+        where = f"http://{_authority(address, port)}"
+        say(f"starting {artifact.title} version {artifact.version} on {where} (Ctrl-C ends it)")
+        process = _start(settings, address, port, failure_file=failure_file, env=None, log=sys.stderr.fileno())
+        received = _wait_forwarding_signals(process)
+        failure = read_failure(failure_file)
+        if failure is not None:
+            raise failure
+    if received is not None:
+        return 128 + received
+    if process.returncode:
+        raise MachineError(f"bentoml serve ended with status {process.returncode}", hint="its output above says why")
+    return 0
+
+
+class ServerProcess:
+    """A server in a child process for as long as a `with` block lasts; ready when the block begins.
+
+    port: 0 takes a free one. env: added to the child's environment, DLOPS_MAX_QUEUE_ROWS, say. `url`, `pid`,
+    `port` and `log_path` describe it; the log is deleted at the end of the block unless it failed to start.
+    """
+
+    def __init__(
+        self, artifact: Artifact, *, host: str = "127.0.0.1", port: int = 0, env: Mapping[str, str] | None = None,
+        device: Device = "auto", threads: int | None = None, workers: int = 1, start_timeout_s: float = 120.0,
+        stop_timeout_s: float = 20.0,
+    ) -> None:  # fmt: skip
+        self._settings = Settings(
+            artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers
+        )
+        self._title = artifact.title
+        self._host = host
+        self._wanted_port = port
+        self._env = env
+        self._start_timeout_s = start_timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.port = 0
+        self.url = ""
+
+    @property
+    def pid(self) -> int:
+        """Of the process that starts and watches the workers."""
+        assert self._process is not None, "inside the with block only"
+        return self._process.pid
+
+    @property
+    def log_path(self) -> Path:
+        """What the server wrote to stdout and stderr so far."""
+        assert self._folder is not None, "inside the with block only"
+        return Path(self._folder.name) / "server.log"
+
+    def __enter__(self) -> Self:
+        address = _address(self._host)
+        self.port = _usable_port(address, self._wanted_port)
+        self.url = f"http://{_authority(_reachable(address), self.port)}"
+        self._folder = tempfile.TemporaryDirectory(prefix="dlops-serve-")
+        failure_file = Path(self._folder.name) / "failure.json"
+        try:
+            with self.log_path.open("wb") as log:
+                self._process = _start(
+                    self._settings, address, self.port, failure_file=failure_file, env=self._env, log=log.fileno()
+                )
+            self._wait_until_ready(_reachable(address), failure_file)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server and everything that it started; answers what it accepted first. Safe to call twice.
+
+        After `stop_timeout_s` whatever still runs, workers in the middle of an answer too, is killed.
+        """
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process, timeout_s=self._stop_timeout_s)
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.cleanup()
+
+    def log_tail(self) -> str:
+        """The last lines of the log."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-_LOG_TAIL_LINES:])
+
+    def _wait_until_ready(self, address: str, failure_file: Path) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            ended = self._process.poll() is not None
+            failure = read_failure(failure_file)
+            if failure is not None:
+                raise failure
+            if ended:
+                raise MachineError(
+                    f"{self._title}: the server ended with status {self._process.returncode} before it was ready; "
+                    f"its log ends:\n{self.log_tail()}"
+                )
+            if _is_ready(address, self.port):
+                return
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"{self._title}: the server was not ready within {self._start_timeout_s:g} s; "
+                    f"its log ends:\n{self.log_tail()}"
+                )
+            time.sleep(_POLL_S)
+
+
+def _start(
+    settings: Settings, address: str, port: int, *, failure_file: Path, env: Mapping[str, str] | None, log: int
+) -> subprocess.Popen[bytes]:
+    if importlib.util.find_spec("bentoml") is None:
+        raise missing_package("bentoml", extra="serve", needed_for="serving")
+    command = [sys.executable, "-m", "bentoml", "serve", _SERVICE, "--host", address, "--port", str(port)]
+    child_env = {**os.environ, **settings.to_environment(), **(env or {})}
+    # A server within a server's environment would take that one's places for its own.
+    for name in ("DLOPS_ARBITER_PID", "DLOPS_METRICS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
+        child_env.pop(name, None)
+    child_env |= {FAILURE_FILE: str(failure_file), STOP_ON_STDIN_EOF: "1"}
+    child_env.setdefault("BENTOML_DO_NOT_TRACK", "True")
+    return subprocess.Popen(
+        command,
+        env=child_env,
+        # Held open by this process: should it be killed, the server reads the end of it and ends too.
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        # Its own session, so that Ctrl-C reaches it once, through us, and that all of it can be ended at once.
+        start_new_session=True,
+    )
+
+
+def _wait_forwarding_signals(process: subprocess.Popen[bytes]) -> int | None:
+    """Wait for the child; SIGINT and SIGTERM end it, a second one at once, its workers included.
+
+    Returns the first one received.
+    """
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process.poll() is None:
+            if len(received) == 1:
+                process.send_signal(signal.SIGTERM)
+            else:
+                Family(process).kill()
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process.wait()
+    finally:
+        _end(process, timeout_s=0.0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return received[0] if received else None
+
+
+def _end(process: subprocess.Popen[bytes], *, timeout_s: float) -> None:
+    # Taken while the arbiter lives: its workers are strangers to us once it is gone.
+    family = Family(process)
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            say(f"the server did not end within {timeout_s:g} s and is killed")
+    family.kill()
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def _address(host: str) -> str:
+    """An IP address: BentoML takes no names."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UsageError(f"host {host!r}: {error}", hint="127.0.0.1 for this machine, 0.0.0.0 for all") from None
+
+
+def _usable_port(address: str, port: int) -> int:
+    """That port, or a free one for 0. Raises MachineError where it is taken or not allowed."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As the server does: a port whose last connections are in TIME_WAIT is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise MachineError(
+                    f"port {port} on {address} is in use", hint="pass another --port, or 0 for a free one"
+                ) from None
+            raise from_os_error(error, doing=f"listening on {_authority(address, port)}") from None
+        return int(probe.getsockname()[1])
+
+
+def _authority(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _reachable(address: str) -> str:
+    # One that listens on all addresses is asked on this machine's own.
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104
+
+
+def _is_ready(address: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(address, port, timeout=5)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

@@ -1,0 +1,172 @@
+"""The OpenAPI document of the service and the page that shows it.
+
+BentoML writes one for its own endpoints only, and its page loads a tracker from the network: ours stand in front.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dlops.artifact import Artifact
+from dlops.version import __version__
+
+# Swagger UI as BentoML ships it, from this server: nothing is fetched from elsewhere.
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><title>dlops service</title>
+<link rel="stylesheet" href="./static_content/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="./static_content/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "./docs.json", dom_id: "#swagger-ui", validatorUrl: null});</script>
+</body>
+</html>
+"""
+_MODEL = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "datatype", "shape"],
+    "properties": {
+        "name": {"type": "string"},
+        "datatype": {"type": "string", "example": "FP32"},
+        "shape": {"type": "array", "items": {"type": "integer"}},
+        "data": {"type": "array", "items": {}},
+        "parameters": {"type": "object"},
+    },
+}
+_SCHEMAS: dict[str, Any] = {
+    "Error": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "string"}, "field": {"type": "string", "description": "The part at fault."}},
+    },
+    "Numbers": {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {"inputs": {"type": "array", "items": {}, "description": "One input, or a list of them."}},
+    },
+    "Form": {
+        "type": "object",
+        "properties": {"image": {"type": "string", "format": "binary"}, "file": {"type": "string", "format": "binary"}},
+    },
+    "Label": {
+        "type": "object",
+        "properties": {"label": {"type": "string"}, "probability": {"type": "number"}},
+    },
+    "Prediction": {
+        "type": "object",
+        "properties": {
+            "label": {"type": "string"},
+            "probability": {"type": "number"},
+            "top": {"type": "array", "items": {"$ref": "#/components/schemas/Label"}},
+        },
+    },
+    "Predictions": {
+        "type": "object",
+        "properties": {
+            "model": {"type": "string"},
+            "version": {"type": "string"},
+            "predictions": {"type": "array", "items": {"$ref": "#/components/schemas/Prediction"}},
+        },
+    },
+    "InferRequest": {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "id": {"type": "string"},
+            "inputs": {"type": "array", "items": _TENSOR},
+            "outputs": {"type": "array", "items": {"type": "object"}},
+            "parameters": {"type": "object"},
+        },
+    },
+    "InferResponse": {
+        "type": "object",
+        "properties": {
+            "id": {"type": "string"},
+            "model_name": {"type": "string"},
+            "model_version": {"type": "string"},
+            "outputs": {"type": "array", "items": _TENSOR},
+        },
+    },
+}
+
+
+def openapi_document(artifact: Artifact | None) -> dict[str, Any]:
+    """OpenAPI 3.0 of every route. artifact: what is served, for the title and the texts; None before it is loaded."""
+    title = "dlops" if artifact is None else f"{artifact.title} version {artifact.version}"
+    about = _shown(artifact)
+    model = "/v2/models/{name}"
+    return {
+        "openapi": "3.0.3",
+        "info": {"title": title, "version": __version__, "description": about},
+        "paths": {
+            "/predict": {"post": _predict(artifact)},
+            "/v2": {"get": _get("Server metadata")},
+            "/v2/health/live": {"get": _get("Whether the process answers")},
+            "/v2/health/ready": {"get": _get("Whether the model passed its self-test and takes requests")},
+            "/v2/models/stats": {"get": _get("Counts and times of all models, of the worker that answers")},
+            model: {"get": _get("Model metadata: tensors, versions", _MODEL)},
+            f"{model}/ready": {"get": _get("Whether this model is ready", _MODEL)},
+            f"{model}/config": {"get": _get("Model configuration, as Triton has it", _MODEL)},
+            f"{model}/stats": {"get": _get("Counts and times of this model, of the worker that answers", _MODEL)},
+            f"{model}/infer": {"post": _infer()},
+            "/metrics": {"get": _get("Prometheus metrics")},
+            "/livez": {"get": _get("Whether the process answers")},
+            "/readyz": {"get": _get("As /v2/health/ready")},
+        },
+        "components": {"schemas": _SCHEMAS},
+    }
+
+
+def _shown(artifact: Artifact | None) -> str:
+    if artifact is None:
+        return "The model is still loading."
+    shapes = ", ".join(f"{s.name}: {s.dtype} {list(s.shape)}" for s in artifact.signature.inputs)
+    return f"A {artifact.task} model, {artifact.slug}. Tensors for /v2: {shapes}."
+
+
+def _predict(artifact: Artifact | None) -> dict[str, Any]:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    content: dict[str, Any] = {"application/json": _body("Numbers")}
+    # A model that takes numbers has no use for files.
+    if artifact is None or artifact.preprocess is None or artifact.preprocess.input == "image":
+        files = {"image/*": binary, "application/octet-stream": binary, "multipart/form-data": _body("Form")}
+        content = files | content
+    return {
+        "summary": "Labels with probabilities",
+        "description": "One image, several in a form, or pixels or features as JSON.",
+        "requestBody": {"required": True, "content": content},
+        "responses": _responses("Predictions"),
+    }
+
+
+def _infer() -> dict[str, Any]:
+    return {
+        "summary": "Inference by the Open Inference Protocol",
+        "description": "JSON, or JSON and then raw tensors with Inference-Header-Content-Length.",
+        "parameters": _MODEL,
+        "requestBody": {"required": True, "content": {"application/json": _body("InferRequest")}},
+        "responses": _responses("InferResponse"),
+    }
+
+
+def _get(summary: str, parameters: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    return {"summary": summary, "parameters": parameters or [], "responses": {"200": {"description": "Yes, or it."}}}
+
+
+def _body(schema: str) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{schema}"}}
+
+
+def _responses(schema: str) -> dict[str, Any]:
+    error = {"content": {"application/json": _body("Error")}}
+    return {
+        "200": {"description": "The answer.", "content": {"application/json": _body(schema)}},
+        "400": {"description": "The request does not fit; field says which part.", **error},
+        "413": {"description": "The body is too large.", **error},
+        "429": {"description": "The queue is full; Retry-After says when to come back.", **error},
+        "503": {"description": "Not ready, or shutting down.", **error},
+        "504": {"description": "The request's own deadline passed while it waited.", **error},
+    }

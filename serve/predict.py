@@ -1,0 +1,173 @@
+"""What `POST /predict` takes: image bytes, a form with image files, or numbers as JSON; one input or several."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
+
+import numpy as np
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from dlops.artifact import Artifact
+from dlops.errors import InputError
+from dlops.preprocess import Decode
+from dlops.serve.protocol import number_array, read_json
+from dlops.signature import Array, Feed
+
+# It warns of every malformed form, which is the client's affair and not the log's.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
+_FIELDS = ("image", "file")
+_FORM = "multipart/form-data"
+_JSON = "application/json"
+
+
+class MediaTypeError(InputError):
+    """The Content-Type is none that /predict takes: status 415."""
+
+
+class _InMemoryParser(MultiPartParser):
+    # The body is held whole and bounded already; spooling to disk would only add a copy.
+    spool_max_size = 2**62
+    is_whole = False
+
+    def on_end(self) -> None:
+        """Called at the closing boundary, without which a form cut short would pass for one with fewer files."""
+        self.is_whole = True
+
+
+async def read_inputs(
+    body: bytes, content_type: str, artifact: Artifact, *, offload: Callable[[Callable[[], Any]], Awaitable[Any]]
+) -> list[Any]:
+    """The raw inputs in a body, one or more, not decoded yet. Raises InputError naming the field.
+
+    offload: makes a call in another thread, for JSON that would hold the event loop up.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if not body:
+        raise InputError("the body is empty", field="body")
+    if kind == _FORM:
+        raws: list[Any] = await _read_form(body, content_type, max_files=artifact.signature.max_batch)
+    elif kind == _JSON or kind.endswith("+json") or not kind:
+        raws = await offload(lambda: _read_numbers(body, artifact))
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        raws = [body]
+    else:
+        raise MediaTypeError(
+            f"Content-Type {kind!r}: send image/*, application/octet-stream, {_FORM} or {_JSON}", field="Content-Type"
+        )
+    largest = artifact.signature.max_batch
+    if len(raws) > largest:
+        raise InputError(f"{len(raws)} inputs, at most {largest} in one request", field="inputs")
+    return raws
+
+
+def to_feed(artifact: Artifact, raws: list[Any], *, check: Callable[[], None] = lambda: None) -> Feed:
+    """Raw inputs, preprocessed and stacked as the model's input. Raises InputError naming the input at fault.
+
+    check: called before each input; what it raises ends the work.
+    """
+    spec = artifact.signature.inputs[0]
+    if artifact.preprocess is None:
+        if any(isinstance(raw, bytes) for raw in raws):
+            raise InputError("this artifact has no preprocessing, so it takes numbers as JSON", field="body")
+        tensors = [number_array(raw, spec.dtype, field=f"inputs[{i}]") for i, raw in enumerate(raws)]
+    else:
+        tensors = []
+        for index, raw in enumerate(raws):
+            check()
+            tensors.append(_preprocessed(artifact, raw, index))
+    try:
+        stacked = np.stack(tensors)
+    except ValueError:
+        raise InputError("the inputs have different shapes", field="inputs") from None
+    feed: Feed = {spec.name: stacked.astype(spec.dtype, copy=False)}
+    artifact.signature.check(feed)
+    return feed
+
+
+def _preprocessed(artifact: Artifact, raw: Any, index: int) -> Array:
+    assert artifact.preprocess is not None
+    try:
+        if artifact.preprocess.input == "image" and not isinstance(raw, bytes):
+            raw = _pixels(raw)
+        return artifact.preprocess.apply(raw)
+    except InputError as error:
+        raise InputError(f"inputs[{index}]: {error.message}", field=f"inputs[{index}]", hint=error.hint) from None
+
+
+def _pixels(raw: Any) -> Array:
+    try:
+        return np.asarray(raw)
+    except ValueError:
+        raise InputError("rows of different lengths") from None
+
+
+async def _read_form(body: bytes, content_type: str, *, max_files: int) -> list[bytes]:
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = _InMemoryParser(
+        Headers({"content-type": content_type}), cast("Any", stream()), max_files=max_files, max_fields=16,
+        max_part_size=64 * 1024,
+    )  # fmt: skip
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError) as error:
+        message = getattr(error, "message", "no boundary in Content-Type")
+        raise InputError(f"the form cannot be read: {message}", field="body") from None
+    if not parser.is_whole:
+        await form.close()
+        raise InputError("the form is cut short: its closing boundary is missing", field="body")
+    try:
+        files = [value for name, value in form.multi_items() if name in _FIELDS and isinstance(value, UploadFile)]
+        if not files:
+            raise InputError("the form has no file in a field named image or file", field="image")
+        contents = [await file.read() for file in files]
+    finally:
+        await form.close()
+    if not all(contents):
+        raise InputError("a file in the form is empty", field="image")
+    return contents
+
+
+def _read_numbers(body: bytes, artifact: Artifact) -> list[Any]:
+    document = read_json(body)
+    unknown = sorted(set(document) - {"inputs"})
+    if unknown or "inputs" not in document:
+        raise InputError('expected {"inputs": [...]}', field=unknown[0] if unknown else "inputs")
+    if len(artifact.signature.inputs) > 1:
+        where = f"POST /v2/models/{artifact.name}/infer"
+        raise InputError("this model takes several inputs", field="inputs", hint=where)
+    inputs = document["inputs"]
+    if not isinstance(inputs, list) or not inputs:
+        raise InputError("inputs must be a list of numbers, or of lists of them", field="inputs")
+    return inputs if _depth(inputs) > _depth_of_one(artifact, inputs) else [inputs]
+
+
+def _depth_of_one(artifact: Artifact, inputs: list[Any]) -> int:
+    """How many lists deep one input of this model is."""
+    preprocess = artifact.preprocess
+    if preprocess is None:
+        return len(artifact.signature.inputs[0].shape) - 1
+    if preprocess.input == "numbers":
+        return len(preprocess.shape)
+    assert isinstance(preprocess.steps[0], Decode)
+    if _depth(inputs) != 3:
+        return 2 if _depth(inputs) < 3 else 3
+    # Three deep is one image with channels, or several without: the innermost length tells which.
+    return 3 if _innermost_length(inputs) in (1, 3) else 2
+
+
+def _depth(value: Any) -> int:
+    depth = 0
+    while isinstance(value, list) and value:
+        value, depth = value[0], depth + 1
+    return depth
+
+
+def _innermost_length(value: list[Any]) -> int:
+    while isinstance(value[0], list) and value[0]:
+        value = value[0]
+    return len(value)

@@ -1,0 +1,319 @@
+"""The Open Inference Protocol v2 as bytes: decoding and encoding, no network.
+
+JSON, and Triton's binary tensor extension: a JSON header of `Inference-Header-Content-Length` bytes, then the tensors'
+little-endian bytes in the order of the header. Messages name the field at fault.
+https://github.com/kserve/open-inference-protocol and Triton's extension_binary_data.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic_core import from_json, to_json
+
+from dlops.errors import InputError
+from dlops.signature import Array, Feed, Signature, TensorSpec
+
+# From the protocol's names to numpy's, for the dtypes that a Signature may hold.
+_DTYPES: Mapping[str, str] = {
+    "BOOL": "bool", "UINT8": "uint8", "INT8": "int8", "INT16": "int16", "INT32": "int32", "INT64": "int64",
+    "FP16": "float16", "FP32": "float32", "FP64": "float64",
+}  # fmt: skip
+DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in _DTYPES.items()}
+_SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
+# The kinds of Python number that JSON holds and a datatype takes: 1.5 is no INT64, true is no FP32.
+_JSON_KINDS: Mapping[str, str] = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An output to return. binary: as bytes after the JSON header."""
+
+    name: str
+    binary: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferRequest:
+    """feed: checked against the signature. rows: along the batch axis. timeout_us: None for no deadline."""
+
+    id: str | None
+    feed: Feed
+    rows: int
+    outputs: tuple[Wanted, ...]
+    timeout_us: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """json_bytes: length of the JSON at the start of `body`, or None where that is all of it."""
+
+    body: bytes
+    json_bytes: int | None
+
+
+def decode_request(body: bytes, *, json_bytes: int | None, signature: Signature) -> InferRequest:
+    """An infer request. json_bytes: what Inference-Header-Content-Length said, None where it was absent.
+
+    Raises InputError naming the field for whatever does not fit.
+    """
+    if json_bytes is not None and not 0 <= json_bytes <= len(body):
+        raise InputError(
+            f"Inference-Header-Content-Length is {json_bytes}, the body has {len(body)} bytes",
+            field="Inference-Header-Content-Length",
+        )
+    document = read_json(body if json_bytes is None else body[:json_bytes])
+    binary = memoryview(body)[json_bytes if json_bytes is not None else len(body) :]
+    parameters = _mapping(document.get("parameters", {}), "parameters")
+    identity = document.get("id")
+    if identity is not None and not isinstance(identity, str):
+        raise InputError("id must be a string", field="id")
+    feed, used = _decode_inputs(document, binary, signature)
+    if used != len(binary):
+        raise InputError(f"{len(binary) - used} bytes follow the last input", field="inputs")
+    signature.check(feed)
+    return InferRequest(
+        id=identity,
+        feed=feed,
+        rows=rows_of(feed, signature),
+        outputs=_wanted(document, parameters, signature),
+        timeout_us=_timeout(parameters),
+    )
+
+
+def encode_response(
+    outputs: Feed, wanted: Sequence[Wanted], *, model: str, version: str, identity: str | None
+) -> Encoded:
+    """The response to an infer request with the wanted outputs in their order."""
+    described: list[dict[str, Any]] = []
+    chunks: list[bytes] = []
+    for want in wanted:
+        array = np.ascontiguousarray(outputs[want.name])
+        entry: dict[str, Any] = {"name": want.name, "datatype": DATATYPES[array.dtype.name], "shape": list(array.shape)}
+        if want.binary:
+            chunks.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            entry["parameters"] = {"binary_data_size": len(chunks[-1])}
+        else:
+            entry["data"] = array.reshape(-1).tolist()
+        described.append(entry)
+    document: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": described}
+    if identity is not None:
+        document["id"] = identity
+    # NaN and infinity are not JSON; the constants are what Triton and Python's reader understand.
+    header = to_json(document, inf_nan_mode="constants")
+    if not chunks:
+        return Encoded(body=header, json_bytes=None)
+    return Encoded(body=b"".join([header, *chunks]), json_bytes=len(header))
+
+
+def rows_of(feed: Feed, signature: Signature) -> int:
+    """Rows along the batch axis, 1 where there is none."""
+    first = signature.inputs[0]
+    return int(feed[first.name].shape[0]) if first.is_batched else 1
+
+
+def model_metadata(signature: Signature, *, name: str, version: str, platform: str) -> dict[str, Any]:
+    """The answer to GET /v2/models/NAME."""
+    return {
+        "name": name,
+        "versions": [version],
+        "platform": platform,
+        "inputs": [_tensor_metadata(spec) for spec in signature.inputs],
+        "outputs": [_tensor_metadata(spec) for spec in signature.outputs],
+    }
+
+
+def model_config(signature: Signature, *, name: str, platform: str, device: str, max_batch: int) -> dict[str, Any]:
+    """The answer to GET /v2/models/NAME/config, as Triton's model configuration in JSON.
+
+    max_batch: 0 where requests are not joined, as Triton has it; the shapes then hold the batch axis.
+    """
+    return {
+        "name": name,
+        "platform": platform,
+        "backend": "dlops",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": max_batch,
+        "input": [_tensor_config(spec, batched=max_batch > 0) for spec in signature.inputs],
+        "output": [_tensor_config(spec, batched=max_batch > 0) for spec in signature.outputs],
+        "instance_group": [{"name": name, "kind": "KIND_GPU" if device.startswith("cuda") else "KIND_CPU", "count": 1}],
+        **({"dynamic_batching": {"preferred_batch_size": [], "max_queue_delay_microseconds": 0}} if max_batch else {}),
+    }
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises InputError."""
+    try:
+        document = from_json(body)
+    except ValueError as error:
+        raise InputError(f"the body is not JSON: {error}", field="body") from None
+    if not isinstance(document, dict):
+        raise InputError("the body is not a JSON object", field="body")
+    return document
+
+
+def _decode_inputs(document: dict[str, Any], binary: memoryview, signature: Signature) -> tuple[Feed, int]:
+    entries = document.get("inputs")
+    if not isinstance(entries, list) or not entries:
+        raise InputError("inputs must be a list of tensors", field="inputs")
+    specs = {spec.name: spec for spec in signature.inputs}
+    feed: dict[str, Array] = {}
+    offset = 0
+    for index, value in enumerate(entries):
+        entry = _mapping(value, f"inputs[{index}]")
+        spec = _spec_of(entry, specs, f"inputs[{index}]")
+        if spec.name in feed:
+            raise InputError(f"input {spec.name!r} is given twice", field=spec.name)
+        # Before anything is made in that shape: the sizes in it may be any numbers at all.
+        shape = _shape(entry, spec.name)
+        signature.check_shape(spec, shape)
+        size = _binary_size(entry, spec.name)
+        if size is None:
+            feed[spec.name] = _from_json_data(entry, spec, shape)
+            continue
+        if offset + size > len(binary):
+            raise InputError(
+                f"{spec.name}: binary_data_size is {size}, but {len(binary) - offset} bytes are left", field=spec.name
+            )
+        feed[spec.name] = _from_binary(binary[offset : offset + size], spec, shape)
+        offset += size
+    return feed, offset
+
+
+def _spec_of(entry: dict[str, Any], specs: dict[str, TensorSpec], where: str) -> TensorSpec:
+    name = entry.get("name")
+    if not isinstance(name, str):
+        raise InputError(f"{where}.name must be a string", field=where)
+    if name not in specs:
+        raise InputError(f"unknown input {name!r}, the model takes {', '.join(sorted(specs))}", field=name)
+    expected = DATATYPES[specs[name].dtype]
+    if entry.get("datatype") != expected:
+        raise InputError(f"{name}: datatype {entry.get('datatype')!r}, expected {expected}", field=name)
+    return specs[name]
+
+
+def _shape(entry: dict[str, Any], name: str) -> tuple[int, ...]:
+    shape = entry.get("shape")
+    # type() and not isinstance: true is an int to Python, and no dimension.
+    if not isinstance(shape, list) or len(shape) > 32 or not all(type(dim) is int and dim >= 0 for dim in shape):
+        raise InputError(f"{name}: shape must be a list of whole numbers", field=name)
+    return tuple(shape)
+
+
+def _binary_size(entry: dict[str, Any], name: str) -> int | None:
+    parameters = _mapping(entry.get("parameters", {}), f"{name}.parameters")
+    if any(key in parameters for key in _SHARED_MEMORY):
+        raise InputError(f"{name}: shared memory is not supported", field=name, hint="send the tensor in the body")
+    size = parameters.get("binary_data_size")
+    if size is None:
+        return None
+    if type(size) is not int or size < 0:
+        raise InputError(f"{name}: binary_data_size must be a whole number", field=name)
+    if "data" in entry:
+        raise InputError(f"{name}: both data and binary_data_size are given", field=name)
+    return size
+
+
+def _from_binary(data: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    dtype = np.dtype(spec.dtype).newbyteorder("<")
+    wanted = math.prod(shape) * dtype.itemsize
+    if len(data) != wanted:
+        raise InputError(
+            f"{spec.name}: {len(data)} bytes, but shape {list(shape)} of {DATATYPES[spec.dtype]} takes {wanted}",
+            field=spec.name,
+        )
+    array = np.frombuffer(data, dtype=dtype).reshape(shape)
+    if spec.dtype == "bool" and array.size and array.view(np.uint8).max() > 1:
+        raise InputError(f"{spec.name}: a BOOL is the byte 0 or 1", field=spec.name)
+    return array.astype(spec.dtype, copy=False)
+
+
+def _from_json_data(entry: dict[str, Any], spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    if not isinstance(entry.get("data"), list):
+        raise InputError(f"{spec.name}: data must be a list", field=spec.name)
+    array = number_array(entry["data"], spec.dtype, field=spec.name)
+    if array.size != math.prod(shape):
+        wanted = math.prod(shape)
+        raise InputError(f"{spec.name}: {array.size} values, shape {list(shape)} takes {wanted}", field=spec.name)
+    return array.reshape(shape)
+
+
+def number_array(data: object, dtype: str, *, field: str) -> Array:
+    """Nested lists of JSON numbers as an array of `dtype`. Raises InputError for raggedness, text, or lost values."""
+    target = np.dtype(dtype)
+    try:
+        array = np.asarray(data)
+    except ValueError:
+        raise InputError(f"{field}: rows of different lengths", field=field) from None
+    if array.size and array.dtype.kind not in _JSON_KINDS[target.kind]:
+        raise InputError(f"{field}: values are not all {DATATYPES[dtype]}", field=field)
+    if target.kind in "iu" and array.size:
+        limits = np.iinfo(target)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise InputError(f"{field}: values outside of {limits.min} to {limits.max}", field=field)
+    with np.errstate(over="ignore"):  # too large for the dtype becomes infinity, which the signature's check refuses
+        return array.astype(target)
+
+
+def _wanted(document: dict[str, Any], parameters: dict[str, Any], signature: Signature) -> tuple[Wanted, ...]:
+    names = [spec.name for spec in signature.outputs]
+    binary = _flag(parameters, "binary_data_output", "parameters")
+    entries = document.get("outputs")
+    if not entries:
+        if entries not in (None, []):
+            raise InputError("outputs must be a list", field="outputs")
+        return tuple(Wanted(name=name, binary=binary) for name in names)
+    if not isinstance(entries, list):
+        raise InputError("outputs must be a list", field="outputs")
+    wanted = []
+    for index, value in enumerate(entries):
+        entry = _mapping(value, f"outputs[{index}]")
+        name = entry.get("name")
+        if name not in names:
+            raise InputError(f"unknown output {name!r}, the model gives {', '.join(names)}", field=f"outputs[{index}]")
+        options = _mapping(entry.get("parameters", {}), f"outputs[{index}].parameters")
+        for key in ("classification", *_SHARED_MEMORY):
+            if options.get(key):
+                raise InputError(f"{name}: {key} is not supported", field=f"outputs[{index}].parameters")
+        own = _flag(options, "binary_data", str(name)) if "binary_data" in options else binary
+        wanted.append(Wanted(name=str(name), binary=own))
+    if len({want.name for want in wanted}) != len(wanted):
+        raise InputError("an output is asked for twice", field="outputs")
+    return tuple(wanted)
+
+
+def _timeout(parameters: dict[str, Any]) -> int | None:
+    timeout = parameters.get("timeout")
+    if timeout is None:
+        return None
+    if type(timeout) is not int or timeout < 0:
+        raise InputError("timeout must be a whole number of microseconds", field="parameters")
+    return timeout or None
+
+
+def _flag(parameters: dict[str, Any], key: str, where: str) -> bool:
+    value = parameters.get(key, False)
+    if not isinstance(value, bool):
+        raise InputError(f"{where}: {key} must be true or false", field=where)
+    return value
+
+
+def _mapping(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must be an object", field=where)
+    return value
+
+
+def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
+    shape = [-1 if isinstance(dim, str) else dim for dim in spec.shape]
+    return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}
+
+
+def _tensor_config(spec: TensorSpec, *, batched: bool) -> dict[str, Any]:
+    dims = [-1 if isinstance(dim, str) else dim for dim in spec.shape]
+    # Triton spells it TYPE_FP32, and BYTES alone as TYPE_STRING, which no signature of ours holds.
+    return {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": dims[1:] if batched else dims}

@@ -1,0 +1,332 @@
+"""The service's HTTP routes: /predict for people, /v2 for the Open Inference Protocol, /metrics and the API page."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import time
+import traceback
+import zlib
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from pydantic_core import to_json
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from dlops.console import say
+from dlops.errors import DlopsError, InputError, MachineError
+from dlops.serve import protocol
+from dlops.serve.body import BodyReader, BodyTooLargeError
+from dlops.serve.metrics import CONTENT_TYPE, Metrics
+from dlops.serve.model import ServedModel
+from dlops.serve.openapi import PAGE, openapi_document
+from dlops.serve.predict import MediaTypeError, read_inputs
+from dlops.serve.queue import Answer, ClosedError, DeadlineError, OverloadedError
+from dlops.serve.settings import Settings
+from dlops.signature import Feed
+from dlops.version import __version__
+
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+_LENGTH_HEADER = "Inference-Header-Content-Length"
+_EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
+# Below this, compressing costs more time than sending.
+_COMPRESS_FROM_BYTES = 1024
+_RETRY_AFTER_S = "1"
+# A body of this size is decoded on the event loop: in well under a millisecond, which is what a thread would cost.
+_INLINE_BYTES = 16 * 1024
+
+
+class NotReadyError(MachineError):
+    """The model is not loaded yet, or its self-test is still running."""
+
+
+class Application:
+    """The routes, and what they share. `model` is None until it is loaded and its self-test has passed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.metrics = Metrics()
+        self.model: ServedModel | None = None
+        self._bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
+        self.asgi = Starlette(routes=self._routes(), exception_handlers={HTTPException: _http_error})
+
+    def _routes(self) -> list[Route]:
+        model = "/v2/models/{name}"
+        versioned = model + "/versions/{version}"
+        table: list[tuple[str, str, Handler]] = [
+            ("POST", "/predict", self.predict),
+            ("GET", "/metrics", self.render_metrics),
+            ("GET", "/docs.json", self.openapi),
+            ("GET", "/", self.page),
+            ("GET", "/v2", self.server_metadata),
+            ("GET", "/v2/", self.server_metadata),
+            ("GET", "/v2/health/live", self.live),
+            ("GET", "/v2/health/ready", self.ready),
+            ("GET", "/v2/models/stats", self.statistics),
+            *[
+                (method, prefix + path, handler)
+                for prefix in (model, versioned)
+                for method, path, handler in (
+                    ("GET", "", self.model_metadata),
+                    ("GET", "/ready", self.model_ready),
+                    ("GET", "/config", self.model_config),
+                    ("GET", "/stats", self.statistics),
+                    ("POST", "/infer", self.infer),
+                )
+            ],
+        ]
+        routes = [Route(path, self._answered(path, handler), methods=[method]) for method, path, handler in table]
+        everything = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+        routes.append(Route("/v2/{rest:path}", self._answered("other", self.unknown), methods=everything))
+        everything += ["HEAD", "OPTIONS"]
+        routes.append(_Elsewhere("/{rest:path}", self._answered("other", self.unknown), methods=everything))
+        return routes
+
+    def _answered(self, route: str, handler: Handler) -> Handler:
+        """The handler with its errors as JSON and its answers counted."""
+
+        async def endpoint(request: Request) -> Response:
+            started_ns = time.perf_counter_ns()
+            try:
+                response = await handler(request)
+            except DlopsError as error:
+                response = error_response(error)
+            except HTTPException as error:
+                response = await _http_error(request, error)
+            except ClientDisconnect:
+                response = Response(status_code=499)  # nginx's number for it; nobody reads the answer
+            except Exception:  # noqa: BLE001 - a request that hits a bug of ours gets an answer, and the log the trace
+                say(f"{request.method} {route}: a bug in dlops\n{traceback.format_exc()}")
+                response = json_response({"error": "internal error; the server's log has it"}, status=500)
+            if response.status_code >= 400 and self.model is not None and route.endswith("/infer"):
+                self.model.statistics.add_failure(time.perf_counter_ns() - started_ns)
+            self.metrics.requests.labels(route, request.method, str(response.status_code)).inc()
+            return response
+
+        return endpoint
+
+    async def predict(self, request: Request) -> Response:
+        """Labels with probabilities for images or numbers."""
+        started_ns = time.perf_counter_ns()
+        model = self._model_that_takes_more()
+        deadline_ns = _header_deadline_ns(request)
+        async with self._bodies.read(request) as body:
+            kind = request.headers.get("content-type", "")
+            raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
+            decode_ns = time.perf_counter_ns()
+            feed = await _unless_gone(request, model.decoder.decode(raws, deadline_ns=deadline_ns))
+            decode_ns = time.perf_counter_ns() - decode_ns
+            answer = await self._run(model, request, feed, rows=len(raws), deadline_ns=deadline_ns)
+        document = {"model": model.name, "version": model.version, "predictions": model.answers(answer.outputs)}
+        self._account(model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns)
+        return json_response(document)
+
+    async def infer(self, request: Request) -> Response:
+        """An inference request of the Open Inference Protocol."""
+        started_ns = time.perf_counter_ns()
+        self._model_of(request)
+        model = self._model_that_takes_more()
+        deadline_ns = _header_deadline_ns(request)
+        async with self._bodies.read(request) as body:
+            decode_ns = time.perf_counter_ns()
+            decode = partial(protocol.decode_request, body, json_bytes=_json_bytes(request), signature=model.signature)
+            wanted = decode() if len(body) <= _INLINE_BYTES else await model.decoder.offload(decode)
+            decode_ns = time.perf_counter_ns() - decode_ns
+            if wanted.timeout_us is not None:
+                own_ns = started_ns + wanted.timeout_us * 1000
+                deadline_ns = own_ns if deadline_ns is None else min(deadline_ns, own_ns)
+            answer = await self._run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=deadline_ns)
+        encoded = protocol.encode_response(
+            answer.outputs, wanted.outputs, model=model.name, version=model.version, identity=wanted.id
+        )
+        self._account(model, "/v2/models/{name}/infer", started_ns, answer, rows=wanted.rows, decode_ns=decode_ns)
+        return _infer_response(encoded, request.headers.get("accept-encoding", ""))
+
+    async def live(self, request: Request) -> Response:
+        return Response(status_code=200)
+
+    async def ready(self, request: Request) -> Response:
+        self._loaded()
+        return Response(status_code=200)
+
+    async def server_metadata(self, request: Request) -> Response:
+        return json_response({"name": "dlops", "version": __version__, "extensions": _EXTENSIONS})
+
+    async def model_ready(self, request: Request) -> Response:
+        self._model_of(request)
+        return Response(status_code=200)
+
+    async def model_metadata(self, request: Request) -> Response:
+        model = self._model_of(request)
+        return json_response(
+            protocol.model_metadata(model.signature, name=model.name, version=model.version, platform=model.platform)
+        )
+
+    async def model_config(self, request: Request) -> Response:
+        model = self._model_of(request)
+        config = protocol.model_config(
+            model.signature, name=model.name, platform=model.platform, device=model.placement.device,
+            max_batch=model.signature.max_batch if model.queue.batching else 0,
+        )  # fmt: skip
+        return json_response(config)
+
+    async def statistics(self, request: Request) -> Response:
+        model = self._model_of(request) if "name" in request.path_params else self._loaded()
+        return json_response(model.statistics.as_json(name=model.name, version=model.version))
+
+    async def render_metrics(self, request: Request) -> Response:
+        if self.model is not None:
+            self.metrics.queue_rows.set(self.model.queue.rows_waiting)
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def openapi(self, request: Request) -> Response:
+        return json_response(openapi_document(None if self.model is None else self.model.artifact))
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(PAGE)
+
+    async def unknown(self, request: Request) -> Response:
+        path = request.url.path
+        if path.endswith("/") and not path.startswith("/v2/"):
+            return RedirectResponse(request.url.replace(path="/" + path.strip("/")))
+        raise HTTPException(404, f"no route {request.method} {request.url.path[:200]}")
+
+    def _loaded(self) -> ServedModel:
+        if self.model is None:
+            raise NotReadyError("the model is not ready", hint="GET /v2/health/ready says when it is")
+        return self.model
+
+    def _model_of(self, request: Request) -> ServedModel:
+        model = self._loaded()
+        for kind, own in (("name", model.name), ("version", model.version)):
+            given = request.path_params.get(kind, own)
+            if given != own:
+                raise HTTPException(404, f"unknown model {kind} {given[:200]!r}, this server has {own!r}")
+        return model
+
+    def _model_that_takes_more(self) -> ServedModel:
+        """The model, unless its queue is full: then the request is turned away before its body is read."""
+        model = self._loaded()
+        if model.queue.is_full:
+            raise OverloadedError("the queue is full", hint="try again")
+        return model
+
+    async def _run(
+        self, model: ServedModel, request: Request, feed: Feed, *, rows: int, deadline_ns: int | None
+    ) -> Answer:
+        """The queue's answer. A client that leaves meanwhile takes its request out of the queue."""
+        return await _unless_gone(request, model.queue.submit(feed, rows=rows, deadline_ns=deadline_ns))
+
+    def _account(
+        self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int
+    ) -> None:
+        total_ns = time.perf_counter_ns() - started_ns
+        model.statistics.add_success(
+            rows=rows, total_ns=total_ns, queue_ns=answer.queue_ns, compute_ns=answer.compute_ns, input_ns=decode_ns
+        )
+        for part, ns in (
+            ("total", total_ns), ("decode", decode_ns), ("queue", answer.queue_ns), ("compute", answer.compute_ns),
+        ):  # fmt: skip
+            self.metrics.seconds.labels(route, part).observe(ns / 1e9)
+
+
+class _Elsewhere(Route):
+    """Taken where no other route is, BentoML's included: those come later than ours, and only a partial match leaves
+    them the choice."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child_scope = super().matches(scope)
+        return (Match.PARTIAL if match is Match.FULL else match), child_scope
+
+
+def error_response(error: DlopsError) -> Response:
+    """The JSON answer to an error that was raised on purpose: {"error": ..., "field": ... where there is one}."""
+    document: dict[str, str] = {"error": str(error)}
+    if isinstance(error, InputError) and error.field is not None:
+        document["field"] = error.field
+    match error:
+        case BodyTooLargeError():
+            status = 413
+        case MediaTypeError():
+            status = 415
+        case InputError():
+            status = 400
+        case OverloadedError():
+            status = 429
+        case NotReadyError() | ClosedError():
+            status = 503
+        case DeadlineError():
+            status = 504
+        case _:
+            status = 500
+    headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
+    return json_response(document, status=status, headers=headers)
+
+
+def json_response(document: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(document), status_code=status, headers=headers, media_type="application/json")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return json_response({"error": error.detail}, status=error.status_code, headers=dict(error.headers or {}))
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The work's result. It is cancelled, and ClientDisconnect raised, where the client leaves before."""
+    future = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        either: set[asyncio.Future[Any]] = {future, gone}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise ClientDisconnect
+        return future.result()
+    finally:
+        future.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _header_deadline_ns(request: Request) -> int | None:
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0):
+        raise InputError(f"{TIMEOUT_HEADER} must be a whole number of milliseconds above 0", field=TIMEOUT_HEADER)
+    return time.perf_counter_ns() + int(text) * 1_000_000
+
+
+def _json_bytes(request: Request) -> int | None:
+    text = request.headers.get(_LENGTH_HEADER)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise InputError(f"{_LENGTH_HEADER} is not a number of bytes", field=_LENGTH_HEADER)
+    return int(text)
+
+
+def _infer_response(encoded: protocol.Encoded, accepted: str) -> Response:
+    headers: dict[str, Any] = {}
+    if encoded.json_bytes is not None:
+        headers[_LENGTH_HEADER] = str(encoded.json_bytes)
+    body = encoded.body
+    # The first that both know, as Triton chooses; clients that name none get it plain.
+    encodings = [part.partition(";")[0].strip().lower() for part in accepted.split(",")]
+    chosen = next((name for name in encodings if name in ("gzip", "deflate")), None)
+    if chosen is not None and len(body) >= _COMPRESS_FROM_BYTES:
+        body = gzip.compress(body, 1) if chosen == "gzip" else zlib.compress(body, 1)
+        headers["Content-Encoding"] = chosen
+    kind = "application/json" if encoded.json_bytes is None else "application/octet-stream"
+    return Response(body, headers=headers, media_type=kind)

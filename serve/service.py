@@ -1,0 +1,122 @@
+"""The BentoML service: `bentoml serve` in the project folder, or `dlops serve`, runs this.
+
+The process that starts the workers picks the artifact; each worker loads it, runs its samples through it, and turns
+ready only then. A worker whose artifact fails says why in one line and ends the whole server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+from typing import NoReturn
+
+from dlops.console import say
+from dlops.errors import DlopsError, UsageError
+from dlops.serve import supervision
+from dlops.serve.queue import BatchDone
+from dlops.serve.settings import Settings, variable
+
+# Usage is reported to BentoML only where the user says so, with BENTOML_DO_NOT_TRACK=False.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
+
+def _stop(error: DlopsError) -> NoReturn:
+    say(f"dlops: {error}")
+    sys.exit(error.exit_status)
+
+
+try:
+    settings = Settings.from_environment()
+except UsageError as error:
+    _stop(error)
+supervision.separate_metrics(workers=settings.workers)
+
+import bentoml  # noqa: E402
+from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
+
+from dlops.serve.model import ServedModel, choose_artifact, load_model  # noqa: E402
+from dlops.serve.routes import Application  # noqa: E402
+
+# BentoML's command line asks, and remembers the answer, before it imports this module.
+usage_stats.do_not_track.cache_clear()
+
+application = Application(settings)
+
+
+@bentoml.asgi_app(application.asgi, path="/")
+@bentoml.service(
+    name="dlops",
+    workers=settings.workers,
+    # BentoML's own default is 0.0.0.0: every network that the machine is in.
+    http={"host": "127.0.0.1"},
+    # Its metrics take the raw path as a label, so junk URLs grow them without bound; ours are in dlops.serve.metrics.
+    metrics={"enabled": False},
+    # A span and a log line a request cost more than the inference of a small model.
+    tracing={"excluded_urls": ".*"},
+    logging={"access": {"enabled": False}},
+    endpoints={"livez": "/v2/health/live", "readyz": "/v2/health/ready"},
+)
+class Service:
+    """One artifact: /predict for people, /v2 for Triton's clients."""
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def choose() -> None:
+        """Pick the artifact once, for all workers, in the process that starts them."""
+        try:
+            artifact = choose_artifact(settings)
+        except DlopsError as error:
+            _stop(error)
+        os.environ[variable("artifact")] = str(artifact.directory.resolve())
+        supervision.become_arbiter()
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
+    async def begin(self) -> None:
+        """Load in the background: the process is live at once, and ready when the self-test has passed."""
+        supervision.end_with_arbiter()
+        self._loading = asyncio.create_task(_load())
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def end(self) -> None:
+        """Answer what waits, then free the model."""
+        application.metrics.ready.set(0)
+        model, application.model = application.model, None
+        self._loading.cancel()
+        if model is not None:
+            await asyncio.to_thread(model.close)
+
+    def __is_ready__(self) -> bool:
+        return application.model is not None
+
+
+async def _load() -> None:
+    try:
+        model = await asyncio.to_thread(_open)
+    except DlopsError as error:
+        supervision.end_server(error)
+        return
+    except Exception as error:  # noqa: BLE001 - whatever it is, a server that can never turn ready must end
+        supervision.end_server(DlopsError(f"loading failed: {type(error).__name__}: {error}"))
+        return
+    # A full collection of a large heap would stall requests; what is loaded by now stays until the end.
+    gc.collect()
+    gc.freeze()
+    application.model = model
+    application.metrics.ready.set(1)
+    application.metrics.describe(model.describe())
+    placement = model.placement
+    say(
+        f"serving {model.artifact.title} version {model.version} on {placement.provider} ({placement.runtime}, "
+        f"{placement.precision}, {placement.threads} threads): self-test passed, ready"
+    )
+
+
+def _open() -> ServedModel:
+    return load_model(choose_artifact(settings), settings, on_batch=_count_batch)
+
+
+def _count_batch(done: BatchDone) -> None:
+    application.metrics.batch_rows.observe(done.rows)
+    application.metrics.compute_seconds.observe(done.compute_ns / 1e9)

@@ -1,0 +1,56 @@
+"""How the service is told what to do: environment variables, because `bentoml serve` starts the workers itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from pydantic import Field, ValidationError
+
+from dlops.errors import UsageError
+from dlops.manifest import Record, explain_validation
+from dlops.preprocess import MAX_PIXELS
+from dlops.runtimes.session import Device
+
+_PREFIX = "DLOPS_"
+
+
+class Settings(Record):
+    """artifact: a folder, or `bentoml:<tag>` for one in BentoML's model store; None for the newest under ./artifacts.
+
+    threads: for one operator; None for this worker's share of the cores. workers: processes. max_queue_rows: rows that
+    may wait before requests are turned away. max_batch: rows in one run, cut to what the artifact allows.
+    max_body_bytes: of one request, as sent and as decompressed. max_pending_bytes: of all bodies held at once.
+    max_pixels: of all pictures of one request together; four times as many may wait to be decoded.
+    """
+
+    artifact: str | None = None
+    device: Device = "auto"
+    threads: int | None = Field(None, ge=1)
+    workers: int = Field(1, ge=1, le=256)
+    max_queue_rows: int = Field(1024, ge=1)
+    max_batch: int = Field(32, ge=1)
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)
+    max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """Read `DLOPS_ARTIFACT`, `DLOPS_DEVICE`, ... Raises UsageError naming every variable with a bad value."""
+        environment = os.environ if environment is None else environment
+        given = {name: environment.get(variable(name), "") for name in cls.model_fields}
+        try:
+            return cls.model_validate({name: value for name, value in given.items() if value != ""})
+        except ValidationError as error:
+            raise UsageError(f"{_PREFIX}* environment variables: {explain_validation(error)}") from None
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables that `from_environment` reads, for a child process; defaults leave what is set there alone."""
+        values = self.model_dump(exclude_defaults=True)
+        return {variable(name): str(value) for name, value in values.items()}
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return _PREFIX + name.upper()

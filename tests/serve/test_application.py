@@ -1,0 +1,216 @@
+"""The routes over a session that can be held back, without a server: overload, deadlines, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import httpx
+import numpy as np
+import pytest
+
+from dlops.runtimes import Placement
+from dlops.serve.model import ServedModel
+from dlops.serve.routes import Application
+from dlops.serve.settings import Settings
+from dlops.signature import Feed
+
+PNG = {"Content-Type": "image/png"}
+
+
+class HeldSession:
+    """Zeros as logits, once `gate` is set."""
+
+    placement = Placement(runtime="fake", device="cpu", provider="fake", precision="fp32", threads=1)
+
+    def __init__(self, signature) -> None:
+        self.signature = signature
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.rows: list[int] = []
+        self.broken = False
+
+    def run(self, feed: Feed) -> Feed:
+        self.entered.set()
+        assert self.gate.wait(10)
+        if self.broken:
+            raise RuntimeError("the secret text of a runtime")
+        self.rows.append(len(feed["image"]))
+        return {"logits": np.zeros((len(feed["image"]), 10), np.float32)}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def session(digits_artifact) -> HeldSession:
+    return HeldSession(digits_artifact.signature)
+
+
+@pytest.fixture
+def application(digits_artifact, session, monkeypatch) -> Iterator[Application]:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    settings = Settings(max_queue_rows=2, max_body_bytes=10_000, max_pending_bytes=12_000)
+    app = Application(settings)
+    app.model = ServedModel(digits_artifact, session, settings, lambda done: None)
+    yield app
+    session.gate.set()
+    app.model.close()
+
+
+@asynccontextmanager
+async def connected(app: Application) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=app.asgi)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=10) as client:
+        yield client
+
+
+def test_a_full_queue_answers_429_with_retry_after_and_takes_again(application, session, digit_pngs) -> None:
+    async def scenario() -> None:
+        async with connected(application) as client:
+            ask = lambda: asyncio.create_task(client.post("/predict", content=digit_pngs[0], headers=PNG))  # noqa: E731
+            taken = [ask()]
+            await asyncio.to_thread(session.entered.wait, 10)
+            taken += [ask(), ask()]
+            while not application.model.queue.is_full:
+                await asyncio.sleep(0.01)
+            refused = await ask()
+            assert refused.status_code == 429
+            assert refused.headers["Retry-After"] == "1"
+            assert "full" in refused.json()["error"]
+            session.gate.set()
+            assert [response.status_code for response in await asyncio.gather(*taken)] == [200, 200, 200]
+            assert (await ask()).status_code == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("door", ["header", "parameter"])
+def test_a_request_past_its_deadline_answers_504_and_is_not_run(application, session, digit_pngs, door: str) -> None:
+    x = {"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [0] * 64}
+
+    async def scenario() -> None:
+        async with connected(application) as client:
+            first = asyncio.create_task(client.post("/predict", content=digit_pngs[0], headers=PNG))
+            await asyncio.to_thread(session.entered.wait, 10)
+            if door == "header":
+                late = client.post("/predict", content=digit_pngs[0], headers=PNG | {"X-Request-Timeout-Ms": "20"})
+            else:
+                document = {"inputs": [x], "parameters": {"timeout": 20_000}}
+                late = client.post("/v2/models/digits/infer", json=document)
+            waiting = asyncio.create_task(late)
+            await asyncio.sleep(0.1)
+            session.gate.set()
+            assert (await first).status_code == 200
+            response = await waiting
+            assert response.status_code == 504
+            assert "deadline" in response.json()["error"]
+
+    asyncio.run(scenario())
+    assert session.rows == [1]
+
+
+def test_a_client_that_leaves_takes_its_request_out_of_the_queue(application, session, digit_pngs) -> None:
+    async def leave_after_sending() -> None:
+        messages = [
+            {"type": "http.request", "body": digit_pngs[0], "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive():
+            if len(messages) == 1:
+                await asyncio.sleep(0.1)
+            return messages.pop(0)
+
+        async def send(message) -> None:
+            sent.append(message)
+
+        sent: list[dict] = []
+        scope = {
+            "type": "http", "method": "POST", "path": "/predict", "raw_path": b"/predict", "query_string": b"",
+            "headers": [(b"content-type", b"image/png")], "http_version": "1.1", "scheme": "http", "root_path": "",
+            "client": ("test", 1), "server": ("test", 80), "asgi": {"version": "3.0"},
+        }  # fmt: skip
+        await asyncio.wait_for(application.asgi(scope, receive, send), 5)
+        assert sent[0]["status"] == 499
+
+    async def scenario() -> None:
+        async with connected(application) as client:
+            first = asyncio.create_task(client.post("/predict", content=digit_pngs[0], headers=PNG))
+            await asyncio.to_thread(session.entered.wait, 10)
+            await leave_after_sending()
+            session.gate.set()
+            assert (await first).status_code == 200
+
+    asyncio.run(scenario())
+    assert session.rows == [1]
+
+
+def test_bodies_held_at_once_are_bounded(application, session) -> None:
+    large = b"P5 90 90 255\n" + bytes(8100)
+
+    async def scenario() -> None:
+        async with connected(application) as client:
+            ask = lambda: client.post("/predict", content=large, headers=PNG)  # noqa: E731
+            first = asyncio.create_task(ask())
+            await asyncio.to_thread(session.entered.wait, 10)
+            refused = await ask()
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+            session.gate.set()
+            assert (await first).status_code == 200
+            assert (await ask()).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_runtime_that_fails_answers_500_without_its_text(application, session, digit_pngs, capfd) -> None:
+    session.gate.set()
+    session.broken = True
+
+    async def scenario() -> None:
+        async with connected(application) as client:
+            response = await client.post("/predict", content=digit_pngs[0], headers=PNG)
+            assert response.status_code == 500
+            assert "secret" not in response.text
+            session.broken = False
+            assert (await client.post("/predict", content=digit_pngs[0], headers=PNG)).status_code == 200
+
+    asyncio.run(scenario())
+    assert "the secret text of a runtime" in capfd.readouterr().err
+
+
+def test_nothing_is_ready_before_the_model_is(digits_artifact, digit_pngs) -> None:
+    app = Application(Settings())
+
+    async def scenario() -> None:
+        async with connected(app) as client:
+            assert (await client.get("/v2/health/live")).status_code == 200
+            for path in ("/v2/health/ready", "/v2/models/digits/ready", "/v2/models/digits"):
+                response = await client.get(path)
+                assert response.status_code == 503, path
+                assert response.json()["error"]
+            assert (await client.post("/predict", content=digit_pngs[0], headers=PNG)).status_code == 503
+            assert (await client.get("/docs.json")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_requests_during_shutdown_answer_503(application, session, digit_pngs) -> None:
+    session.gate.set()
+    application.model.queue.close()
+
+    async def scenario() -> None:
+        async with connected(application) as client:
+            response = await client.post("/predict", content=digit_pngs[0], headers=PNG)
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+
+    asyncio.run(scenario())
+
+
+def test_dynamic_int8_is_never_batched(make_digits_artifact, tmp_path) -> None:
+    artifact = make_digits_artifact(tmp_path / "a", precision="int8dyn")
+    served = ServedModel(artifact, HeldSession(artifact.signature), Settings(), lambda done: None)
+    assert not served.queue.batching
+    served.close()

@@ -1,0 +1,340 @@
+"""How the server starts, fails to start, and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from dlops.errors import CorruptError, DlopsError, GateError, MachineError, UsageError
+from dlops.serve.launch import ServerProcess, serve_artifact
+from dlops.serve.settings import Settings
+from dlops.serve.supervision import read_failure, write_failure
+
+FOREGROUND = """
+import sys
+from dlops.artifact import open_artifact
+from dlops.errors import DlopsError
+from dlops.serve.launch import serve_artifact
+try:
+    sys.exit(serve_artifact(open_artifact(sys.argv[1]), port=int(sys.argv[2])))
+except DlopsError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_status)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(command: list[str], *, port: int, **options):
+    """A server in the foreground of a process of its own, once it is ready."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_the_server_and_all_that_it_started_end_with_the_block(digits_artifact) -> None:
+    with ServerProcess(digits_artifact, workers=2) as server:
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        assert len(family) == 3
+        folder = server.log_path.parent
+        url = server.url
+        # Both workers count into one /metrics, and junk elsewhere on the machine does not.
+        for _ in range(20):
+            httpx.get(f"{url}/v2")
+        counts = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if 'route="/v2",status="200"' in line]
+        assert counts[0].endswith(" 20.0")
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+    assert not folder.exists()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_an_artifact_that_fails_its_self_test_never_turns_ready(make_digits_artifact, tmp_path) -> None:
+    broken = make_digits_artifact(tmp_path / "broken", scale=1.5)
+    with pytest.raises(GateError, match="outputs differ from the reference"), ServerProcess(broken):
+        pytest.fail("a broken artifact was served")
+
+
+def test_bentoml_serve_itself_ends_with_one_line_and_a_status_where_the_self_test_fails(
+    make_digits_artifact, tmp_path
+) -> None:
+    broken = make_digits_artifact(tmp_path / "broken", scale=1.5)
+    command = [sys.executable, "-m", "bentoml", "serve", "dlops.serve.service:Service", "--port", str(free_port())]
+    env = os.environ | {"DLOPS_ARTIFACT": str(broken.directory)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert len([line for line in ended.stderr.splitlines() if "outputs differ from the reference" in line]) == 1
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["any folder", "project folder"])
+def test_bentoml_serve_serves_the_newest_artifact_of_the_folder(make_digits_artifact, tmp_path, named: bool) -> None:
+    make_digits_artifact(tmp_path / "artifacts/old/onnx-fp32", name="old", created=datetime(2020, 1, 1, tzinfo=UTC))
+    make_digits_artifact(tmp_path / "artifacts/new/onnx-fp32", name="new")
+    port = free_port()
+    command = ["bentoml", "serve", "--port", str(port)]
+    if named:
+        command.insert(2, "dlops.serve.service:Service")
+    else:
+        (tmp_path / "pyproject.toml").write_text(
+            '[project]\nname = "x"\nversion = "1"\n[tool.bentoml.build]\nservice = "dlops.serve.service:Service"\n'
+        )
+    # The command as people type it: unlike `python -m`, it does not put the folder on the path by itself.
+    command[0] = str(Path(sys.executable).with_name("bentoml"))
+    with running(command, port=port, cwd=tmp_path) as process:
+        assert httpx.get(f"http://127.0.0.1:{port}/v2/models/new/ready").status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+def test_bentoml_serve_without_an_artifact_says_so_and_ends(tmp_path) -> None:
+    command = [sys.executable, "-m", "bentoml", "serve", "dlops.serve.service:Service"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "no artifact under" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def test_a_wrong_setting_is_named_by_its_variable(tmp_path) -> None:
+    command = [sys.executable, "-m", "bentoml", "serve", "dlops.serve.service:Service"]
+    env = os.environ | {"DLOPS_MAX_BATCH": "many"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "max_batch" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def test_ctrl_c_ends_the_foreground_server_cleanly(digits_artifact) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", FOREGROUND, str(digits_artifact.directory), str(port)]
+    with running(command, port=port) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 2
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_killed_launcher_takes_its_server_with_it(digits_artifact) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", FOREGROUND, str(digits_artifact.directory), str(port)]
+    with running(command, port=port) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        _, alive = psutil.wait_procs(children, timeout=15)
+        assert not alive
+
+
+@contextmanager
+def in_flight(url: str, document: dict, *, workers: list[psutil.Process]):
+    """A request that the server is computing, as a future of its answer."""
+    with ThreadPoolExecutor(1) as pool:
+        busy = sum(worker.cpu_times().user for worker in workers)
+        answer = pool.submit(httpx.post, f"{url}/v2/models/digits/infer", json=document, timeout=60)
+        while sum(worker.cpu_times().user for worker in workers) < busy + 0.2:
+            assert not answer.done()
+            time.sleep(0.02)
+        yield answer
+
+
+def gone(processes: list[psutil.Process], *, within_s: float) -> bool:
+    """Zombies count as gone: a container without an init process never collects them."""
+    deadline = time.monotonic() + within_s
+    alive = lambda process: process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # noqa: E731
+    while any(alive(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_workers_end_when_the_process_that_started_them_is_killed(digits_artifact) -> None:
+    with ServerProcess(digits_artifact, workers=2) as server:
+        workers = psutil.Process(server.pid).children(recursive=True)
+        assert len(workers) == 2
+        os.kill(server.pid, signal.SIGKILL)
+        assert gone(workers, within_s=3)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(server.url)
+
+
+def test_a_worker_notices_without_the_kernel_that_its_parent_is_gone() -> None:
+    watched = """
+import sys, time
+from dlops.serve.supervision import end_with_arbiter
+sys.platform = "any"
+end_with_arbiter()
+print("watching", flush=True)
+time.sleep(60)
+"""
+    parent = f"""
+import os, subprocess, sys
+from dlops.serve.supervision import ARBITER_PID
+os.environ[ARBITER_PID] = str(os.getpid())
+subprocess.run([sys.executable, "-c", {watched!r}])
+"""
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "watching\n"
+        (child,) = psutil.Process(process.pid).children()
+        process.kill()
+        assert gone([child], within_s=5)
+
+
+def test_a_second_signal_ends_the_server_and_its_workers_at_once(slow_artifact, slow_request) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", FOREGROUND, str(slow_artifact.directory), str(port)]
+    with running(command, port=port) as process:
+        (arbiter,) = psutil.Process(process.pid).children()
+        family = [arbiter, *arbiter.children(recursive=True)]
+        with in_flight(f"http://127.0.0.1:{port}", slow_request(1e8), workers=family[1:]) as answer:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert not gone(family, within_s=0), "a first signal lets the answer be finished"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+            assert gone(family, within_s=0)
+            assert isinstance(answer.exception(10), httpx.TransportError)
+
+
+def test_a_block_that_ends_in_the_middle_of_a_long_answer_leaves_nothing_behind(slow_artifact, slow_request) -> None:
+    with ServerProcess(slow_artifact, stop_timeout_s=0.3) as server:
+        workers = psutil.Process(server.pid).children(recursive=True)
+        with in_flight(server.url, slow_request(1e8), workers=workers) as answer:
+            server.close()
+            assert gone(workers, within_s=0)
+            assert isinstance(answer.exception(10), httpx.TransportError)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["-m", "bentoml", "serve", "dlops.serve.service:Service", "--port", "{port}"], 0),
+        (["-c", FOREGROUND, "{artifact}", "{port}"], 143),
+    ],
+    ids=["bentoml serve", "dlops serve"],
+)
+def test_what_was_accepted_before_sigterm_is_answered(
+    slow_artifact, slow_request, command: list[str], status: int
+) -> None:
+    port, artifact = str(free_port()), str(slow_artifact.directory)
+    command = [part.replace("{port}", port).replace("{artifact}", artifact) for part in command]
+    env = os.environ | {"DLOPS_ARTIFACT": artifact}
+    with running([sys.executable, *command], port=int(port), env=env) as process:
+        workers = psutil.Process(process.pid).children(recursive=True)
+        with in_flight(f"http://127.0.0.1:{port}", slow_request(4e6), workers=workers) as answer:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            assert not answer.done()
+            assert answer.result(30).status_code == 200
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == status
+        assert "Traceback" not in err
+        assert gone(workers, within_s=0)
+
+
+def test_a_port_in_use_is_an_error_of_the_machine(digits_artifact) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for start in (
+            lambda: serve_artifact(digits_artifact, port=port),
+            lambda: ServerProcess(digits_artifact, port=port).__enter__(),
+        ):
+            with pytest.raises(MachineError, match=f"port {port} on 127.0.0.1 is in use") as caught:
+                start()
+            assert caught.value.exit_status == 4
+
+
+def test_a_host_that_is_none_is_refused(digits_artifact) -> None:
+    with pytest.raises(UsageError, match="no-such-host"):
+        serve_artifact(digits_artifact, host="no-such-host.invalid")
+
+
+def test_a_server_that_does_not_start_shows_the_end_of_its_log(digits_artifact) -> None:
+    with (
+        pytest.raises(MachineError, match="not ready within 0"),
+        ServerProcess(digits_artifact, start_timeout_s=0.01),
+    ):
+        pytest.fail("it cannot be that fast")
+    with pytest.raises(MachineError, match="max_batch"), ServerProcess(digits_artifact, env={"DLOPS_MAX_BATCH": "x"}):
+        pytest.fail("it started with a wrong setting")
+
+
+def test_an_onnx_artifact_is_served_without_torch(digits_artifact, digit_pngs, tmp_path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text('raise ImportError("torch was imported")\n')
+    with ServerProcess(digits_artifact, env={"PYTHONPATH": str(tmp_path)}) as server:
+        response = httpx.post(f"{server.url}/predict", content=digit_pngs[7], headers={"Content-Type": "image/png"})
+        assert response.json()["predictions"][0]["label"] == "7"
+
+
+def test_usage_is_not_tracked_unless_the_user_says_so(tmp_path) -> None:
+    script = """
+import os, json
+from bentoml._internal.utils.analytics import usage_stats
+usage_stats.do_not_track()  # as BentoML's command line does before it loads a service
+import dlops.serve.service
+print(json.dumps(usage_stats.do_not_track()))
+"""
+    for given, expected in ((None, True), ("False", False)):
+        env = {key: value for key, value in os.environ.items() if key != "BENTOML_DO_NOT_TRACK"}
+        env |= {} if given is None else {"BENTOML_DO_NOT_TRACK": given}
+        ended = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+        assert json.loads(ended.stdout) is expected
+
+
+def test_settings_survive_the_environment() -> None:
+    settings = Settings(artifact="/a", device="cpu", threads=3, workers=2, max_batch=7)
+    assert Settings.from_environment(settings.to_environment()) == settings
+    assert Settings.from_environment({"DLOPS_THREADS": ""}) == Settings()
+    assert Settings().to_environment() == {}, "a default must not hide what the user has set"
+    with pytest.raises(UsageError) as caught:
+        Settings.from_environment({"DLOPS_WORKERS": "0", "DLOPS_DEVICE": "tpu"})
+    assert "workers" in caught.value.message
+    assert "device" in caught.value.message
+
+
+def test_failures_keep_their_kind_on_the_way_to_the_launcher(tmp_path: Path) -> None:
+    path = tmp_path / "failure.json"
+    assert read_failure(path) is None
+    for error in (GateError("a", hint="b"), CorruptError("c"), DlopsError("d")):
+        write_failure(path, error)
+        back = read_failure(path)
+        assert (type(back), back.message, back.hint) == (type(error), error.message, error.hint)
