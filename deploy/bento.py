@@ -1,0 +1,125 @@
+"""An artifact as a Bento: BentoML's own package, which `bentoml serve NAME:latest` runs and `bentoml containerize`
+puts into an image.
+
+The artifact goes into BentoML's model store as it is; the Bento holds a three-line service, our wheel, and the list of
+what the artifact's format needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dlops.artifact import Artifact
+from dlops.deploy.requirements import serving_requirements
+from dlops.deploy.wheel import write_wheel
+from dlops.errors import MachineError, missing_package
+
+_SERVICE = '''"""Serves the artifact that this Bento carries. Written by `dlops deploy bento`."""
+
+import os
+
+os.environ.setdefault("DLOPS_ARTIFACT", "bentoml:{model}")
+
+from dlops.serve.service import Service  # noqa: E402
+
+__all__ = ["Service"]
+'''
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BentoInfo:
+    """tag: for `bentoml serve`. path: in BentoML's store. archive: the .bento file, where one was asked for."""
+
+    tag: str
+    path: Path
+    archive: Path | None = None
+
+
+def build_bento(artifact: Artifact, *, out: Path | None = None) -> BentoInfo:
+    """Put the artifact into BentoML's model store and build a Bento around it.
+
+    out: also write a .bento file there (a file name, or a folder). The same artifact built twice shares its model.
+    Raises MachineError where BentoML is missing or refuses.
+    """
+    try:
+        import bentoml
+    except ModuleNotFoundError:
+        raise missing_package("bentoml", extra="serve", needed_for="building a Bento") from None
+    model = _store_model(artifact)
+    with tempfile.TemporaryDirectory(prefix="dlops-bento-") as folder:
+        _write_context(Path(folder), artifact, model)
+        tag = _run_build(Path(folder))
+    bento = bentoml.bentos.get(tag)
+    archive = None
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        archive = Path(bento.export(str(out)))
+    return BentoInfo(tag=tag, path=Path(bento.path), archive=archive)
+
+
+def _store_model(artifact: Artifact) -> str:
+    """The tag of the artifact's copy in the model store, made where there is none."""
+    import bentoml
+    from bentoml.exceptions import NotFound
+
+    # The manifest holds every payload's digest, so its own names the whole.
+    digest = hashlib.sha256(artifact.to_json().encode()).hexdigest()[:12]
+    tag = f"{_tag_part(artifact.name)}:{_tag_part(artifact.version)}-{artifact.slug}-{digest}"
+    try:
+        bentoml.models.get(tag)
+    except NotFound:
+        labels = {"format": artifact.variant.format, "precision": artifact.variant.precision, "task": artifact.task}
+        with bentoml.models.create(tag, labels=labels) as model:
+            for name in (artifact.file_name, *(payload.path for payload in artifact.files.values())):
+                shutil.copyfile(artifact.directory / name, Path(model.path) / name)
+    return tag
+
+
+def _write_context(folder: Path, artifact: Artifact, model: str) -> None:
+    wheel = write_wheel(folder / "wheels")
+    (folder / "service.py").write_text(_SERVICE.format(model=model))
+    options = {
+        "service": "service:Service",
+        "name": _tag_part(artifact.name),
+        "labels": {"dlops-variant": artifact.slug, "dlops-version": artifact.version},
+        "include": ["service.py"],
+        "models": [model],
+        "python": {
+            "packages": serving_requirements(artifact),
+            "wheels": [f"wheels/{wheel.name}"],
+            # Locking asks the network for versions that serving_requirements has pinned already.
+            "lock_packages": False,
+        },
+        # In an image of `bentoml containerize` only: a container has a network of its own.
+        "docker": {"env": {"BENTOML_HOST": "0.0.0.0"}},  # noqa: S104
+    }
+    (folder / "bentofile.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+
+
+def _run_build(folder: Path) -> str:
+    """The new Bento's tag. A process of its own, because building imports the service and sets its variables."""
+    command = [sys.executable, "-m", "bentoml", "build", "--output", "tag", "."]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DLOPS_")}
+    environment.setdefault("BENTOML_DO_NOT_TRACK", "True")
+    # BentoML reads its options in the current folder only.
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    lines = ended.stdout.strip().splitlines()
+    prefix = "__tag__:"
+    if ended.returncode or not lines or not lines[-1].startswith(prefix):
+        said = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()[-1]
+        raise MachineError(f"bentoml build failed: {said}")
+    return lines[-1].removeprefix(prefix)
+
+
+def _tag_part(text: str) -> str:
+    """In BentoML's alphabet: lower case, and a letter or digit at the end."""
+    return text.lower().rstrip("._-")

@@ -1,0 +1,34 @@
+"""Writes what `docker build` needs: our wheel, the requirements, the artifact and a Dockerfile."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from dlops.artifact import Artifact
+from dlops.deploy.requirements import serving_requirements
+from dlops.deploy.wheel import write_wheel
+from dlops.errors import UsageError, from_os_error
+
+_TEMPLATES = Path(__file__).parent
+# All but what is copied into the image stays out of what is sent to the daemon.
+_IGNORE = "*\n!wheels\n!artifact\n!requirements.txt\n"
+
+
+def write_docker_context(artifact: Artifact, *, out: Path, device: Literal["cpu", "cuda"] = "cpu") -> Path:
+    """Write the folder and return it. Raises UsageError where it holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is there already, and not empty", hint="name a new folder, or empty it")
+    try:
+        target = out / "artifact"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (artifact.file_name, *(payload.path for payload in artifact.files.values())):
+            shutil.copyfile(artifact.directory / name, target / name)
+        write_wheel(out / "wheels")
+        (out / "requirements.txt").write_text("\n".join(serving_requirements(artifact, device=device)) + "\n")
+        shutil.copyfile(_TEMPLATES / f"Dockerfile.{device}", out / "Dockerfile")
+        (out / ".dockerignore").write_text(_IGNORE)
+    except OSError as error:
+        raise from_os_error(error, doing=f"writing {out}") from error
+    return out

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from dlops.artifact import open_artifact
+from dlops.catalog import REQUIREMENTS
+from dlops.deploy.bento import BentoInfo, build_bento
+from dlops.deploy.requirements import serving_requirements
+from dlops.errors import MachineError, UsageError
+
+# BentoML 1.4.39 calls pathspec 1.0 and pydantic 2.11 by names that these have deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The `__get_pydantic_core_schema__` method:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory):
+    """A BentoML home of its own, in this process and its children."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BENTOML_HOME", str(folder))
+        patch.setenv("BENTOML_DO_NOT_TRACK", "True")
+        BentoMLContainer.bentoml_home.set(str(folder))
+        yield folder
+        BentoMLContainer.bentoml_home.reset()
+
+
+@pytest.fixture(scope="module")
+def bento(home: Path, digits_artifact, tmp_path_factory: pytest.TempPathFactory) -> BentoInfo:
+    return build_bento(digits_artifact, out=tmp_path_factory.mktemp("out") / "digits.bento")
+
+
+def test_the_bento_and_its_model_are_in_the_store(bento: BentoInfo, home: Path, digits_artifact) -> None:
+    assert bento.path.is_relative_to(home)
+    assert bento.tag.startswith("digits:")
+    (model,) = (entry["tag"] for entry in yaml.safe_load((bento.path / "bento.yaml").read_text())["models"])
+    stored = open_artifact(home / "models" / model.replace(":", "/"))
+    assert stored.to_json() == digits_artifact.to_json()
+    assert bento.archive is not None
+    assert bento.archive.stat().st_size > 0
+
+
+def test_the_bento_asks_for_what_the_format_needs_and_no_more(bento: BentoInfo) -> None:
+    wanted = (bento.path / "env/python/requirements.txt").read_text()
+    assert "onnxruntime" in wanted
+    assert "torch" not in wanted
+    (wheel,) = (bento.path / "env/python/wheels").glob("*.whl")
+    assert wheel.name.startswith("dlops-")
+
+
+def test_the_same_artifact_twice_shares_its_model(bento: BentoInfo, home: Path, digits_artifact) -> None:
+    again = build_bento(digits_artifact)
+    assert again.tag != bento.tag
+    assert len([path for path in (home / "models" / "digits").iterdir() if path.is_dir()]) == 1
+
+
+def test_building_leaves_the_environment_as_it_was(home: Path, digits_artifact, monkeypatch) -> None:
+    monkeypatch.delenv("DLOPS_ARTIFACT", raising=False)
+    before = dict(os.environ)
+    build_bento(digits_artifact)
+    assert dict(os.environ) == before
+
+
+def test_what_bentoml_says_reaches_the_user(home: Path, digits_artifact, monkeypatch) -> None:
+    monkeypatch.setattr("dlops.deploy.bento._SERVICE", "raise RuntimeError('no such service, {model}')")
+    with pytest.raises(MachineError, match=r"bentoml build failed: .*no such service"):
+        build_bento(digits_artifact)
+
+
+def test_requirements_follow_format_and_device(digits_artifact) -> None:
+    names = lambda lines: {line.partition("=")[0].partition(">")[0].partition("[")[0] for line in lines}  # noqa: E731
+    cpu, cuda = (
+        names(serving_requirements(digits_artifact)),
+        names(serving_requirements(digits_artifact, device="cuda")),
+    )
+    assert {"bentoml", "numpy", "onnxruntime", "uvloop"} <= cpu
+    assert cuda - cpu == {"onnxruntime-gpu"}
+    scripted = digits_artifact.model_copy(update={"requires": REQUIREMENTS["torchscript"]})
+    assert names(serving_requirements(scripted)) - cpu == {"torch"}
+    foreign = digits_artifact.model_copy(update={"requires": ("tensorflow",)})
+    with pytest.raises(UsageError, match="tensorflow"):
+        serving_requirements(foreign)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_bento_serves_from_a_fresh_environment(bento: BentoInfo, home: Path, digit_pngs, tmp_path: Path) -> None:
+    """Installs what the Bento lists and nothing else, as a machine that never saw this project would."""
+    environment = tmp_path / "fresh"
+    python = environment / "bin" / "python"
+    wanted = ["-r", str(bento.path / "env/python/requirements.txt")]
+    wanted += [str(path) for path in (bento.path / "env/python/wheels").glob("*.whl")]
+    if shutil.which("uv"):
+        subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, str(environment)], check=True)
+        subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(python), *wanted], check=True)
+    else:
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
+    assert subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False).returncode == 1
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(environment / "bin" / "bentoml"), "serve", "digits:latest", "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while not _is_ready(url):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        response = httpx.post(f"{url}/predict", content=digit_pngs[4], headers={"Content-Type": "image/png"})
+        assert response.json()["predictions"][0]["label"] == "4"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+    finally:
+        if server.poll() is None:
+            server.kill()
+            server.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/v2/health/ready", timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
