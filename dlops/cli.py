@@ -1,0 +1,372 @@
+"""The command line: one thin command per verb. It parses, calls and prints; nothing heavy is imported up here."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from dlops.artifact import Artifact
+    from dlops.checkpoint import Checkpoint
+
+# typer carries its own copy of click since 0.20 and names the base of its usage errors nowhere public.
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="dlops",
+    help="Train, export, verify, serve and measure PyTorch models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where it works.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="For one operator; all cores if left out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="cnn or mlp.")],
+    data: Annotated[str | None, typer.Option(help="Data set, folder or .tar.gz; short for --set data=…")] = None,
+    preset: Annotated[str | None, typer.Option(help="A named configuration of the recipe.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML over the preset.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over preset and file.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/<recipe>/<time>.")] = None,
+    help_config: Annotated[bool, typer.Option("--help-config", help="List the recipe's settings and stop.")] = False,
+) -> None:
+    """Train a recipe; the run folder then holds a checkpoint."""
+    from dlops.train import launch
+
+    if help_config:
+        _print(launch.describe(recipe))
+        return
+    overrides = [*(set_ or []), *([f"data={data}"] if data else [])]
+    settings = launch.configure(recipe, preset=preset, config_file=config, overrides=overrides)
+    checkpoint = launch.train_recipe(recipe, settings, run_dir=run_dir, resume=resume)
+    _print(checkpoint.directory)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A run folder; the newest if left out.")] = None,
+    format_: Annotated[list[str] | None, typer.Option("--format", help="torchscript, onnx; repeatable.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8; repeatable.")] = None,
+    sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN (NN % of the MACs); repeatable.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
+    max_drop: Annotated[float, typer.Option(min=0, help="Points of the task's metric that may be lost.")] = 1.0,
+    strict: Annotated[bool, typer.Option(help="Hold the interval's bound to --max-drop, not the estimate.")] = False,
+    out: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("artifacts"),
+    model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
+) -> None:
+    """Export a checkpoint to variants, each checked against the original."""
+    from dlops.checkpoint import import_model_source
+    from dlops.export.pipeline import export_variants
+
+    if variant and (format_ or precision or sparsity):
+        _usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
+    slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
+    artifacts = export_variants(
+        _checkpoint(checkpoint),
+        variants=slugs,
+        out=out,
+        model=import_model_source(model) if model else None,
+        max_drop=max_drop,
+        strict=strict,
+        device=device,
+        command=_command(),
+    )
+    for artifact in artifacts:
+        _print(artifact.directory)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path | None, typer.Argument(help="An artifact's folder; the newest if left out.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Measure accuracy again on its evaluation samples.")] = None,
+    model: Annotated[str | None, typer.Option(help="python:package.module:function, with --checkpoint.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Check an artifact on this machine: digests, raw input to tensor, tensor to output."""
+    from dlops.checkpoint import import_model_source, load_checkpoint
+    from dlops.export.verify import verify_artifact
+    from dlops.runtimes import SessionOptions
+
+    verification = verify_artifact(
+        _artifact(artifact),
+        options=SessionOptions(device=device, threads=threads),
+        checkpoint=load_checkpoint(checkpoint) if checkpoint else None,
+        model=import_model_source(model) if model else None,
+    )
+    _print(verification.model_dump_json(indent=2) if json else verification.summary())
+
+
+@app.command()
+def serve(
+    artifact: Annotated[Path | None, typer.Argument(help="An artifact's folder; the newest if left out.")] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 3000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Serve an artifact with BentoML: /predict for people, /v2 for Triton's clients."""
+    from dlops.serve.launch import serve_artifact
+
+    status = serve_artifact(_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers)
+    raise typer.Exit(status)
+
+
+@app.command()
+def bench(
+    target: Annotated[
+        list[str] | None, typer.Argument(help="Artifact folders and URLs; the newest if left out.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Adds eager PyTorch, the base of the speed-ups.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Items a call; repeatable. Default 1.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Calls in flight, for URLs.")] = None,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds a row.")] = 3.0,
+    payload: Annotated[Path | None, typer.Option(help="The artifact whose samples are sent to URLs.")] = None,
+    model: Annotated[str | None, typer.Option(help="python:package.module:function, with --checkpoint.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option(help="Report folder. Default: reports/<time>.")] = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Copy of report.json; - for stdout.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Copy of report.html.")] = None,
+) -> None:
+    """Measure artifacts in process and services over HTTP."""
+    from dlops.workflows.benchmark import benchmark
+
+    targets: list[Artifact | str] = [name if "://" in name else _artifact(Path(name)) for name in target or []] or [
+        _artifact(None)
+    ]
+    status = benchmark(
+        targets,
+        checkpoint=_checkpoint(checkpoint) if checkpoint else None,
+        batch=batch or [1],
+        concurrency=concurrency or [1],
+        duration_s=duration,
+        payload=_artifact(payload) if payload else None,
+        model=model,
+        device=device,
+        threads=threads,
+        out_dir=out,
+        json=json,
+        html=html,
+        command=_command(),
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
+def deploy(
+    kind: Annotated[Literal["bento", "docker"], typer.Argument(help="bento: BentoML's store. docker: a build folder.")],
+    artifact: Annotated[Path | None, typer.Argument(help="An artifact's folder; the newest if left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="docker: the folder to write. bento: also export a .bento file.")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="docker: which image.")] = "cpu",
+) -> None:
+    """Package an artifact to run elsewhere."""
+    chosen = _artifact(artifact)
+    if kind == "bento":
+        from dlops.deploy.bento import build_bento
+
+        bento = build_bento(chosen, out=out)
+        _print(f"{bento.tag}\n{bento.path}")
+        return
+    from dlops.deploy.docker import write_docker_context
+
+    if out is None:
+        _usage("deploy docker writes a folder", "name it with --out DIR")
+    _print(write_docker_context(chosen, out=out, device=device))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, artifact or report.")], json: Json = False
+) -> None:
+    """Say what a folder holds, its digests checked."""
+    from dlops.inspect import describe
+
+    description = describe(path)
+    _print(description.to_json() if json else description.render())
+
+
+@app.command(name="list")
+def list_(root: Annotated[Path, typer.Argument(help="The working folder.")] = Path(), json: Json = False) -> None:
+    """List checkpoints, artifacts and reports, newest first."""
+    from dlops.inspect import list_all
+
+    listing = list_all(root)
+    _print(listing.to_json() if json else listing.render())
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Find which devices and providers really work here, by running a tiny model on each."""
+    from dlops.doctor import examine, render
+
+    findings = examine()
+    _print(findings.model_dump_json(indent=2) if json else render(findings))
+
+
+@app.command()
+def quickstart(
+    data: Annotated[str, typer.Option(help="Data set, folder or .tar.gz.")] = "digits",
+    recipe: Annotated[str, typer.Option(help="cnn or mlp.")] = "cnn",
+    preset: Annotated[str | None, typer.Option(help="A named configuration of the recipe.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Recipe settings.")] = None,
+    max_drop: Annotated[float, typer.Option(min=0, help="Points of accuracy that may be lost.")] = 1.0,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds a timed row.")] = 2.0,
+    device: Device = "auto",
+) -> None:
+    """Train, export, verify, bench and serve, with a table and a report at the end."""
+    from dlops.workflows.quickstart import quickstart as run
+
+    run(
+        data=data,
+        recipe=recipe,
+        preset=preset,
+        overrides=set_ or [],
+        max_drop=max_drop,
+        duration_s=duration,
+        device=device,
+        command=_command(),
+    )
+
+
+def _version(value: bool) -> None:
+    if value:
+        from dlops.version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """The `dlops` command: exit statuses as the design has them, and no traceback for a user's mistake."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = app(arguments or ["--help"], standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Abort:
+        return _complain("interrupted", status=130)
+    except KeyboardInterrupt:
+        return _complain("interrupted", status=130)
+    except _Terminated:
+        return _complain("terminated", status=143)
+    except _USAGE_ERROR as error:
+        return _complain(error.format_message(), hint="dlops --help lists commands and options", status=2)
+    except Exception as error:  # noqa: BLE001 - the last resort: what is not ours to explain is our bug
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    from dlops.errors import DlopsError, from_os_error, missing_package
+
+    if isinstance(error, OSError):
+        error = from_os_error(error, doing="the command")
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "dlops").startswith("dlops"):
+        error = missing_package(str(error.name).partition(".")[0], needed_for="this command")
+    if isinstance(error, DlopsError):
+        return _complain(error.message, hint=error.hint, status=error.exit_status)
+    from dlops.version import __version__
+
+    traceback.print_exception(error)
+    return _complain(
+        f"this is a bug in dlops {__version__}: {type(error).__name__}: {error}",
+        hint="please report it with the lines above and the output of dlops doctor",
+        status=70,
+    )
+
+
+def _complain(message: str, *, hint: str | None = None, status: int) -> int:
+    sys.stderr.write(f"dlops: {message}\n" + (f"  {hint}\n" if hint else ""))
+    return status
+
+
+class _Terminated(BaseException):
+    pass
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _usage(message: str, hint: str) -> NoReturn:
+    from dlops.errors import UsageError
+
+    raise UsageError(message, hint=hint)
+
+
+def _command() -> tuple[str, ...]:
+    return ("dlops", *sys.argv[1:])
+
+
+def _print(thing: Any) -> None:
+    from dlops.console import out
+
+    if isinstance(thing, (str, Path)):
+        out.print(str(thing), markup=False, emoji=False, soft_wrap=True)
+    else:
+        out.print(thing)
+
+
+def _slugs(formats: list[str], precisions: list[str], sparsities: list[str]) -> list[str]:
+    return [
+        "-".join([form, precision, *([] if sparsity == "dense" else [sparsity])])
+        for sparsity in sparsities
+        for form in formats
+        for precision in precisions
+    ]
+
+
+def _checkpoint(path: Path | None) -> Checkpoint:
+    from dlops.checkpoint import load_checkpoint, newest_checkpoint
+    from dlops.console import say
+
+    if path is not None:
+        return load_checkpoint(path)
+    checkpoint = newest_checkpoint()
+    say(f"Taking the newest checkpoint: {checkpoint.directory}")
+    return checkpoint
+
+
+def _artifact(path: Path | None) -> Artifact:
+    from dlops.artifact import newest_artifact, open_artifact
+    from dlops.console import say
+
+    if path is not None:
+        return open_artifact(path)
+    artifact = newest_artifact()
+    say(f"Taking the newest artifact: {artifact.directory}")
+    return artifact
+
+
+if __name__ == "__main__":
+    main()

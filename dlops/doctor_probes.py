@@ -1,0 +1,186 @@
+"""One probe a process: run a tiny model on a device, check its answer, and print what happened as one line of JSON.
+
+`python -m dlops.doctor_probes onnxruntime cuda` does one; `dlops doctor` starts them all. Nothing but numpy is imported
+until a probe needs it, and the ONNX model is written out by hand, so that no exporter is needed to test a runtime.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from dlops.signature import Array
+
+# Small whole numbers: exact in fp16 and TF32 too, so that a right answer is an equal one.
+_X = np.array([[1, -2, 3, 0], [0, 1, -1, 2]], np.float32)
+_W = np.array([[1, 0, 2], [-1, 1, 0], [0, -2, 1], [3, 1, -1]], np.float32)
+_EXPECTED = np.maximum(_X @ _W, 0)
+_FLOAT, _IR_VERSION, _OPSET = 1, 8, 13
+_ERRORS_ONLY = 3
+
+
+class _AbsentError(Exception):
+    """There is nothing to run on; the message says what is not there."""
+
+
+def tiny_onnx_model() -> bytes:
+    """relu(x @ w) for x of (2, 4): an ONNX file, opset 13."""
+    weights = (
+        b"".join(_varint_field(1, size) for size in _W.shape)
+        + _varint_field(2, _FLOAT)
+        + _bytes_field(8, b"w")
+        + _bytes_field(9, _W.astype("<f4").tobytes())
+    )
+    graph = (
+        _bytes_field(1, _node("MatMul", [b"x", b"w"], b"product"))
+        + _bytes_field(1, _node("Relu", [b"product"], b"y"))
+        + _bytes_field(2, b"probe")
+        + _bytes_field(5, weights)
+        + _bytes_field(11, _value_info(b"x", _X.shape))
+        + _bytes_field(12, _value_info(b"y", _EXPECTED.shape))
+    )
+    opset = _bytes_field(1, b"") + _varint_field(2, _OPSET)
+    return _varint_field(1, _IR_VERSION) + _bytes_field(7, graph) + _bytes_field(8, opset)
+
+
+def _onnxruntime(provider: str) -> str:
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError:
+        raise _AbsentError("onnxruntime is not installed") from None
+    if provider not in ort.get_available_providers():
+        raise _AbsentError(f"onnxruntime {ort.__version__} was built without {provider}")
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = 1
+    if provider != "CPUExecutionProvider":
+        ort.preload_dlls()
+        # Then loading fails where a node would be placed on the CPU, instead of the CPU giving the right answer.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    session = ort.InferenceSession(tiny_onnx_model(), sess_options=options, providers=[provider])
+    used = session.get_providers()[0]
+    if used != provider:
+        raise RuntimeError(f"{provider} was asked for and {used} was given: its libraries do not load")
+    _check(session.run(["y"], {"x": _X})[0])
+    return f"onnxruntime {ort.__version__} ran on {used}"
+
+
+def _torch(device: str) -> str:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise _AbsentError("torch is not installed") from None
+    if device == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        problem = f"torch {torch.__version__} ({built}) finds no GPU"
+        raise RuntimeError(problem) if torch.version.cuda else _AbsentError(problem)
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise _AbsentError("no Apple GPU here")
+    with torch.inference_mode():
+        result = torch.relu(torch.from_numpy(_X).to(device) @ torch.from_numpy(_W).to(device))
+    if result.device.type != device:
+        raise RuntimeError(f"{device} was asked for and the result is on {result.device}")
+    _check(result.cpu().numpy())
+    where = torch.cuda.get_device_name(0) if device == "cuda" else device
+    return f"torch {torch.__version__} ran on {where}"
+
+
+def _torchscript() -> str:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise _AbsentError("torch is not installed") from None
+    weights = torch.from_numpy(_W)
+    with warnings.catch_warnings():
+        # torch announces TorchScript's retirement at every use; whether it works is the question here.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: torch.relu(x @ weights), torch.zeros(_X.shape))  # type: ignore[no-untyped-call]
+        buffer = io.BytesIO()
+        torch.jit.save(traced, buffer)
+        buffer.seek(0)
+        loaded = torch.jit.load(buffer)  # type: ignore[no-untyped-call]
+    _check(loaded(torch.from_numpy(_X)).numpy())
+    return f"torch {torch.__version__} saved, loaded and ran a TorchScript module on the CPU"
+
+
+def _torchvision() -> str:
+    try:
+        import torch
+        import torchvision
+    except ModuleNotFoundError as error:
+        raise _AbsentError(f"{error.name} is not installed") from None
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.0], [5.0, 5.0, 6.0, 6.0]])
+    kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist()
+    if kept != [0, 2]:
+        raise RuntimeError(f"its operators give wrong results: nms kept {kept}")
+    return f"torchvision {torchvision.__version__} and its operators fit torch {torch.__version__}"
+
+
+PROBES: Mapping[str, Callable[[], str]] = {
+    "onnxruntime cpu": lambda: _onnxruntime("CPUExecutionProvider"),
+    "onnxruntime cuda": lambda: _onnxruntime("CUDAExecutionProvider"),
+    "onnxruntime tensorrt": lambda: _onnxruntime("TensorrtExecutionProvider"),
+    "torch cpu": lambda: _torch("cpu"),
+    "torch cuda": lambda: _torch("cuda"),
+    "torch mps": lambda: _torch("mps"),
+    "torchscript cpu": _torchscript,
+    "torchvision cpu": _torchvision,
+}
+
+
+def run_probe(name: str) -> dict[str, str]:
+    """`{"status": "ok" | "failed" | "absent", "reason": one line}` for one of PROBES."""
+    try:
+        return {"status": "ok", "reason": PROBES[name]()}
+    except _AbsentError as absence:
+        return {"status": "absent", "reason": str(absence)}
+    except Exception as error:  # noqa: BLE001 - whatever a broken library raises is the finding
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return {"status": "failed", "reason": first[:300]}
+
+
+def _check(result: Array) -> None:
+    if result.shape != _EXPECTED.shape or not np.array_equal(result, _EXPECTED):
+        raise RuntimeError(f"it gives a wrong result: {np.asarray(result).tolist()}, not {_EXPECTED.tolist()}")
+
+
+# Protocol buffers by hand, https://protobuf.dev/programming-guides/encoding: a field is its number and wire type, then
+# a varint, or a length and bytes. The numbers are those of onnx.proto.
+def _varint(value: int) -> bytes:
+    encoded = b""
+    while value > 0x7F:
+        encoded += struct.pack("B", value & 0x7F | 0x80)
+        value >>= 7
+    return encoded + struct.pack("B", value)
+
+
+def _varint_field(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _bytes_field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _node(operator: str, inputs: list[bytes], output: bytes) -> bytes:
+    return (
+        b"".join(_bytes_field(1, name) for name in inputs)
+        + _bytes_field(2, output)
+        + _bytes_field(4, operator.encode())
+    )
+
+
+def _value_info(name: bytes, shape: tuple[int, ...]) -> bytes:
+    dims = b"".join(_bytes_field(1, _varint_field(1, size)) for size in shape)
+    tensor = _varint_field(1, _FLOAT) + _bytes_field(2, dims)
+    return _bytes_field(1, name) + _bytes_field(2, _bytes_field(1, tensor))
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n" + json.dumps(run_probe(" ".join(sys.argv[1:]))) + "\n")

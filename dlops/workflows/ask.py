@@ -1,0 +1,66 @@
+"""Ask a running service about real samples, as a client would, and count its answers."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from dlops.errors import MachineError
+from dlops.manifest import Record
+from dlops.samples import Samples
+from dlops.signature import Array
+
+_TIMEOUT_S = 30.0
+
+
+class Answers(Record):
+    """What a service said of `asked` samples. correct: against the targets. predicted: the labels, in order."""
+
+    asked: int
+    correct: int
+    predicted: tuple[str, ...]
+    expected: tuple[str, ...]
+
+
+def ask_service(url: str, samples: Samples, *, labels: Sequence[str]) -> Answers:
+    """Send every sample to `POST /predict` as an image or as numbers, and read the labels.
+
+    Raises MachineError where the service answers anything but 200.
+    """
+    assert samples.targets is not None
+    predicted = []
+    with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client:
+        for raw in samples.raw:
+            content, media_type = as_request(raw)
+            response = client.post("/predict", content=content, headers={"Content-Type": media_type})
+            if response.status_code != 200:
+                raise MachineError(f"{url}/predict answered {response.status_code}: {response.text[:300]}")
+            predicted.append(_first_label(response.json()))
+    expected = tuple(str(labels[int(target)]) for target in samples.targets)
+    correct = sum(said == meant for said, meant in zip(predicted, expected, strict=True))
+    return Answers(asked=len(samples), correct=correct, predicted=tuple(predicted), expected=expected)
+
+
+def as_request(raw: bytes | Array) -> tuple[bytes, str]:
+    """Body and media type: an encoded image as it is, pixels as PNG, numbers as JSON."""
+    if isinstance(raw, bytes):
+        return raw, "application/octet-stream"
+    if raw.dtype == np.uint8:
+        buffer = io.BytesIO()
+        Image.fromarray(raw.squeeze()).save(buffer, format="PNG")
+        return buffer.getvalue(), "image/png"
+    return json.dumps({"inputs": [raw.tolist()]}).encode(), "application/json"
+
+
+def _first_label(document: object) -> str:
+    first = document[0] if isinstance(document, list) else document
+    if isinstance(first, dict) and "predictions" in first:
+        first = first["predictions"][0]
+    if not isinstance(first, dict) or "label" not in first:
+        raise MachineError(f"/predict answered without a label: {str(document)[:200]}")
+    return str(first["label"])

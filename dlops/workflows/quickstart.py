@@ -1,0 +1,189 @@
+"""The whole pipeline on real data: train, export, verify, bench, serve, ask, and a table at the end."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlops.artifact import Artifact
+from dlops.bench.results import Measured, choose_fastest, merge, save_report
+from dlops.bench.run import MeasureInterrupted, measure
+from dlops.bench.table import render_table
+from dlops.checkpoint import Checkpoint
+from dlops.console import out, say
+from dlops.errors import DlopsError, GateError
+from dlops.export.pipeline import export_each
+from dlops.export.verify import verify_artifact
+from dlops.report import Report
+from dlops.runtimes import SessionOptions
+from dlops.runtimes.session import Device
+from dlops.serve.launch import ServerProcess
+from dlops.train.launch import configure, train_recipe
+from dlops.workflows.ask import Answers, ask_service
+
+VARIANTS = (
+    "torchscript-fp32",
+    "onnx-fp32",
+    "onnx-fp16",
+    "onnx-int8",
+    "onnx-fp32-pruned50",
+    "onnx-int8-pruned50",
+)
+# One call for latency, one of many items for throughput.
+BATCHES = (1, 32)
+# One client alone, and enough at once to keep a worker busy.
+CONCURRENCY = (1, 8)
+# Sent to the service one after another: enough to see that it is the same model, over in a second or two.
+ASKED = 100
+# Data whose preset makes this quicker than the recipe's own choice of epochs.
+_QUICK_PRESETS = ("digits",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """refused: slug to reason. report: what was written, with `chosen` naming the variant that was served."""
+
+    checkpoint: Checkpoint
+    artifacts: tuple[Artifact, ...]
+    refused: dict[str, str]
+    answers: Answers
+    report: Report
+
+
+def quickstart(
+    *,
+    data: str = "digits",
+    recipe: str = "cnn",
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    variants: Sequence[str] = VARIANTS,
+    max_drop: float = 1.0,
+    duration_s: float = 2.0,
+    device: Device = "auto",
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Run every stage in the working folder and print the table; the report lies in reports/<time>/.
+
+    preset: of the recipe; for digits the one of that name. max_drop: points of the task's metric that a variant may
+    lose. duration_s: of each timed row. A variant that a gate refuses is named and left out; GateError is raised only
+    where none passes.
+    """
+    _headline(1, f"train the {recipe} recipe on {data}")
+    if preset is None and data in _QUICK_PRESETS:
+        preset = data
+    config = configure(recipe, preset=preset, overrides=[f"data={data}", *overrides])
+    checkpoint = train_recipe(recipe, config)
+
+    _headline(2, f"export {len(variants)} variants, each checked against the checkpoint")
+    artifacts, refused = _export(checkpoint, variants, max_drop=max_drop, device=device, command=command)
+
+    _headline(3, "verify every artifact again from its files alone")
+    for artifact in artifacts:
+        verification = verify_artifact(artifact, options=SessionOptions(device=device), checkpoint=checkpoint)
+        say(f"{artifact.slug}: verified on {verification.parity.provider}")
+
+    _headline(4, "time them in process, in turns, against eager PyTorch")
+    try:
+        measured = measure(
+            artifacts,
+            checkpoint=checkpoint,
+            batch=BATCHES,
+            duration_s=duration_s,
+            device=device,
+            title=f"{checkpoint.name}: variants",
+            command=command,
+        )
+    except MeasureInterrupted as interruption:
+        _save_partial(interruption.measured)
+        raise
+    measured = choose_fastest(measured, max_drop=max_drop)
+    chosen = _chosen(measured, artifacts)
+
+    _headline(5, f"serve {chosen.title} with BentoML, ask it about real samples, and load it")
+    try:
+        with ServerProcess(chosen, device=device) as server:
+            say(f"serving on {server.url}")
+            answers = _ask(server.url, checkpoint)
+            network = measure(
+                [server.url], payload=chosen, concurrency=CONCURRENCY, duration_s=duration_s, command=command
+            )
+    except KeyboardInterrupt as interruption:
+        rows = [interruption.measured] if isinstance(interruption, MeasureInterrupted) else []
+        _save_partial(merge(measured, *rows))
+        raise
+    say("the server has stopped")
+
+    report = save_report(merge(measured, network))
+    _conclude(report, chosen, checkpoint, answers, refused)
+    return Outcome(checkpoint=checkpoint, artifacts=tuple(artifacts), refused=refused, answers=answers, report=report)
+
+
+def _export(
+    checkpoint: Checkpoint, variants: Sequence[str], *, max_drop: float, device: Device, command: Sequence[str]
+) -> tuple[list[Artifact], dict[str, str]]:
+    made: list[Artifact] = []
+    refused: dict[str, str] = {}
+    for variant, result in export_each(
+        checkpoint, variants=variants, max_drop=max_drop, device=device, command=command
+    ):
+        if isinstance(result, DlopsError):
+            refused[variant.slug] = result.message
+        else:
+            made.append(result)
+    if not made:
+        reasons = "; ".join(refused.values())
+        raise GateError(f"every variant was refused: {reasons}", hint="train longer, or allow more with --max-drop")
+    return made, refused
+
+
+def _chosen(measured: Measured, artifacts: Sequence[Artifact]) -> Artifact:
+    report = measured.report
+    if report.chosen is None:
+        raise GateError(f"no variant to serve: {report.chosen_because}", hint="allow more with --max-drop")
+    say(f"chosen: {report.chosen} ({report.chosen_because})")
+    return next(artifact for artifact in artifacts if artifact.title == report.chosen)
+
+
+def _ask(url: str, checkpoint: Checkpoint) -> Answers:
+    evaluation = checkpoint.samples("evaluation")
+    assert evaluation is not None
+    answers = ask_service(url, evaluation.take(slice(0, ASKED)), labels=checkpoint.spec.labels)
+    say(f"POST /predict with {answers.asked} held-out samples: {answers.correct} right")
+    return answers
+
+
+def _conclude(
+    report: Report, chosen: Artifact, checkpoint: Checkpoint, answers: Answers, refused: dict[str, str]
+) -> None:
+    out.print()
+    out.print(render_table(report))
+    out.print()
+    for slug, reason in refused.items():
+        out.print(f"refused: {slug}: {reason}", markup=False, soft_wrap=True)
+    activate = [] if shutil.which("dlops") else [f"  . {Path(sys.prefix, 'bin', 'activate')}"]
+    lines = [
+        f"served {chosen.title}: {answers.correct} of {answers.asked} held-out samples answered right",
+        f"report: {report.directory / 'report.html'}",
+        "",
+        "What to type next:",
+        *activate,
+        f"  dlops serve {chosen.directory}",
+        f"  dlops inspect {chosen.directory}",
+        "  dlops quickstart --data FOLDER        your own images, one folder a class",
+        f"  dlops export {checkpoint.directory} --format onnx --precision int8",
+        f"  dlops bench {chosen.directory.parent}/*",
+    ]
+    out.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _save_partial(measured: Measured) -> None:
+    report = measured.report.model_copy(update={"partial": True})
+    directory = save_report(Measured(report=report, samples=measured.samples)).directory
+    say(f"interrupted: what was measured so far is in {directory}, marked partial")
+
+
+def _headline(number: int, text: str) -> None:
+    say(f"\n[{number}/5] {text}")
