@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+
+from dlops import signals
 
 if TYPE_CHECKING:
     from dlops.artifact import Artifact
@@ -99,11 +99,14 @@ def verify(
 ) -> None:
     """Check an artifact on this machine: digests, raw input to tensor, tensor to output."""
     from dlops.checkpoint import import_model_source, load_checkpoint
+    from dlops.console import say
     from dlops.export.verify import verify_artifact
     from dlops.runtimes import SessionOptions
 
+    opened = _artifact(artifact)
+    say(f"{opened.title}: verifying")
     verification = verify_artifact(
-        _artifact(artifact),
+        opened,
         options=SessionOptions(device=device, threads=threads),
         checkpoint=load_checkpoint(checkpoint) if checkpoint else None,
         model=import_model_source(model) if model else None,
@@ -263,32 +266,23 @@ def _options(
     pass
 
 
-def main() -> NoReturn:
-    """The `dlops` command: exit statuses as the design has them, and no traceback for a user's mistake."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run one command line and return its exit status, as the design has them; no traceback for a user's mistake.
+
+    `dlops.__main__` has the signals turned into exceptions; one that came decides the status, whatever was raised.
+    """
     try:
         result = app(arguments or ["--help"], standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except typer.Abort:
-        return _complain("interrupted", status=130)
-    except KeyboardInterrupt:
-        return _complain("interrupted", status=130)
-    except _Terminated:
-        return _complain("terminated", status=143)
-    except _USAGE_ERROR as error:
-        return _complain(error.format_message(), hint="dlops --help lists commands and options", status=2)
     except Exception as error:  # noqa: BLE001 - the last resort: what is not ours to explain is our bug
-        return _explain(error)
+        return signals.received_status() or _explain(error)
 
 
 def _explain(error: Exception) -> int:
     from dlops.errors import DlopsError, from_os_error, missing_package
 
+    if isinstance(error, _USAGE_ERROR):
+        return _complain(error.format_message(), hint="dlops --help lists commands and options", status=2)
     if isinstance(error, OSError):
         error = from_os_error(error, doing="the command")
     if isinstance(error, ModuleNotFoundError) and not (error.name or "dlops").startswith("dlops"):
@@ -308,14 +302,6 @@ def _explain(error: Exception) -> int:
 def _complain(message: str, *, hint: str | None = None, status: int) -> int:
     sys.stderr.write(f"dlops: {message}\n" + (f"  {hint}\n" if hint else ""))
     return status
-
-
-class _Terminated(BaseException):
-    pass
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
 
 
 def _usage(message: str, hint: str) -> NoReturn:
@@ -366,7 +352,3 @@ def _artifact(path: Path | None) -> Artifact:
     artifact = newest_artifact()
     say(f"Taking the newest artifact: {artifact.directory}")
     return artifact
-
-
-if __name__ == "__main__":
-    main()

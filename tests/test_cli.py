@@ -14,7 +14,7 @@ import pytest
 
 import dlops as dlops_api
 
-DLOPS = [sys.executable, "-m", "dlops.cli"]
+DLOPS = [sys.executable, "-m", "dlops"]
 
 
 def dlops(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -145,9 +145,8 @@ def test_ctrl_c_ends_a_command_with_130_and_leaves_nothing_half_done(
     words = [word.format(out=out) for word in command]
     with subprocess.Popen([*DLOPS, *words], cwd=working_folder, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        if begun:
-            next(line for line in process.stderr if begun in line)
-        time.sleep(1.0)
+        next(line for line in process.stderr if begun in line)
+        time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
         process.wait(timeout=60)

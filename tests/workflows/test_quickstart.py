@@ -15,7 +15,7 @@ import dlops
 from dlops.workflows.quickstart import VARIANTS
 
 COMMAND = [
-    sys.executable, "-m", "dlops.cli", "quickstart",
+    sys.executable, "-m", "dlops", "quickstart",
     "--set", "epochs=15", "--duration", "0.3", "--device", "cpu",
 ]  # fmt: skip
 

@@ -1,0 +1,29 @@
+"""The `dlops` command, from its first instant: signals are answered before anything slow is imported."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from dlops import signals
+
+
+def main() -> NoReturn:
+    """Run the command line that the process was started with. Exits with its status."""
+    signals.raise_on_signals()
+    try:
+        from dlops.cli import run
+
+        status = run(sys.argv[1:])
+    except BaseException:
+        if (interrupted := signals.received_status()) is None:
+            raise
+        status = interrupted
+    signals.die_on_signals()
+    if status == signals.received_status():
+        sys.stderr.write("dlops: interrupted\n" if status == 130 else "dlops: terminated\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
