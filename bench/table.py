@@ -11,47 +11,49 @@ from rich.table import Table
 from rich.text import Text
 
 from dlops.bench import cells
-from dlops.report import Report
+from dlops.report import Measurement, Report
 
 _COLUMNS = 80
 
 
 def render_table(report: Report) -> RenderableType:
-    """For `Console.print`: one table a load, then where it ran, then footnotes. Fits 80 columns."""
-    parts: list[RenderableType] = []
-    for group in cells.groups(report):
-        # The box's own divider is a space: with padding 0, ten columns and a long slug fit 80 characters.
-        table = Table(
-            box=SIMPLE_HEAD,
-            title=Text(group.title, style="bold"),
-            title_justify="left",
-            show_edge=False,
-            padding=0,
-        )
-        headings = cells.headings(group.rows)
-        name = cells.name if _width(group) <= _COLUMNS else cells.short_name
-        for index, heading in enumerate(headings):
-            left = index == 0
-            table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    """For `Console.print`: one table with a section a load, then where it ran, then footnotes. Fits 80 columns."""
+    groups = cells.groups(report)
+    headings = cells.headings(report.measurements)
+    # In full where there is room for it: `onnx-int8 with 8 in flight`, else `onnx-int8 ×8`.
+    full = _width(groups, headings) <= _COLUMNS
+    # The box's own divider is a space: with padding 0, ten columns and a long slug fit 80 characters.
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for heading in headings:
+        left = heading == headings[0]
+        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    for group in groups:
+        table.add_section()
+        table.add_row(Text(group.title, style="bold"))
         for row in group.rows:
-            label = name(row) + ("" if row.verdict.steady else " *")
+            label = (cells.name(row) if full else cells.short_name(row)) + _mark(row)
             values = cells.values(row)
             style = "bold green" if row.target == report.chosen else ""
             table.add_row(Text(label, style=style), *[values[heading] for heading in headings[1:]])
-        parts.append(table)
     lines = [f"chosen: {report.chosen}: {report.chosen_because}"] if report.chosen else []
     lines += [report.chosen_because] if report.chosen_because and not report.chosen else []
     lines += cells.placements(report.measurements)
+    if not full and any(row.boundary == "network" for row in report.measurements):
+        lines.append("×8: with 8 requests in flight")
     lines += cells.explanations(report)
-    return Group(*parts, *[Text(line) for line in lines])
+    return Group(table, *[Text(line) for line in ("", *lines)])
 
 
-def _width(group: cells.Group) -> int:
+def _mark(row: Measurement) -> str:
+    return "" if row.verdict.steady else " *"
+
+
+def _width(groups: list[cells.Group], headings: list[str]) -> int:
     """Characters that the console table takes with names in full, one space between columns."""
-    headings = cells.headings(group.rows)[1:]
-    names = max(len(cells.name(row)) + (0 if row.verdict.steady else 2) for row in group.rows)
-    filled = [cells.values(row) for row in group.rows]
-    return names + sum(1 + max(len(heading), *(len(one[heading]) for one in filled)) for heading in headings)
+    rows = [row for group in groups for row in group.rows]
+    labels = [len(group.title) for group in groups] + [len(cells.name(row) + _mark(row)) for row in rows]
+    filled = [cells.values(row) for row in rows]
+    return max(labels) + sum(1 + max(len(one), *(len(row[one]) for row in filled)) for one in headings[1:])
 
 
 def table_text(report: Report, *, width: int = 80) -> str:

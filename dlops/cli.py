@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Train, export, verify, serve and measure PyTorch models.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -67,7 +68,7 @@ def export(
     model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
 ) -> None:
-    """Export a checkpoint to variants, each checked against the original."""
+    """Export variants of a checkpoint, each checked against it."""
     from dlops.checkpoint import import_model_source
     from dlops.export.pipeline import export_variants
 
@@ -97,7 +98,10 @@ def verify(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Check an artifact on this machine: digests, raw input to tensor, tensor to output."""
+    """Check an artifact again on this machine.
+
+    Its digests, raw input to tensor and tensor to output; with --checkpoint what it loses in accuracy, too.
+    """
     from dlops.checkpoint import import_model_source, load_checkpoint
     from dlops.console import say
     from dlops.export.verify import verify_artifact
@@ -123,7 +127,10 @@ def serve(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Serve an artifact with BentoML: /predict for people, /v2 for Triton's clients."""
+    """Serve an artifact with BentoML.
+
+    /predict takes images and numbers, /v2 Triton's clients, /docs a browser.
+    """
     from dlops.serve.launch import serve_artifact
 
     status = serve_artifact(_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers)
@@ -219,7 +226,10 @@ def list_(root: Annotated[Path, typer.Argument(help="The working folder.")] = Pa
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Find which devices and providers really work here, by running a tiny model on each."""
+    """Find which devices and providers really work here.
+
+    A tiny model is run on each.
+    """
     from dlops.doctor import examine, render
 
     findings = examine()
@@ -236,7 +246,10 @@ def quickstart(
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds a timed row.")] = 2.0,
     device: Device = "auto",
 ) -> None:
-    """Train, export, verify, bench and serve, with a table and a report at the end."""
+    """Train, export, verify, bench and serve, then report.
+
+    A table and report.html at the end say what each variant costs and loses.
+    """
     from dlops.workflows.quickstart import quickstart as run
 
     run(

@@ -51,13 +51,24 @@ def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:
 
 
 def test_the_console_says_in_flight_where_it_fits_80_columns(example) -> None:
-    assert "onnx-int8 with 8 in flight *" in table_text(example().report)
-    one = example().report
+    report = example().report
+    whole = table_text(report)
+    assert "onnx-int8 ×8 *" in whole
+    assert "×8: with 8 requests in flight" in whole
+    over_http = tuple(row for row in report.measurements if row.boundary == "network")
+    assert "onnx-int8 with 8 in flight *" in table_text(report.model_copy(update={"measurements": over_http}))
     long_name = "onnx-int8-pruned50-and-a-name-that-is-rather-long"
-    rows = (one.measurements[4].model_copy(update={"artifact": long_name}),)
-    text = table_text(one.model_copy(update={"measurements": rows}))
+    rows = (over_http[0].model_copy(update={"artifact": long_name}),)
+    text = table_text(report.model_copy(update={"measurements": rows}))
     assert f"{long_name} ×8 *" in text
     assert max(len(line) for line in text.split("chosen:")[0].splitlines()) <= 80
+
+
+def test_one_table_has_a_section_a_load(example) -> None:
+    lines = table_text(example().report).splitlines()
+    assert sum(line.startswith("variant ") for line in lines) == 1
+    titles = ("in process, batch 1", "over HTTP, batch 1")
+    assert [line for line in lines if line in titles] == list(titles)
 
 
 def test_csv_has_a_line_a_row_in_base_units(example) -> None:

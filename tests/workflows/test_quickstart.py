@@ -1,4 +1,4 @@
-"""The pipeline end to end, as `dlops quickstart` runs it, with a short training and short rows."""
+"""The pipeline end to end, as `dlops quickstart` runs it, with short rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dlops.workflows.quickstart import VARIANTS
 
 COMMAND = [
     sys.executable, "-m", "dlops", "quickstart",
-    "--set", "epochs=15", "--duration", "0.3", "--device", "cpu",
+    "--duration", "0.3", "--device", "cpu",
 ]  # fmt: skip
 
 
