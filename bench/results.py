@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from dlops.bench.render import render_html
-from dlops.manifest import DirectoryWriter, write_json
+from dlops.directory import DirectoryWriter, write_json
 from dlops.report import STARTS, TURNS, Measurement, Report
 
 HTML_NAME = "report.html"

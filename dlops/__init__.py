@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dlops.artifact import Artifact, Variant, newest_artifact, open_artifact
     from dlops.bench.run import measure
-    from dlops.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from dlops.checkpoint import Checkpoint, load_checkpoint
     from dlops.errors import DlopsError
     from dlops.export.pipeline import export_variants
     from dlops.export.verify import verify_artifact
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dlops.report import Report, read_report
     from dlops.runtimes import open_session
     from dlops.samples import Samples
+    from dlops.saving import save_checkpoint
     from dlops.signature import Signature, TensorSpec
     from dlops.version import __version__
 
@@ -37,7 +38,7 @@ _HOMES = {
     "open_artifact": "dlops.artifact",
     "open_session": "dlops.runtimes",
     "read_report": "dlops.report",
-    "save_checkpoint": "dlops.checkpoint",
+    "save_checkpoint": "dlops.saving",
     "verify_artifact": "dlops.export.verify",
 }
 

@@ -129,7 +129,7 @@ def serve(
 ) -> None:
     """Serve an artifact with BentoML.
 
-    /predict takes images and numbers, /v2 Triton's clients, /docs a browser.
+    /predict takes images and numbers, /v2 is for Triton's clients, the page at / describes both.
     """
     from dlops.serve.launch import serve_artifact
 

@@ -1,35 +1,24 @@
-"""Directories that are whole or absent: payload files named by digest, committed by one manifest.
+"""Manifests: what a directory of ours holds, read back with every digest checked.
 
-A writer puts payloads beside the manifest under names that hold their SHA-256, syncs them, and then replaces the
-manifest in one `os.replace`. A kill at any moment leaves the old directory or the new one; what the kill left behind is
-collected by the next commit. A manifest holds the SHA-256 of its own content too. A reader checks every digest before
-it hands a path out: that finds damage and alteration, and proves nothing about who wrote it.
+A manifest names its payload files with their SHA-256 and holds the SHA-256 of its own content too. A reader checks all
+of them before it hands a path out: that finds damage and alteration, and proves nothing about who wrote it. How a
+directory is written is in `dlops.directory`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 from dlops.console import say
-from dlops.errors import CorruptError, MachineError, UsageError, from_os_error
+from dlops.errors import CorruptError, UsageError, from_os_error
 
 # Manifests hold names, numbers and digests; one of this size is not ours.
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
-_DIGEST_CHARS = 16
-_OURS = re.compile(rf"^[A-Za-z0-9_]+-[0-9a-f]{{{_DIGEST_CHARS}}}(\.[A-Za-z0-9]+)+$")
-_TEMPORARY = ".dlops-tmp-"
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -131,131 +120,6 @@ def read_manifest(directory: Path, kind: type[M], *, verify: bool = True) -> M:
         else:
             break
     return manifest
-
-
-def write_json(path: Path, text: str) -> None:
-    """Replace one file whole: the old text or the new, never half of one."""
-    temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{path.name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(temporary, text.encode())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise from_os_error(error, doing=f"writing {path}") from error
-    finally:
-        # Gone where it became `path`, and absent where its folder could not be made.
-        with suppress(FileNotFoundError, NotADirectoryError):
-            temporary.unlink()
-
-
-class DirectoryWriter:
-    """Writes payloads into a directory and commits them with a manifest; without a commit nothing changes.
-
-    Use as a context manager. One writer a directory at a time: a second one raises MachineError.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._written: list[Path] = []
-        self._created: list[Path] = []
-        self._committed = False
-        self._lock: int | None = None
-
-    def __enter__(self) -> Self:
-        try:
-            missing = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._created = missing
-            self._lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self._lock), self.directory.stat()):
-                # A writer that gave up removed the directory that it had made, between our opening and our lock.
-                raise BlockingIOError
-        except BlockingIOError as error:
-            self._unlock()
-            raise MachineError(
-                f"{self.directory}: another process is writing there", hint="wait for it, or name another directory"
-            ) from error
-        except OSError as error:
-            self._unlock()
-            raise from_os_error(error, doing=f"creating {self.directory}") from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._committed:
-            for path in self._written:
-                path.unlink(missing_ok=True)
-            for directory in self._created:
-                try:
-                    directory.rmdir()
-                except OSError:  # someone else's files are in there by now: theirs to keep
-                    break
-        self._unlock()
-
-    def add(self, name: str, content: bytes) -> Payload:
-        """Store bytes as `<stem>-<digest><suffix>`, synced."""
-        return self._store(name, hashlib.sha256(content).hexdigest(), lambda path: _write_synced(path, content))
-
-    def add_file(self, name: str, source: Path) -> Payload:
-        """Store a copy of a file the same way, without holding it in memory."""
-
-        def copy(path: Path) -> None:
-            shutil.copyfile(source, path)
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-
-        try:
-            digest = sha256_of(source)
-        except OSError as error:
-            raise from_os_error(error, doing=f"reading {source}") from error
-        return self._store(name, digest, copy)
-
-    def commit(self, manifest: M) -> M:
-        """Make `manifest` and its payloads what the directory holds, and collect what it held before."""
-        manifest = manifest.sealed()
-        path, text = self.directory / manifest.file_name, manifest.to_json()
-        # An interrupt may arrive after the replacement: from here on what the disk holds decides, and until that is
-        # known no payload may be removed.
-        self._committed = True
-        try:
-            write_json(path, text)
-        except BaseException:
-            self._committed = path.is_file() and path.read_bytes() == text.encode()
-            raise
-        self._collect(keep={payload.path for payload in manifest.files.values()})
-        return manifest.located_at(self.directory)
-
-    def _store(self, name: str, digest: str, write: Callable[[Path], None]) -> Payload:
-        stem, _, suffix = name.partition(".")
-        file_name = f"{stem}-{digest[:_DIGEST_CHARS]}.{suffix}"
-        if not _OURS.fullmatch(file_name):
-            raise ValueError(f"payload name {name!r} is not <stem>.<suffix> of letters, digits and _")
-        path = self.directory / file_name
-        temporary = self.directory / f"{_TEMPORARY}{path.name}"
-        try:
-            if not (path.exists() and sha256_of(path) == digest):
-                write(temporary)
-                os.replace(temporary, path)
-                self._written.append(path)
-                _sync_directory(self.directory)
-            return Payload(path=path.name, sha256=digest, bytes=path.stat().st_size)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise from_os_error(error, doing=f"writing {path}") from error
-
-    def _collect(self, *, keep: set[str]) -> None:
-        for entry in self.directory.iterdir():
-            ours = _OURS.fullmatch(entry.name) or entry.name.startswith(_TEMPORARY)
-            if ours and entry.name not in keep and entry.is_file():
-                entry.unlink(missing_ok=True)
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
 
 def find_manifests(root: Path, kind: type[M]) -> list[M]:
@@ -408,18 +272,3 @@ def check_payload(path: Path, payload: Payload, *, role: str) -> None:
         ) from None
     except OSError as error:
         raise from_os_error(error, doing=f"reading {path}") from error
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

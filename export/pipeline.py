@@ -18,6 +18,7 @@ from dlops import catalog
 from dlops.artifact import Accuracy, Artifact, Parity, Provenance, Tolerance, Variant, open_artifact
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.console import say
+from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import DlopsError, GateError, UsageError, from_os_error
 from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
@@ -29,7 +30,7 @@ from dlops.export.plan import check_disjoint, check_fitting, needs_calibration, 
 from dlops.export.prune import prune
 from dlops.export.quantize import spread
 from dlops.export.recover import recover
-from dlops.manifest import DirectoryWriter, Payload, sha256_of
+from dlops.manifest import Payload, sha256_of
 from dlops.parity import run_batched, self_test
 from dlops.runtimes import SessionOptions, open_session
 from dlops.runtimes.eager import choose_device

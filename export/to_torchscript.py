@@ -34,8 +34,35 @@ def export(request: ExportRequest) -> Exported:
     with _without_retirement_notices():
         torch.jit.save(traced, buffer)
     request.into.write_bytes(without_debug_files(buffer.getvalue()))
-    _check_written(request.into, request.signature, request.title)
+    check_written(request.into, request.signature, title=request.title)
     return Exported(path=request.into, notes={"torchscript": "traced and frozen", "torch": torch.__version__})
+
+
+def check_written(path: Path, signature: Signature, *, title: str) -> None:
+    """Raise GateError unless the file takes the signature's inputs and gives its outputs, at several batches.
+
+    Its tensors have no names: inputs and outputs are matched by their place, and by number, shape and dtype.
+    """
+    with _without_retirement_notices():
+        module = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+    taken = len(module.forward.schema.arguments) - 1  # the first is the module itself
+    if taken != len(signature.inputs):
+        raise GateError(f"{title}: the written file takes {taken} inputs, the signature has {len(signature.inputs)}")
+    for batch in sorted({1, 2, EXAMPLE_BATCH + 2}):
+        feed = example_inputs(signature, batch=batch)
+        try:
+            with torch.inference_mode():
+                outputs = outputs_by_name(module(*feed), signature)
+        except (RuntimeError, ValueError) as error:
+            raise GateError(f"{title}: the written file does not run at batch {batch}: {_first_line(error)}") from error
+        for spec in signature.outputs:
+            array = outputs[spec.name]
+            wanted = (spec.dtype, tuple(batch if dim == "batch" else dim for dim in spec.shape))
+            if not _fits(array, *wanted):
+                raise GateError(
+                    f"{title}: output {spec.name} at batch {batch} is {array.dtype}{list(array.shape)}, "
+                    f"asked for was {spec.dtype}{list(wanted[1])}"
+                )
 
 
 def without_debug_files(content: bytes) -> bytes:
@@ -71,26 +98,6 @@ def _trace(request: ExportRequest) -> torch.jit.ScriptModule:
             hint="rewrite that branch with tensor operations (torch.where), or export to onnx",
         )
     return frozen
-
-
-def _check_written(path: Path, signature: Signature, title: str) -> None:
-    with _without_retirement_notices():
-        module = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
-    for batch in sorted({1, 2, EXAMPLE_BATCH + 2}):
-        feed = example_inputs(signature, batch=batch)
-        try:
-            with torch.inference_mode():
-                outputs = outputs_by_name(module(*feed), signature)
-        except (RuntimeError, ValueError) as error:
-            raise GateError(f"{title}: the written file does not run at batch {batch}: {_first_line(error)}") from error
-        for spec in signature.outputs:
-            array = outputs[spec.name]
-            wanted = (spec.dtype, tuple(batch if dim == "batch" else dim for dim in spec.shape))
-            if not _fits(array, *wanted):
-                raise GateError(
-                    f"{title}: output {spec.name} at batch {batch} is {array.dtype}{list(array.shape)}, "
-                    f"asked for was {spec.dtype}{list(wanted[1])}"
-                )
 
 
 def _fits(array: np.ndarray, dtype: str, shape: tuple[int | str, ...]) -> bool:

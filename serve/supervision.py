@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlops.console import say
+from dlops.directory import write_json
 from dlops.errors import CorruptError, DlopsError, GateError, MachineError, NoVerdictError, UsageError
-from dlops.manifest import write_json
 
 if TYPE_CHECKING:
     import psutil

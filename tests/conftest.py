@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from dlops.artifact import Artifact, Parity, Precision, Provenance, Tolerance, Variant
+from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
-from dlops.manifest import DirectoryWriter
 from dlops.preprocess import Decode, Preprocess, Resize, Scale
 from dlops.samples import Samples
 from dlops.signature import DimRange, Signature, TensorSpec

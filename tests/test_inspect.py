@@ -14,12 +14,12 @@ import pytest
 from rich.console import Console, RenderableType
 
 from dlops.artifact import Accuracy, Artifact, open_artifact
-from dlops.checkpoint import save_checkpoint
+from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import CorruptError, UsageError
 from dlops.inspect import describe, list_all, size_text
-from dlops.manifest import DirectoryWriter
 from dlops.report import Interval, Latency, Load, Measurement, Report, Verdict
+from dlops.saving import save_checkpoint
 
 Working = Path
 

@@ -19,9 +19,10 @@ from typing import ClassVar, Literal
 import pytest
 from pydantic import AwareDatetime, Field
 
-from dlops import manifest as manifest_module
+from dlops import directory as directory_module
+from dlops.directory import DirectoryWriter, write_json
 from dlops.errors import CorruptError, MachineError, UsageError
-from dlops.manifest import DirectoryWriter, Manifest, newest_manifest, read_manifest, write_json
+from dlops.manifest import MAX_MANIFEST_BYTES, Manifest, newest_manifest, read_manifest
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -69,7 +70,7 @@ DYING_WRITERS = textwrap.dedent(
     """
     import importlib.util, os, signal, sys
     from pathlib import Path
-    from dlops.manifest import DirectoryWriter
+    from dlops.directory import DirectoryWriter
 
     spec = importlib.util.spec_from_file_location("tested", sys.argv[2])
     tested = sys.modules["tested"] = importlib.util.module_from_spec(spec)
@@ -168,7 +169,7 @@ def test_an_interrupt_before_the_replacement_leaves_nothing_behind(
     def interrupted(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(manifest_module, "write_json", interrupted)
+    monkeypatch.setattr(directory_module, "write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_box(tmp_path / "made" / "here", b"new")
     assert list(tmp_path.iterdir()) == []
@@ -196,13 +197,13 @@ FULL_DISK = textwrap.dedent(
     """
     import resource, signal, sys
     from pathlib import Path
-    from dlops import manifest
+    from dlops.directory import DirectoryWriter
     from dlops.errors import MachineError
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
-        with manifest.DirectoryWriter(Path(sys.argv[1])) as writer:
+        with DirectoryWriter(Path(sys.argv[1])) as writer:
             writer.add("data.bin", b"x" * 1_000_000)
     except MachineError as error:
         print(error.message)
@@ -228,7 +229,7 @@ def test_a_full_disk_is_said_and_the_old_directory_stays(
 ) -> None:
     write_box(tmp_path, b"old", value=1)
     before = sorted(path.name for path in tmp_path.iterdir())
-    write = manifest_module._write_synced
+    write = directory_module._write_synced
 
     def full(path: Path, content: bytes) -> None:
         if path.name.endswith("box.json") == (during == "manifest"):
@@ -236,7 +237,7 @@ def test_a_full_disk_is_said_and_the_old_directory_stays(
             raise OSError(number, os.strerror(number), str(path))
         write(path, content)
 
-    monkeypatch.setattr(manifest_module, "_write_synced", full)
+    monkeypatch.setattr(directory_module, "_write_synced", full)
     with pytest.raises(MachineError, match="the disk is full") as caught:
         write_box(tmp_path, b"new" * 100)
     assert caught.value.hint == "free some space and run it again"
@@ -450,7 +451,7 @@ def test_an_older_schema_is_read(tmp_path: Path) -> None:
 
 def test_a_huge_manifest_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "box.json").open("wb") as file:
-        file.truncate(manifest_module.MAX_MANIFEST_BYTES + 1)
+        file.truncate(MAX_MANIFEST_BYTES + 1)
     with pytest.raises(CorruptError, match="too large for a box"):
         read_manifest(tmp_path, Box)
 

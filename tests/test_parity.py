@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dlops.artifact import Artifact, Tolerance
+from dlops.directory import DirectoryWriter
 from dlops.errors import CorruptError, GateError
-from dlops.manifest import DirectoryWriter
 from dlops.parity import (
     TOLERANCES,
     Errors,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from dlops.directory import DirectoryWriter
 from dlops.environment import Environment
 from dlops.errors import CorruptError, UsageError
-from dlops.manifest import DirectoryWriter
 from dlops.report import Interval, Latency, Load, Measurement, Report, Verdict, read_report
 
 GOLDEN = Path(__file__).parent / "golden" / "report.json"

@@ -9,9 +9,10 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from dlops.checkpoint import Checkpoint, save_checkpoint
+from dlops.checkpoint import Checkpoint
 from dlops.console import say
 from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES, Samples
+from dlops.saving import save_checkpoint
 from dlops.train.batches import evaluation_batches
 from dlops.train.data.dataset import Split
 from dlops.train.evaluation import BATCH_SIZE, evaluate

@@ -26,9 +26,10 @@ from pydantic import Field, JsonValue
 from torch import nn
 
 from dlops.checkpoint import Checkpoint
+from dlops.directory import write_json
 from dlops.environment import available_cores
 from dlops.errors import CorruptError, MachineError, UsageError, from_os_error
-from dlops.manifest import Manifest, find_manifests, read_manifest, write_json
+from dlops.manifest import Manifest, find_manifests, read_manifest
 from dlops.version import __version__
 
 CURVES_DIRECTORY = "tensorboard"

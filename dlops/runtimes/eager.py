@@ -62,7 +62,10 @@ def choose_device(options: SessionOptions) -> torch.device:
 
 
 def outputs_by_name(result: object, signature: Signature) -> dict[str, np.ndarray]:
-    """A module's return value (tensor, sequence or mapping) as arrays under the signature's names."""
+    """A module's return value (tensor, sequence or mapping) as arrays under the signature's names.
+
+    Raises ValueError where it gives another number of outputs.
+    """
     if isinstance(result, torch.Tensor):
         values = [result]
     elif isinstance(result, Mapping):
@@ -72,6 +75,8 @@ def outputs_by_name(result: object, signature: Signature) -> dict[str, np.ndarra
     else:
         raise TypeError(f"a module returned {type(result).__name__}, not tensors")
     names = [spec.name for spec in signature.outputs]
+    if len(values) != len(names):
+        raise ValueError(f"it gives {len(values)} outputs, the signature has {len(names)}")
     return {name: value.detach().cpu().numpy() for name, value in zip(names, values, strict=True)}
 
 

@@ -13,7 +13,7 @@ from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.table import render_table
 from dlops.checkpoint import Checkpoint, import_model_source
 from dlops.console import out, say
-from dlops.manifest import write_json
+from dlops.directory import write_json
 from dlops.report import Report
 from dlops.runtimes.session import Device
 

@@ -21,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 from dlops.artifact import Accuracy, Artifact, Parity, Provenance, Tolerance, Variant
 from dlops.bench.results import Measured, choose_fastest
 from dlops.bench.stats import rate_interval, ratio_interval, summarize
+from dlops.directory import DirectoryWriter
 from dlops.environment import Environment, describe_environment
-from dlops.manifest import DirectoryWriter
 from dlops.report import Load, Measurement, Report, Verdict
 from dlops.samples import Samples
 from dlops.signature import DimRange, Signature, TensorSpec

@@ -190,7 +190,7 @@ def test_a_report_that_was_there_is_replaced_whole(example, tmp_path) -> None:
 
 def test_a_checkpoint_adds_eager_as_the_baseline(make_artifact, tmp_path) -> None:
     torch = pytest.importorskip("torch", reason="the eager row needs torch")
-    from dlops.checkpoint import save_checkpoint
+    from dlops.saving import save_checkpoint
 
     module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
     inputs = torch.randn(8, 16).numpy()

@@ -12,10 +12,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from dlops.artifact import Artifact
-from dlops.checkpoint import Checkpoint, save_checkpoint
+from dlops.checkpoint import Checkpoint
 from dlops.export.pipeline import export_variants
 from dlops.preprocess import Decode, Normalize, Preprocess, Scale
 from dlops.samples import Samples
+from dlops.saving import save_checkpoint
 
 EVALUATION = 360
 CALIBRATION = 400

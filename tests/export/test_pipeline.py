@@ -20,7 +20,7 @@ from torch import nn
 
 from dlops import catalog
 from dlops.artifact import Artifact, open_artifact
-from dlops.checkpoint import Checkpoint, save_checkpoint
+from dlops.checkpoint import Checkpoint
 from dlops.errors import GateError, UsageError
 from dlops.export import pipeline
 from dlops.export.formats import check_no_machine_paths, portable_argument
@@ -30,6 +30,7 @@ from dlops.export.to_onnx import export as to_onnx
 from dlops.parity import self_test
 from dlops.runtimes import SessionOptions, open_session
 from dlops.samples import Samples
+from dlops.saving import save_checkpoint
 
 from .conftest import split
 
@@ -246,15 +247,15 @@ from pathlib import Path
 import importlib.util
 spec = importlib.util.spec_from_file_location("fixtures", sys.argv[1]); fixtures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fixtures)
-import dlops.manifest
+import dlops.directory
 out = Path(sys.argv[3])
-write_json = dlops.manifest.write_json
+write_json = dlops.directory.write_json
 def killed(path, text):
     if out in path.parents:
         assert any(p.suffix == ".pt" for p in path.parent.iterdir())
         os.kill(os.getpid(), signal.SIGKILL)
     write_json(path, text)
-dlops.manifest.write_json = killed
+dlops.directory.write_json = killed
 from dlops.export.pipeline import export_variants
 for name in ("old", "fresh"):
     if os.fork() == 0:

@@ -11,10 +11,10 @@ from torch import nn
 
 from dlops.artifact import Variant
 from dlops.checkpoint import Checkpoint, PruningRecord
+from dlops.directory import DirectoryWriter
 from dlops.errors import GateError, UsageError
 from dlops.export.pipeline import export_variants
 from dlops.export.plan import plan_variants
-from dlops.manifest import DirectoryWriter
 from dlops.samples import Samples, row_fingerprints
 from dlops.signature import TensorSpec
 

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from dlops.artifact import Artifact
-from dlops.checkpoint import save_checkpoint
 from dlops.errors import GateError
 from dlops.export.pipeline import export_variants
 from dlops.export.precision import check_precision, stored_weights
+from dlops.saving import save_checkpoint
 
 
 class _Recurrent(nn.Module):

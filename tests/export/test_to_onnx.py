@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 
 import onnx
@@ -82,22 +81,6 @@ def test_fp16_keeps_the_dtypes_of_inputs_and_outputs(exported: dict[str, Artifac
     model = written(exported["onnx-fp16"])
     ends = [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)]
     assert ends == [onnx.TensorProto.FLOAT] * 2
-
-
-def test_torchscript_has_no_source_locations_and_aligned_tensors(exported: dict[str, Artifact]) -> None:
-    path = exported["torchscript-fp32"].path("model")
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        names = archive.namelist()
-        assert not [name for name in names if "debug_pkl" in name]
-        tensors = [entry for entry in archive.infolist() if "/constants/" in entry.filename]
-        assert tensors
-        for entry in tensors:
-            file.seek(entry.header_offset + 26)
-            lengths = file.read(4)
-            start = (
-                entry.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            )
-            assert start % 64 == 0
 
 
 def test_calibration_is_spread_over_the_whole_set() -> None:

@@ -10,10 +10,10 @@ from torch import nn
 
 from dlops.artifact import Artifact
 from dlops.checkpoint import Checkpoint
+from dlops.directory import DirectoryWriter
 from dlops.errors import CorruptError, GateError, UsageError
 from dlops.export.pipeline import export_each, export_variants
 from dlops.export.verify import verify_artifact
-from dlops.manifest import DirectoryWriter
 from dlops.runtimes import SessionOptions
 
 from .conftest import SaveDigits

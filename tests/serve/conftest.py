@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dlops.artifact import Artifact
-from dlops.manifest import DirectoryWriter
+from dlops.directory import DirectoryWriter
 from dlops.serve.launch import ServerProcess
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dlops.artifact import Artifact, Variant
 from dlops.catalog import REQUIREMENTS
-from dlops.manifest import DirectoryWriter
+from dlops.directory import DirectoryWriter
 from dlops.serve.launch import ServerProcess
 
 

@@ -1,0 +1,73 @@
+"""A written TorchScript file: what it must not hold, and that each kind of wrong file is refused."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlops.artifact import Artifact
+from dlops.errors import GateError
+from dlops.export.to_torchscript import check_written
+
+
+def two_inputs(image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return image.flatten(1)[:, :10] + other
+
+
+def fixed_batch(image: torch.Tensor) -> torch.Tensor:
+    return image.reshape(3, 64)[:, :10]
+
+
+def other_classes(image: torch.Tensor) -> torch.Tensor:
+    return image.flatten(1)[:, :9]
+
+
+def other_dtype(image: torch.Tensor) -> torch.Tensor:
+    return image.flatten(1)[:, :10].half()
+
+
+def two_outputs(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return image.flatten(1)[:, :10], image.flatten(1)[:, :10] + 1
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (two_inputs, "takes 2 inputs, the signature has 1"),
+        (fixed_batch, "does not run at batch 1"),
+        (other_classes, r"output logits at batch 1 is float32\[1, 9\], asked for was float32\[1, 10\]"),
+        (other_dtype, r"float16\[1, 10\], asked for was float32\[1, 10\]"),
+        (two_outputs, "it gives 2 outputs, the signature has 1"),
+    ],
+)
+def test_a_file_other_than_asked_for_is_refused(
+    exported: dict[str, Artifact], function: Callable[..., object], said: str, tmp_path: Path
+) -> None:
+    artifact = exported["torchscript-fp32"]
+    check_written(artifact.path("model"), artifact.signature, title="it")
+    examples = (torch.zeros(3, 1, 8, 8), torch.zeros(3, 10))[: function.__code__.co_argcount]
+    with warnings.catch_warnings(action="ignore"):  # torch announces TorchScript's retirement
+        torch.jit.trace(function, examples).save(str(tmp_path / "it.pt"))
+    with pytest.raises(GateError, match=said):
+        check_written(tmp_path / "it.pt", artifact.signature, title="it")
+
+
+def test_a_written_file_has_no_source_locations_and_aligned_tensors(exported: dict[str, Artifact]) -> None:
+    path = exported["torchscript-fp32"].path("model")
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        names = archive.namelist()
+        assert not [name for name in names if "debug_pkl" in name]
+        tensors = [entry for entry in archive.infolist() if "/constants/" in entry.filename]
+        assert tensors
+        for entry in tensors:
+            file.seek(entry.header_offset + 26)
+            lengths = file.read(4)
+            start = (
+                entry.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            )
+            assert start % 64 == 0
