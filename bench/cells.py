@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlops.report import Interval, Measurement, Report
 
 NONE = "–"
+_NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:\.\d+)?%?")
 COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "items/s", "speed", "memory")
 # A dash in these is a finding, in the others only what does not apply.
 _ALWAYS = ("p50 ms", "p99 ms", "items/s")
@@ -139,16 +141,34 @@ def significant(value: float) -> str:
 
 
 def footnotes(report: Report) -> list[str]:
-    """What a reader must know about the rows: one line for each thing that stands against them, rows joined."""
-    by_reason: dict[str, list[str]] = {}
+    """What a reader must know about the rows: one line for each thing that stands against them.
+
+    Rows of a section against which the same thing stands share a line, which gives its numbers as a range.
+    """
+    lines = []
     for group in groups(report):
+        by_form: dict[tuple[str, ...], list[tuple[str, str]]] = {}
         for row in group.rows:
             for reason in row.verdict.reasons:
-                by_reason.setdefault(reason, []).append(f"{name(row)} ({group.title})")
-    lines = [f"{', '.join(where)}: {reason}" for reason, where in by_reason.items()]
+                # Status codes and the like are no quantities: errors are joined only where they are the same.
+                form = (reason,) if row.errors and "failed" in reason else tuple(_NUMBER.split(reason))
+                by_form.setdefault(form, []).append((name(row), reason))
+        for found in by_form.values():
+            rows = ", ".join(dict.fromkeys(row for row, _ in found))
+            lines.append(f"{group.title}: {rows}: {_in_one([reason for _, reason in found])}")
     if report.partial:
         lines.insert(0, "This report is partial: the run was interrupted or a target failed.")
     return [*lines, *report.notes]
+
+
+def _in_one(reasons: Sequence[str]) -> str:
+    """Reasons that differ in their numbers alone, each number as its range: "vary by 28% to 183%"."""
+    words = _NUMBER.split(reasons[0])
+    text = words[0]
+    for number, word in zip(zip(*map(_NUMBER.findall, reasons), strict=True), words[1:], strict=True):
+        low, high = (pick(number, key=lambda one: float(one.strip("%"))) for pick in (min, max))
+        text += (low if low == high else f"{low} to {high}") + word
+    return text
 
 
 def explanations(report: Report) -> list[str]:

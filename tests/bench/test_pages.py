@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from dlops.bench import cells
 from dlops.bench.results import Measured, merge, save_report
 from dlops.bench.table import table_text, to_csv, to_markdown
 from dlops.report import Interval
@@ -38,9 +39,36 @@ def test_the_table_fits_80_columns_and_wraps_no_variant(example) -> None:
 def test_the_table_marks_what_is_not_to_be_quoted_and_says_why(example) -> None:
     text = " ".join(table_text(example().report).split())
     assert "onnx-fp32 * " in text
-    assert "onnx-fp32 (in process, batch 1): not steady: the median moved by +12% over the run" in text
+    assert "in process, batch 1: onnx-fp32: not steady: the median moved by +12% over the run" in text
     assert "2 of 302 calls failed: HTTP 503 ×2" in text
     assert "p99 is not certified: 300 effective samples of 300, it needs 368" in text
+
+
+def test_rows_with_the_same_against_them_share_a_line(example) -> None:
+    report = example().report
+    said = {
+        0: ("not steady: the median moved by -42% over the run", "p99 is not certified: 366 effective samples"),
+        1: ("not steady: the median moved by +12% over the run", "p99 is not certified: 12 effective samples"),
+        2: ("not steady: the median moved by +3% over the run", "2 of 302 calls failed: HTTP 503 ×2"),
+        3: ("2 of 302 calls failed: HTTP 429 ×2",),
+    }
+    rows = tuple(
+        row.model_copy(
+            update={
+                "errors": {"HTTP": 2},
+                "verdict": row.verdict.model_copy(update={"steady": False, "reasons": said[index]}),
+            }
+        )
+        for index, row in enumerate(report.measurements[:4])
+    )
+    lines = cells.footnotes(report.model_copy(update={"measurements": rows, "notes": ()}))
+    names = [cells.name(row) for row in rows]
+    assert lines == [
+        f"in process, batch 1: {', '.join(names[:3])}: not steady: the median moved by -42% to +12% over the run",
+        f"in process, batch 1: {', '.join(names[:2])}: p99 is not certified: 12 to 366 effective samples",
+        f"in process, batch 1: {names[2]}: 2 of 302 calls failed: HTTP 503 ×2",
+        f"in process, batch 1: {names[3]}: 2 of 302 calls failed: HTTP 429 ×2",
+    ]
 
 
 def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:
