@@ -11,7 +11,7 @@ from dlops.report import Interval, Measurement, Report
 
 NONE = "–"
 _NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:\.\d+)?%?")
-COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "items/s", "speed", "memory")
+COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory")
 # A dash in these is a finding, in the others only what does not apply.
 _ALWAYS = ("p50 ms", "p99 ms", "items/s")
 _BOUNDARIES = {
@@ -44,11 +44,15 @@ def groups(report: Report) -> list[Group]:
 
 def name(row: Measurement) -> str:
     """What a row is called inside its group, in full."""
+    if row.load.rate is not None:
+        return f"{model(row)} at {row.load.rate:,.5g} a second"
     return f"{model(row)} with {row.load.concurrency} in flight" if row.boundary == "network" else model(row)
 
 
 def short_name(row: Measurement) -> str:
-    """The same where there is no room: `onnx-int8 ×8` is onnx-int8 with 8 requests in flight."""
+    """The same where there is no room: `onnx-int8 ×8` with 8 requests in flight, `onnx-int8 @500` at 500 a second."""
+    if row.load.rate is not None:
+        return f"{model(row)} @{row.load.rate:,.5g}"
     return f"{model(row)} ×{row.load.concurrency}" if row.boundary == "network" else model(row)
 
 
@@ -73,6 +77,7 @@ def values(row: Measurement) -> dict[str, str]:
         change(row.drop_points),
         milliseconds(row.latency.p50_ns),
         milliseconds(row.latency.p99_ns),
+        NONE if row.service is None else milliseconds(row.service.p99_ns),
         rate(row.throughput),
         ratio(row.speedup),
         size(row.peak_memory_bytes),
@@ -176,6 +181,11 @@ def explanations(report: Report) -> list[str]:
     lines = []
     if report.baseline:
         lines.append(f"speed: how many times faster than {report.baseline}, from turns taken in the same run")
+    if any(row.load.rate is not None for row in report.measurements):
+        lines.append(
+            "at a rate, p50 and p99 are of the response time, from when a request was due; service p99 (ms) is from its"
+            " send"
+        )
     if any(not row.verdict.steady for row in report.measurements):
         lines.append("*: not to be quoted, for the reason below")
     return [*lines, *footnotes(report)]

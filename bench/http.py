@@ -23,15 +23,55 @@ class Answer:
     arrived_ns: int
 
 
+class AnswerParser:
+    """Bytes of one connection, in whatever pieces they come, into answers."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self.closes = False
+
+    def feed(self, data: bytes) -> Answer | None:
+        """The answer that these bytes complete, or None. `closes` then says whether the server closes the connection.
+
+        Raises ValueError for what is not HTTP.
+        """
+        self._buffer += data
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._buffer) > MAX_HEAD_BYTES:
+                raise ValueError("the head of the answer does not end")
+            return None
+        lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
+        version, _, rest = lines[0].partition(" ")
+        if not version.startswith("HTTP/1.") or not rest[:3].isdigit():
+            raise ValueError(f"not an HTTP/1 answer: {lines[0][:60]!r}")
+        fields = (line.partition(":") for line in lines[1:])
+        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        body = self._body(end + 4, headers)
+        if body is None:
+            return None
+        self.closes = headers.get("connection", "").lower() == "close" or version == "HTTP/1.0"
+        self._buffer.clear()
+        return Answer(status=int(rest[:3]), headers=headers, body=body, arrived_ns=time.perf_counter_ns())
+
+    def _body(self, start: int, headers: dict[str, str]) -> bytes | None:
+        if "chunked" in headers.get("transfer-encoding", "").lower():
+            return _unchunked(self._buffer, start)
+        length = headers.get("content-length", "")
+        if not (length.isascii() and length.isdigit()) or int(length) > MAX_BODY_BYTES:
+            raise ValueError(f"Content-Length is {length!r}")
+        stop = start + int(length)
+        return bytes(self._buffer[start:stop]) if len(self._buffer) >= stop else None
+
+
 class Connection(asyncio.Protocol):
     """One request in flight at a time, kept alive between them."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
+        self._parser = AnswerParser()
         self._waiter: asyncio.Future[Answer] | None = None
         self._lost: BaseException | None = None
-        self._close_after = False
 
     @classmethod
     async def open(cls, host: str, port: int) -> Connection:
@@ -56,7 +96,7 @@ class Connection(asyncio.Protocol):
         finally:
             timer.cancel()
             self._waiter = None
-            if self._close_after or not waiter.done() or waiter.cancelled() or waiter.exception() is not None:
+            if self._parser.closes or not waiter.done() or waiter.cancelled() or waiter.exception() is not None:
                 # An answer may still come for a request that was given up: it must not be taken for the next one's.
                 self.close()
 
@@ -72,45 +112,16 @@ class Connection(asyncio.Protocol):
         self._fail(exc if isinstance(exc, ConnectionError) else ConnectionResetError("the server closed it"))
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
         if self._waiter is None or self._waiter.done():
             self.close()  # nothing was asked: the server and we disagree about where answers end
             return
         try:
-            answer = self._parsed()
+            answer = self._parser.feed(data)
         except ValueError as error:
             self._fail(error)
             return
         if answer is not None:
             self._waiter.set_result(answer)
-
-    def _parsed(self) -> Answer | None:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            if len(self._buffer) > MAX_HEAD_BYTES:
-                raise ValueError("the head of the answer does not end")
-            return None
-        lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
-        version, _, rest = lines[0].partition(" ")
-        if not version.startswith("HTTP/1.") or not rest[:3].isdigit():
-            raise ValueError(f"not an HTTP/1 answer: {lines[0][:60]!r}")
-        fields = (line.partition(":") for line in lines[1:])
-        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
-        body = self._body(end + 4, headers)
-        if body is None:
-            return None
-        self._close_after = headers.get("connection", "").lower() == "close" or version == "HTTP/1.0"
-        self._buffer.clear()
-        return Answer(status=int(rest[:3]), headers=headers, body=body, arrived_ns=time.perf_counter_ns())
-
-    def _body(self, start: int, headers: dict[str, str]) -> bytes | None:
-        if "chunked" in headers.get("transfer-encoding", "").lower():
-            return _unchunked(self._buffer, start)
-        length = headers.get("content-length", "")
-        if not (length.isascii() and length.isdigit()) or int(length) > MAX_BODY_BYTES:
-            raise ValueError(f"Content-Length is {length!r}")
-        stop = start + int(length)
-        return bytes(self._buffer[start:stop]) if len(self._buffer) >= stop else None
 
     def _expire(self, waiter: asyncio.Future[Answer]) -> None:
         if not waiter.done():

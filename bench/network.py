@@ -21,8 +21,8 @@ from dlops.signature import Feed
 from dlops.tasks import open_task
 
 # A run is cut into this many stretches of equal time, which are taken as independent of one another.
-_STRETCHES = 30
-_UNKNOWN = "unknown"
+STRETCHES = 30
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +58,15 @@ def measure_endpoint(
     endpoint: Endpoint, payload: Payload, *, batch: int, concurrency: int, duration_s: float, key: str
 ) -> tuple[Measurement, Loaded]:
     """One row and its samples. Raises MachineError, naming the errors, where no call succeeded."""
-    requests = [encode_request(endpoint, feed) for feed in payload.feeds]
     loaded = closed_loop(
-        endpoint.host, endpoint.port, requests, concurrency=concurrency, duration_s=duration_s,
+        endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=concurrency, duration_s=duration_s,
         max_warmup_s=max(3.0, duration_s),
     )  # fmt: skip
     if not len(loaded.latencies_ns):
         if loaded.interrupted:
             raise KeyboardInterrupt
         raise MachineError(
-            f"{endpoint.url}: no call succeeded at {concurrency} in flight ({_listed(loaded.errors)})",
+            f"{endpoint.url}: no call succeeded at {concurrency} in flight ({listed(loaded.errors)})",
             hint="the server's log says why",
         )
     turns = stretches(loaded)
@@ -76,9 +75,9 @@ def measure_endpoint(
         target=endpoint.url,
         artifact=artifact.slug if artifact else None,
         runtime=endpoint.platform,
-        provider=_UNKNOWN,
-        device=_UNKNOWN,
-        precision=artifact.variant.precision if artifact else _UNKNOWN,
+        provider=UNKNOWN,
+        device=UNKNOWN,
+        precision=artifact.variant.precision if artifact else UNKNOWN,
         threads=None,
         boundary="network",
         load=Load(
@@ -96,10 +95,15 @@ def measure_endpoint(
     return row, loaded
 
 
+def encoded(endpoint: Endpoint, payload: Payload) -> list[bytes]:
+    """The whole requests, made before any is timed."""
+    return [encode_request(endpoint, feed) for feed in payload.feeds]
+
+
 def stretches(loaded: Loaded) -> stats.Integers:
     """For each call the stretch of time that it began in."""
-    length_ns = max(1.0, loaded.duration_s * 1e9 / _STRETCHES)
-    return np.asarray(np.minimum(loaded.starts_ns // length_ns, _STRETCHES - 1), np.int64)
+    length_ns = max(1.0, loaded.duration_s * 1e9 / STRETCHES)
+    return np.asarray(np.minimum(loaded.starts_ns // length_ns, STRETCHES - 1), np.int64)
 
 
 def judge(loaded: Loaded, turns: stats.Integers) -> Verdict:
@@ -107,7 +111,7 @@ def judge(loaded: Loaded, turns: stats.Integers) -> Verdict:
     against = []
     if loaded.errors:
         failed = sum(loaded.errors.values())
-        against.append(f"{failed} of {failed + len(loaded.latencies_ns)} calls failed: {_listed(loaded.errors)}")
+        against.append(f"{failed} of {failed + len(loaded.latencies_ns)} calls failed: {listed(loaded.errors)}")
     if loaded.stopped:
         against.append(loaded.stopped)
     if loaded.interrupted:
@@ -127,7 +131,7 @@ def judge(loaded: Loaded, turns: stats.Integers) -> Verdict:
 def _throughput(loaded: Loaded, batch: int) -> Interval:
     """From all that was answered within the run, whenever it was asked: what a slow server owes at one end of the run
     it is paid at the other."""
-    edges = np.linspace(0, loaded.duration_s * 1e9, _STRETCHES + 1)
+    edges = np.linspace(0, loaded.duration_s * 1e9, STRETCHES + 1)
     counts, _ = np.histogram(loaded.ends_ns, bins=edges)
     return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)
 
@@ -180,5 +184,6 @@ def _difference(endpoint: Endpoint, artifact: Artifact) -> str | None:
     return "; ".join(shortfalls(errors, artifact.parity.tolerance, sampled=True)) or None
 
 
-def _listed(errors: dict[str, int]) -> str:
+def listed(errors: dict[str, int]) -> str:
+    """Errors by kind, the most frequent first: `HTTP 503 ×2, timed out ×1`."""
     return ", ".join(f"{kind} ×{count}" for kind, count in sorted(errors.items(), key=lambda item: -item[1])) or "none"

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from dlops.bench.render import render_html
 from dlops.directory import DirectoryWriter, write_json
-from dlops.report import STARTS, TURNS, Measurement, Report
+from dlops.report import SERVICE, STARTS, TURNS, Measurement, Report
 
 HTML_NAME = "report.html"
 
@@ -52,7 +52,7 @@ def merge(first: Measured, *others: Measured) -> Measured:
     for part in parts:
         for row in part.report.measurements:
             key = row_key(next(numbers))
-            for suffix in ("", STARTS, TURNS):
+            for suffix in ("", STARTS, TURNS, SERVICE):
                 if row.samples + suffix in part.samples:
                     samples[key + suffix] = part.samples[row.samples + suffix]
             rows.append(row.model_copy(update={"samples": key}))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench import inprocess
+from dlops.bench.arrivals import Offered
 from dlops.bench.memory import peak_memory_bytes
 from dlops.bench.payload import check_batch
 from dlops.bench.results import Measured, MeasureInterrupted, choose_fastest, merge, row_key, save_report
@@ -26,10 +27,11 @@ from dlops.runtimes.session import Device
 from dlops.timing import Interleaved, TimingInterrupted
 
 if TYPE_CHECKING:
+    from dlops.bench.network import Payload
     from dlops.bench.oip import Endpoint
     from dlops.checkpoint import ModuleSource
 
-__all__ = ["MeasureInterrupted", "Measured", "choose_fastest", "measure", "merge", "save_report"]
+__all__ = ["MeasureInterrupted", "Measured", "Offered", "choose_fastest", "measure", "merge", "save_report"]
 
 _PROGRESS_STEPS = 100
 
@@ -39,7 +41,8 @@ def measure(
     *,
     checkpoint: Checkpoint | None = None,
     batch: Sequence[int] = (1,),
-    concurrency: Sequence[int] = (1,),
+    concurrency: Sequence[int] | None = None,
+    offered: Offered | None = None,
     duration_s: float = 3.0,
     threads: int | None = None,
     device: Device = "auto",
@@ -48,26 +51,30 @@ def measure(
     title: str = "",
     command: Sequence[str] = (),
 ) -> Measured:
-    """Measure every target at every batch, and every URL at every concurrency too; `save_report` writes the result.
+    """Measure every target at every batch, and every URL at every concurrency and rate too; `save_report` writes it.
 
     targets: artifacts or their folders, run in this process in turns within one run a batch; `http://HOST:PORT`, a
     service of the Open Inference Protocol. checkpoint: adds its eager module as the row that speed-ups are counted
     from (without it, the first of several artifacts is); model: what builds the module where the checkpoint names no
-    builder. duration_s: for each row, on the clock: the waits between turns count, the warm-up does not. payload:
-    whose samples are sent to URLs; without it the first artifact among the targets, else random numbers within the
-    signature.
+    builder. concurrency: calls kept in flight, by default 1 unless `offered` is given. offered: requests at rates or
+    from a trace, whether or not earlier ones are answered. duration_s: for each row, on the clock: the waits between
+    turns count, the warm-up does not. payload: whose samples are sent to URLs; without it the first artifact among the
+    targets, else random numbers within the signature.
 
     Raises UsageError and MachineError before anything is timed where a target is not there or cannot run what is
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
     """
     artifacts, urls = _sorted_out(targets)
-    batches, calls = _numbers("batch", batch), _numbers("concurrency", concurrency)
+    if concurrency is None:
+        concurrency = (1,) if offered is None else ()
+    batches, calls = _numbers("batch", batch), _numbers("concurrency", concurrency) if concurrency else []
     if duration_s <= 0:
         raise UsageError(f"a duration of {duration_s:g} s")
     if not artifacts and not urls and checkpoint is None:
         raise UsageError("nothing to measure", hint="name an artifact's folder or http://HOST:PORT")
-    if not urls and calls != [1]:
-        raise UsageError("concurrency is for URLs: in process, one session runs one call at a time")
+    if not urls and (calls != [1] or offered is not None):
+        what = "concurrency" if offered is None else "a rate"
+        raise UsageError(f"{what} is for URLs: in process, one session runs one call at a time")
     for one in artifacts:
         for size in batches:
             check_batch(one.signature, size, where=one.title)
@@ -84,7 +91,9 @@ def measure(
                     bench.time_in_process(opened, batch=size, peaks=peaks)
         for endpoint in endpoints:
             for size in batches:
-                bench.load(endpoint, payload or next(iter(artifacts), None), batch=size, concurrency=calls)
+                bench.load(
+                    endpoint, payload or next(iter(artifacts), None), batch=size, concurrency=calls, offered=offered
+                )
     except KeyboardInterrupt:
         if not bench.rows:
             raise
@@ -149,7 +158,10 @@ class _Bench:
                 raise
         self._keep(opened, timed, batch=batch, peaks=peaks)
 
-    def load(self, endpoint: Endpoint, artifact: Artifact | None, *, batch: int, concurrency: Sequence[int]) -> None:
+    def load(
+        self, endpoint: Endpoint, artifact: Artifact | None, *, batch: int, concurrency: Sequence[int],
+        offered: Offered | None,
+    ) -> None:  # fmt: skip
         """The rows of one URL at one batch. One that fails half-way is noted, and the others are kept."""
         from dlops.bench.network import measure_endpoint, prepare
 
@@ -169,9 +181,25 @@ class _Bench:
                 self.samples |= {key: loaded.latencies_ns, key + STARTS: loaded.starts_ns}
                 if loaded.interrupted:
                     raise KeyboardInterrupt
+            if offered is not None:
+                self._offer(endpoint, sent, offered, batch=batch)
         except MachineError as error:
             say(str(error))
             self.failures.append(error.message)
+
+    def _offer(self, endpoint: Endpoint, sent: Payload, offered: Offered, *, batch: int) -> None:
+        from dlops.bench.rates import measure_rate
+
+        for schedule in offered.schedules(self.duration_s):
+            title = f"{schedule.rate:g} requests/s"
+            say(f"offering {endpoint.url}: batch {batch}, {title} for {schedule.duration_s:.3g} s")
+            row, samples, loaded = measure_rate(
+                endpoint, sent, schedule, batch=batch, senders=offered.senders, key=row_key(len(self.rows)), title=title
+            )
+            self.rows.append(row)
+            self.samples |= samples
+            if loaded.interrupted:
+                raise KeyboardInterrupt
 
     def note(self, text: str) -> None:
         if text not in self.notes:

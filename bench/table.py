@@ -38,8 +38,10 @@ def render_table(report: Report) -> RenderableType:
     lines = [f"chosen: {report.chosen}: {report.chosen_because}"] if report.chosen else []
     lines += [report.chosen_because] if report.chosen_because and not report.chosen else []
     lines += cells.placements(report.measurements)
-    if not full and any(row.boundary == "network" for row in report.measurements):
-        lines.append("×8: with 8 requests in flight")
+    if not full:
+        network = [row for row in report.measurements if row.boundary == "network"]
+        lines += ["×8: with 8 requests in flight"] if any(row.load.rate is None for row in network) else []
+        lines += ["@500: at 500 requests a second"] if any(row.load.rate is not None for row in network) else []
     lines += cells.explanations(report)
     return Group(table, *[Text(line) for line in ("", *lines)])
 

@@ -145,6 +145,13 @@ def bench(
     checkpoint: Annotated[Path | None, typer.Option(help="Adds eager PyTorch, the base of the speed-ups.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Items a call; repeatable. Default 1.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Calls in flight, for URLs.")] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Requests a second offered to URLs; repeatable.")] = None,
+    arrivals: Annotated[Literal["poisson", "constant"], typer.Option(help="How requests at a rate come.")] = "poisson",
+    pauses: Annotated[
+        str | None, typer.Option(metavar="BUSY:IDLE", help="Seconds of idling after busy ones, with --rate.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="A recorded schedule: one time in seconds a line.")] = None,
+    senders: Annotated[int | None, typer.Option(min=1, help="Processes that send at a rate.")] = None,
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds a row.")] = 3.0,
     payload: Annotated[Path | None, typer.Option(help="The artifact whose samples are sent to URLs.")] = None,
     model: Annotated[str | None, typer.Option(help="python:package.module:function, with --checkpoint.")] = None,
@@ -157,8 +164,9 @@ def bench(
     html: Annotated[Path | None, typer.Option(help="Copy of report.html.")] = None,
 ) -> None:
     """Measure artifacts in process and services over HTTP."""
-    from dlops.workflows.benchmark import benchmark
+    from dlops.workflows.benchmark import benchmark, offer
 
+    offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, senders=senders)
     targets: list[Artifact | str] = [name if "://" in name else _artifact(Path(name)) for name in target or []] or [
         _artifact(None)
     ]
@@ -166,7 +174,8 @@ def bench(
         targets,
         checkpoint=_checkpoint(checkpoint) if checkpoint else None,
         batch=batch or [1],
-        concurrency=concurrency or [1],
+        concurrency=concurrency,
+        offered=offered,
         duration_s=duration,
         payload=_artifact(payload) if payload else None,
         model=model,

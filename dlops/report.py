@@ -16,8 +16,9 @@ from dlops.version import __version__
 
 Boundary = Literal["device", "host", "preprocessing", "network"]
 Scenario = Literal["single_stream", "multi_stream", "server", "offline"]
-# Beside the latencies under "<key>", the samples file holds when each call began and in which turn, under these.
-STARTS, TURNS = ".starts", ".turns"
+# Beside the latencies under "<key>", the samples file holds when each call began (under a rate: was due), in which
+# turn, and under a rate its service time, -1 where it failed.
+STARTS, TURNS, SERVICE = ".starts", ".turns", ".service"
 
 
 class Interval(Record):
@@ -75,6 +76,8 @@ class Measurement(Record):
     boundary: what the latency includes. samples: the key of the raw latencies in the report's samples file.
     throughput: items a second. errors: calls that failed, by kind; in a closed loop they are in no latency, in an open
     loop each counts as the worst latency. speedup: over the report's baseline under the same load, from paired turns.
+    latency: under a rate, response time: from when a call was due to its answer. service, null without a rate: from its
+    send, of the calls that succeeded; what a closed loop would have shown. lag_p99_ns: how late calls left.
     peak_memory_bytes: most that a fresh process held that loaded and ran it, interpreter and runtime included.
     accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
     """
@@ -90,6 +93,8 @@ class Measurement(Record):
     load: Load
     samples: str
     latency: Latency
+    service: Latency | None = None
+    lag_p99_ns: float | None = None
     throughput: Interval
     speedup: Interval | None = None
     errors: dict[str, int] = {}
@@ -141,8 +146,9 @@ class Report(Manifest):
     def raw_samples(self) -> dict[str, NDArray[np.int64]]:
         """Every latency that was measured, in order, in nanoseconds, by measurement key.
 
-        Beside "<key>" lie "<key>.starts" (when the call began, from the row's start) and, where targets took turns,
-        "<key>.turns" (the round of each call). Raises CorruptError where a row's latencies are missing.
+        Beside "<key>" lie "<key>.starts" (when the call began or was due, from the row's start), where targets took
+        turns "<key>.turns" (the round of each call), and under a rate "<key>.service" (from the send; -1 where the call
+        failed). Raises CorruptError where a row's latencies are missing.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file

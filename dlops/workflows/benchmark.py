@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlops.artifact import Artifact
+from dlops.bench.arrivals import Arrivals, Offered, read_trace
 from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.table import render_table
 from dlops.checkpoint import Checkpoint, import_model_source
 from dlops.console import out, say
 from dlops.directory import write_json
+from dlops.errors import UsageError
 from dlops.report import Report
 from dlops.runtimes.session import Device
 
@@ -25,7 +27,8 @@ def benchmark(
     *,
     checkpoint: Checkpoint | None,
     batch: Sequence[int],
-    concurrency: Sequence[int],
+    concurrency: Sequence[int] | None,
+    offered: Offered | None,
     duration_s: float,
     payload: Artifact | None,
     model: str | None,
@@ -48,6 +51,7 @@ def benchmark(
             checkpoint=checkpoint,
             batch=batch,
             concurrency=concurrency,
+            offered=offered,
             duration_s=duration_s,
             threads=threads,
             device=device,
@@ -68,6 +72,34 @@ def benchmark(
         say("no verdict: no row is steady enough to quote; its reasons are in the report")
         status = _NO_VERDICT
     return status
+
+
+def offer(
+    rates: Sequence[float], *, arrivals: Arrivals, pauses: str | None, trace: Path | None, senders: int | None
+) -> Offered | None:
+    """What the command line asks to offer, None where it names neither a rate nor a trace.
+
+    pauses: "BUSY:IDLE", both in seconds. Raises UsageError where that is not what it is.
+    """
+    if not rates and trace is None:
+        if pauses is not None or senders is not None:
+            raise UsageError("--pauses and --senders are for requests at a rate", hint="add --rate or --trace")
+        return None
+    parts = None if pauses is None else _pauses(pauses)
+    if parts is not None and not rates:
+        raise UsageError("--pauses is for --rate: a trace has its own", hint="leave --pauses out")
+    due_ns = None if trace is None else read_trace(trace)
+    return Offered(rates=tuple(rates), arrivals=arrivals, pauses=parts, trace=due_ns, senders=senders)
+
+
+def _pauses(text: str) -> tuple[float, float]:
+    try:
+        busy, idle = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise UsageError(
+            f"--pauses {text!r}: expected BUSY:IDLE, two numbers of seconds", hint="such as 5:10"
+        ) from None
+    return busy, idle
 
 
 def _write(measured: Measured, directory: Path | None, *, json: str | None, html: Path | None) -> Report:

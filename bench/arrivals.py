@@ -1,0 +1,150 @@
+"""When requests are due: absolute schedules, in nanoseconds from a run's start, made before it begins.
+
+A schedule does not wait for answers. That is what keeps a stall visible: requests that come due while a server stands
+still are late by their own clocks, and are counted so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlops.errors import UsageError, from_os_error
+
+Integers = NDArray[np.int64]
+Arrivals = Literal["poisson", "constant"]
+
+# Requests that come due in this first part of a schedule open connections and fill caches: they are not kept.
+_LEAD_IN_S = 0.5
+# Enough to certify p99 where all calls are independent; a slow rate is kept up longer for it, but not without end.
+_WANTED_SAMPLES = 662
+_STRETCH = 3.0
+# A trace of more lines than this is a mistake: an hour at 3,000 requests a second.
+_MAX_TRACE = 10_000_000
+
+
+def poisson(rate: float, *, duration_s: float, seed: int = 0) -> Integers:
+    """Independent users: exponential gaps with the mean 1/rate seconds. (n,), ascending, all within the duration."""
+    random = np.random.default_rng(seed)
+    # Enough gaps in all but one run of a million; the rest is drawn where they are not.
+    count = math.ceil(rate * duration_s + 5 * math.sqrt(rate * duration_s) + 10)
+    due_s = np.cumsum(random.exponential(1 / rate, count))
+    while due_s[-1] < duration_s:
+        due_s = np.concatenate([due_s, due_s[-1] + np.cumsum(random.exponential(1 / rate, count))])
+    return np.asarray(due_s[due_s < duration_s] * 1e9, np.int64)
+
+
+def constant(rate: float, *, duration_s: float, seed: int = 0) -> Integers:
+    """Equal gaps of 1/rate seconds, the first request at once. seed: without meaning here."""
+    return np.asarray(np.arange(max(1, math.floor(rate * duration_s))) / rate * 1e9, np.int64)
+
+
+SCHEDULES: dict[Arrivals, Callable[..., Integers]] = {"poisson": poisson, "constant": constant}
+assert tuple(SCHEDULES) == get_args(Arrivals)
+
+
+def with_pauses(due_ns: Integers, *, busy_s: float, idle_s: float) -> Integers:
+    """The same schedule with `idle_s` seconds of nothing after every `busy_s` seconds of it: (n,)."""
+    pauses = due_ns // round(busy_s * 1e9)
+    return due_ns + pauses * round(idle_s * 1e9)
+
+
+def read_trace(path: Path | str) -> Integers:
+    """A recorded schedule: one number a line, seconds from the start, ascending; `#` begins a comment. (n,).
+
+    Raises UsageError naming the line that is wrong.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError):
+            raise from_os_error(error, doing=f"reading {path}") from error
+        raise UsageError(f"{path}: not a text file", hint="one time in seconds a line") from None
+    due: list[float] = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
+            raise UsageError(f"{path}, line {number}: {text[:40]!r} is no time in seconds", hint="such as 0.125")
+        if due and seconds < due[-1]:
+            raise UsageError(f"{path}, line {number}: {text} comes after {due[-1]:g}", hint="sort the trace by time")
+        if len(due) == _MAX_TRACE:
+            raise UsageError(f"{path}: more than {_MAX_TRACE:,} requests")
+        due.append(seconds)
+    if not due:
+        raise UsageError(f"{path}: no times in it", hint="one time in seconds a line")
+    return np.asarray(np.array(due) * 1e9, np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """One schedule to keep. rate: requests a second. due_ns: (n,), the lead-in included, which is not measured."""
+
+    rate: float
+    due_ns: Integers
+    lead_in_ns: int
+    end_ns: int
+
+    @property
+    def duration_s(self) -> float:
+        """What is measured of it."""
+        return (self.end_ns - self.lead_in_ns) / 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """What is offered to a service whether or not it keeps up: each of the rates in turn, then the trace.
+
+    rates: requests a second. pauses: (busy, idle) seconds: after each busy stretch nothing is due for an idle one.
+    trace: (n,), due times in nanoseconds. senders: processes; None takes as many as the rate needs. Raises UsageError
+    for a rate or pause that is not above zero, or where there is nothing to offer.
+    """
+
+    rates: tuple[float, ...] = ()
+    arrivals: Arrivals = "poisson"
+    pauses: tuple[float, float] | None = None
+    trace: Integers | None = None
+    senders: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = [f"{rate:g}" for rate in self.rates if not 0 < rate < math.inf]
+        if wrong:
+            raise UsageError(f"a rate of {', '.join(wrong)} requests a second", hint="name a number above 0")
+        if self.pauses is not None and not all(0 < seconds < math.inf for seconds in self.pauses):
+            raise UsageError(f"pauses of {self.pauses[1]:g} s after {self.pauses[0]:g} s", hint="both must be above 0")
+        if not self.rates and self.trace is None:
+            raise UsageError("nothing to offer", hint="name a rate or a trace")
+
+    def schedules(self, duration_s: float) -> list[Schedule]:
+        """Each rate for `duration_s` after its lead-in, up to three times that where p99 needs it; then the trace."""
+        found = [self._at(rate, duration_s) for rate in sorted(set(self.rates))]
+        if self.trace is not None:
+            end_ns = int(self.trace[-1]) + 1
+            mean = len(self.trace) / max(end_ns / 1e9, 1e-9)
+            found.append(Schedule(rate=mean, due_ns=self.trace, lead_in_ns=0, end_ns=end_ns))
+        return found
+
+    def _at(self, rate: float, duration_s: float) -> Schedule:
+        lasts_s = _LEAD_IN_S + min(max(duration_s, _WANTED_SAMPLES / rate), _STRETCH * duration_s)
+        due_ns = SCHEDULES[self.arrivals](rate, duration_s=lasts_s, seed=self.seed)
+        end = np.array([round(lasts_s * 1e9)])
+        if self.pauses is not None:
+            due_ns, end = (with_pauses(times, busy_s=self.pauses[0], idle_s=self.pauses[1]) for times in (due_ns, end))
+        if not len(due_ns):
+            raise UsageError(
+                f"at {rate:g} requests a second none is due within {lasts_s:g} s", hint="raise --rate or --duration"
+            )
+        return Schedule(rate=rate, due_ns=due_ns, lead_in_ns=round(_LEAD_IN_S * 1e9), end_ns=int(end[0]))

@@ -1,0 +1,106 @@
+"""A schedule kept whatever the server does: which request goes out on which connection, and what became of it.
+
+No clock and no socket: those are passed in as numbers, so that a simulation drives the same code as a real run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# What became of a request, where it is not an HTTP status.
+PENDING, TIMED_OUT, REFUSED, LOST, NOT_HTTP, NOT_SENT = 0, -1, -2, -3, -4, -5
+OUTCOMES = {
+    TIMED_OUT: "timed out",
+    REFUSED: "connection refused",
+    LOST: "connection lost",
+    NOT_HTTP: "not an HTTP answer",
+    NOT_SENT: "not sent: the server was gone",
+}
+
+
+class Pacer:
+    """Requests 0 to n-1 in the order they come due; connections are numbers that the caller gives.
+
+    due_ns: ascending. sent_ns, arrived_ns: by request, -1 where it was not. outcome: an HTTP status, or one of those
+    above.
+    """
+
+    def __init__(self, due_ns: Sequence[int]) -> None:
+        self.due_ns = list(due_ns)
+        self.sent_ns = [-1] * len(self.due_ns)
+        self.arrived_ns = [-1] * len(self.due_ns)
+        self.outcome = [PENDING] * len(self.due_ns)
+        self._next = 0
+        self._idle: list[int] = []
+        # In the order of sending: a connection leaves when it is answered and comes in again at the end.
+        self._flying: dict[int, int] = {}
+
+    @property
+    def next_due_ns(self) -> int | None:
+        """When the first request that was not sent is due, which may be past; None after the last."""
+        return self.due_ns[self._next] if self._next < len(self.due_ns) else None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flying)
+
+    @property
+    def is_done(self) -> bool:
+        return self._next == len(self.due_ns) and not self._flying
+
+    def add(self, connection: int) -> None:
+        """A new connection, or one that is free again."""
+        # The last one that became free is the next one used: few connections stay warm instead of all half cold.
+        self._idle.append(connection)
+
+    def take(self, now_ns: int) -> tuple[int, int] | None:
+        """The next (connection, request) that can go now, taken as sent; None where nothing is due or none is free."""
+        request = self._next
+        if request == len(self.due_ns) or self.due_ns[request] > now_ns or not self._idle:
+            return None
+        connection = self._idle.pop()
+        self._next += 1
+        self.sent_ns[request] = now_ns
+        self._flying[connection] = request
+        return connection, request
+
+    def waiting(self, now_ns: int, *, at_most: int) -> int:
+        """How many requests are due and have no connection, counted up to `at_most`."""
+        count = 0
+        while count < at_most and self._next + count < len(self.due_ns) and self.due_ns[self._next + count] <= now_ns:
+            count += 1
+        return count
+
+    def answered(self, connection: int, now_ns: int, status: int) -> None:
+        request = self._flying.pop(connection)
+        self.arrived_ns[request] = now_ns
+        self.outcome[request] = status
+
+    def failed(self, connection: int, outcome: int) -> None:
+        """The connection is gone, and with it the request that was on it, if there was one."""
+        if (request := self._flying.pop(connection, None)) is not None:
+            self.outcome[request] = outcome
+        elif connection in self._idle:
+            self._idle.remove(connection)
+
+    def refused(self, now_ns: int, outcome: int) -> None:
+        """No connection could be made for the first request that waits: it has failed."""
+        if self._next < len(self.due_ns) and self.due_ns[self._next] <= now_ns:
+            self.sent_ns[self._next] = now_ns
+            self.outcome[self._next] = outcome
+            self._next += 1
+
+    def overdue(self, before_ns: int) -> list[int]:
+        """Connections whose request was sent before then and is not answered."""
+        found = []
+        for connection, request in self._flying.items():
+            if self.sent_ns[request] >= before_ns:
+                break
+            found.append(connection)
+        return found
+
+    def give_up(self) -> None:
+        """Send no more: what is left is marked as not sent."""
+        for request in range(self._next, len(self.due_ns)):
+            self.outcome[request] = NOT_SENT
+        self._next = len(self.due_ns)

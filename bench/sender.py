@@ -1,0 +1,243 @@
+"""A process that sends prepared requests on a schedule: `python -m dlops.bench.sender`.
+
+`dlops.bench.openloop` starts it. It reads one line of JSON and the bytes that it announces, connects, prints `ready`,
+is told when the schedule begins, and prints what became of each request. All clocks are perf_counter_ns, which the
+processes of one machine share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import json
+import selectors
+import signal
+import sys
+import time
+from typing import BinaryIO
+
+import numpy as np
+
+from dlops.bench import pacing
+from dlops.bench.http import AnswerParser
+from dlops.bench.pacing import Pacer
+
+# select(2) takes no descriptor above 1023.
+MAX_CONNECTIONS = 900
+_FIRST_CONNECTIONS = 8
+_SWEEP_S = 0.02
+# A server that has answered nothing for this long while requests fail is gone.
+_DEAD_AFTER_NS = 2_000_000_000
+# From <sys/prctl.h>: how much later than asked the kernel may wake this process, by default 50 µs.
+_PR_SET_TIMERSLACK = 29
+
+
+class Wire(asyncio.Protocol):
+    """One connection, one request in flight on it at a time."""
+
+    def __init__(self, sender: Sender, number: int) -> None:
+        self._sender, self.number = sender, number
+        self._parser = AnswerParser()
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            answer = self._parser.feed(data)
+        except ValueError:
+            self._sender.lost(self, pacing.NOT_HTTP)
+            return
+        if answer is not None:
+            self._sender.answered(self, answer.arrived_ns, answer.status, keep=not self._parser.closes)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._sender.lost(self, pacing.LOST)
+
+
+class Sender:
+    """Keeps a schedule. start_ns: when it begins, on perf_counter_ns; set before `run`."""
+
+    def __init__(self, host: str, port: int, requests: list[bytes], due_ns: list[int], *, timeout_s: float) -> None:
+        self._host, self._port, self._requests = host, port, requests
+        self._timeout_s = timeout_s
+        self.pacer = Pacer(due_ns)
+        self._wires: dict[int, Wire] = {}
+        self._numbers = 0
+        self._opening = 0
+        self._start_ns = 0
+        self._last_success_ns = 0
+        self._failures = 0
+        self.most_connections = 0
+        self.stopped = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._done = asyncio.Event()
+        # The loop holds its tasks weakly.
+        self._tasks: set[asyncio.Future[None]] = set()
+
+    async def connect(self) -> None:
+        """The first connections, made before the schedule begins; more are made when they are needed."""
+        self._opening += _FIRST_CONNECTIONS
+        await asyncio.gather(*(self._open() for _ in range(_FIRST_CONNECTIONS)))
+
+    async def run(self, start_ns: int) -> None:
+        """Until everything is answered, has failed or `stop` was called."""
+        self._start_ns = self._last_success_ns = start_ns
+        self._pump()
+        while not self.pacer.is_done:
+            try:
+                await asyncio.wait_for(self._done.wait(), _SWEEP_S)
+            except TimeoutError:
+                self._sweep()
+        for wire in list(self._wires.values()):
+            wire.transport.abort()
+
+    def stop(self) -> None:
+        """Send no more; what is in flight is waited for."""
+        self.pacer.give_up()
+        self._after_one()
+
+    def answered(self, wire: Wire, arrived_ns: int, status: int, *, keep: bool) -> None:
+        self.pacer.answered(wire.number, arrived_ns - self._start_ns, status)
+        if status == 200:
+            self._last_success_ns = arrived_ns
+        else:
+            self._failures += 1
+        if keep:
+            self.pacer.add(wire.number)
+        else:
+            self._drop(wire)
+        self._after_one()
+
+    def lost(self, wire: Wire, outcome: int) -> None:
+        if wire.number in self._wires:
+            self._failures += 1
+            self.pacer.failed(wire.number, outcome)
+            self._drop(wire)
+            self._after_one()
+
+    def _after_one(self) -> None:
+        if self.pacer.is_done:
+            self._done.set()
+        elif self._start_ns:
+            self._pump()
+
+    def _pump(self) -> None:
+        """Send what is due, open connections where they are short, and come back when the next request is due."""
+        now = time.perf_counter_ns() - self._start_ns
+        while (taken := self.pacer.take(now)) is not None:
+            connection, request = taken
+            self._wires[connection].transport.write(self._requests[request % len(self._requests)])
+            now = time.perf_counter_ns() - self._start_ns
+        room = MAX_CONNECTIONS - len(self._wires) - self._opening
+        short = self.pacer.waiting(now, at_most=self._opening + room) - self._opening
+        for _ in range(short):
+            self._opening += 1
+            opening = asyncio.ensure_future(self._open())
+            self._tasks.add(opening)
+            opening.add_done_callback(self._tasks.discard)
+        due = self.pacer.next_due_ns
+        if due is not None and due > now and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later((due - now) / 1e9, self._on_time)
+
+    def _on_time(self) -> None:
+        self._timer = None
+        self._pump()
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._numbers += 1
+        number = self._numbers
+        try:
+            connecting = loop.create_connection(lambda: Wire(self, number), self._host, self._port)
+            _, wire = await asyncio.wait_for(connecting, self._timeout_s)
+        except OSError as error:
+            self._failures += 1
+            if self._start_ns:
+                self.pacer.refused(time.perf_counter_ns() - self._start_ns, _why_not_open(error))
+        else:
+            self._wires[number] = wire
+            self.most_connections = max(self.most_connections, len(self._wires))
+            self.pacer.add(number)
+        finally:
+            self._opening -= 1
+        self._after_one()
+
+    def _drop(self, wire: Wire) -> None:
+        self._wires.pop(wire.number, None)
+        wire.transport.abort()
+
+    def _sweep(self) -> None:
+        now = time.perf_counter_ns()
+        for number in self.pacer.overdue(now - self._start_ns - round(self._timeout_s * 1e9)):
+            self.lost(self._wires[number], pacing.TIMED_OUT)
+        if self._failures and now - self._last_success_ns > _DEAD_AFTER_NS and not self.stopped:
+            self.stopped = True
+            self.pacer.give_up()
+
+
+def _why_not_open(error: OSError) -> int:
+    if isinstance(error, ConnectionRefusedError):
+        return pacing.REFUSED
+    return pacing.TIMED_OUT if isinstance(error, TimeoutError) else pacing.LOST
+
+
+def main() -> None:
+    """Read the task from stdin, keep the schedule, write the outcome to stdout."""
+    # Ctrl-C reaches the whole group of the terminal: whoever started this process decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # Where the kernel refuses, wake-ups are 50 µs later: measured as lag like any other.
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    task = json.loads(sys.stdin.buffer.readline())
+    due_ns = np.frombuffer(_exactly(sys.stdin.buffer, task["due_bytes"]), np.int64)
+    requests = [_exactly(sys.stdin.buffer, size) for size in task["request_bytes"]]
+    # epoll's timeouts are whole milliseconds; select's are microseconds.
+    loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
+    asyncio.set_event_loop(loop)
+    sender = loop.run_until_complete(_keep(task, requests, due_ns.tolist()))
+    pacer = sender.pacer
+    head = {"stopped": sender.stopped, "connections": sender.most_connections}
+    sys.stdout.buffer.write(json.dumps(head).encode() + b"\n")
+    for values in (pacer.sent_ns, pacer.arrived_ns, pacer.outcome):
+        sys.stdout.buffer.write(np.array(values, np.int64).tobytes())
+    sys.stdout.buffer.flush()
+
+
+async def _keep(task: dict[str, object], requests: list[bytes], due_ns: list[int]) -> Sender:
+    sender = Sender(
+        str(task["host"]), int(str(task["port"])), requests, due_ns, timeout_s=float(str(task["timeout_s"]))
+    )
+    await sender.connect()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        sender.stop()
+        return sender
+    # Whatever comes on stdin after the start, its end included, means: stop.
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _on_stdin, sender)
+    gc.collect()
+    gc.disable()
+    await sender.run(int(line))
+    return sender
+
+
+def _on_stdin(sender: Sender) -> None:
+    asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+    sender.stop()
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) != size:
+        raise EOFError(f"{size} bytes announced, {len(data)} came")
+    return data
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Schedules: what comes due when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlops.bench.arrivals import Offered, constant, poisson, read_trace, with_pauses
+from dlops.errors import UsageError
+
+
+@pytest.mark.parametrize("rate", [3.0, 200.0, 5000.0])
+def test_poisson_arrivals_have_the_rate_and_exponential_gaps(rate: float) -> None:
+    duration_s = 20_000 / rate
+    due = poisson(rate, duration_s=duration_s, seed=1)
+    assert np.all(np.diff(due) >= 0)
+    assert due[0] >= 0
+    assert due[-1] < duration_s * 1e9
+    # The count is Poisson distributed with the mean 20,000: its standard deviation is 141.
+    assert abs(len(due) - 20_000) < 5 * 141
+    gaps = np.diff(due) / 1e9 * rate
+    assert np.mean(gaps) == pytest.approx(1, abs=0.05)
+    assert np.std(gaps) == pytest.approx(1, abs=0.05)
+    assert np.mean(gaps > 1) == pytest.approx(np.exp(-1), abs=0.02)
+
+
+def test_a_seed_repeats_a_schedule_and_another_one_does_not() -> None:
+    assert np.array_equal(poisson(100, duration_s=1, seed=3), poisson(100, duration_s=1, seed=3))
+    assert not np.array_equal(poisson(100, duration_s=1, seed=3)[:10], poisson(100, duration_s=1, seed=4)[:10])
+
+
+def test_constant_arrivals_have_equal_gaps() -> None:
+    assert constant(4, duration_s=1).tolist() == [0, 250_000_000, 500_000_000, 750_000_000]
+
+
+def test_nothing_is_due_in_a_pause() -> None:
+    due = with_pauses(constant(10, duration_s=2), busy_s=1, idle_s=3)
+    assert len(due) == 20
+    assert due[9] == 900_000_000
+    assert due[10] == 4_000_000_000
+
+
+def test_a_low_rate_is_kept_up_longer_for_p99_but_not_without_end() -> None:
+    quick, slow, slowest = (Offered(rates=(rate,)).schedules(2.0)[0] for rate in (1000.0, 200.0, 10.0))
+    assert quick.duration_s == pytest.approx(2)
+    assert slow.duration_s == pytest.approx(3.31)
+    assert slowest.duration_s == pytest.approx(6)
+    assert all(one.lead_in_ns == 500_000_000 for one in (quick, slow, slowest))
+
+
+def test_pauses_lengthen_the_run() -> None:
+    (schedule,) = Offered(rates=(1000.0,), arrivals="constant", pauses=(1.0, 2.0)).schedules(2.0)
+    # 2.5 s of requests, the lead-in included: two pauses after each whole second of them.
+    assert schedule.end_ns == 6_500_000_000
+    assert not np.any((schedule.due_ns > 1_000_000_000) & (schedule.due_ns < 3_000_000_000))
+
+
+def test_rates_come_in_order_and_the_trace_last(tmp_path: Path) -> None:
+    path = tmp_path / "trace.txt"
+    path.write_text("# seconds\n0\n\n0.25  # a comment\n0.25\n2\n")
+    trace = read_trace(path)
+    assert trace.tolist() == [0, 250_000_000, 250_000_000, 2_000_000_000]
+    schedules = Offered(rates=(50.0, 10.0, 50.0), trace=trace).schedules(1.0)
+    assert [round(one.rate) for one in schedules] == [10, 50, 2]
+    assert schedules[-1].lead_in_ns == 0
+    assert schedules[-1].due_ns is trace
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0\nhalf\n", "line 2: 'half' is no time in seconds"),
+        ("0\n-1\n", "line 2: '-1' is no time"),
+        ("0\ninf\n", "line 2: 'inf' is no time"),
+        ("1\n0.5\n", "line 2: 0.5 comes after 1"),
+        ("# nothing\n", "no times in it"),
+    ],
+)
+def test_a_wrong_trace_is_refused_with_its_line(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "trace.txt").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        read_trace(tmp_path / "trace.txt")
+
+
+def test_a_trace_that_is_not_there_or_not_text_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        read_trace(tmp_path / "none.txt")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UsageError, match="not a text file"):
+        read_trace(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rates": (0.0,)},
+        {"rates": (-3.0, 5.0)},
+        {"rates": (float("inf"),)},
+        {},
+        {"rates": (5.0,), "pauses": (0.0, 1.0)},
+    ],
+)
+def test_what_cannot_be_offered_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        Offered(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_rate_at_which_nothing_comes_due_is_refused() -> None:
+    with pytest.raises(UsageError, match="none is due"):
+        Offered(rates=(0.001,)).schedules(1.0)
