@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.errors import UsageError, from_os_error
+from dlops.report import Objective
 
 Integers = NDArray[np.int64]
 Arrivals = Literal["poisson", "constant"]
@@ -23,8 +24,8 @@ Arrivals = Literal["poisson", "constant"]
 # Requests that come due in this first part of a schedule open connections and fill caches: they are not kept.
 _LEAD_IN_S = 0.5
 # Enough to certify p99 where all calls are independent; a slow rate is kept up longer for it, but not without end.
-_WANTED_SAMPLES = 662
-_STRETCH = 3.0
+WANTED_SAMPLES = 662
+STRETCH = 3.0
 # A trace of more lines than this is a mistake: an hour at 3,000 requests a second.
 _MAX_TRACE = 10_000_000
 
@@ -108,8 +109,9 @@ class Offered:
     """What is offered to a service whether or not it keeps up: each of the rates in turn, then the trace.
 
     rates: requests a second. pauses: (busy, idle) seconds: after each busy stretch nothing is due for an idle one.
-    trace: (n,), due times in nanoseconds. senders: processes; None takes as many as the rate needs. Raises UsageError
-    for a rate or pause that is not above zero, or where there is nothing to offer.
+    trace: (n,), due times in nanoseconds. senders: processes; None takes as many as the rate needs. objective: then the
+    highest rate that keeps it is looked for, after the rates named. Raises UsageError for a rate or pause that is not
+    above zero, or where there is nothing to offer.
     """
 
     rates: tuple[float, ...] = ()
@@ -117,6 +119,7 @@ class Offered:
     pauses: tuple[float, float] | None = None
     trace: Integers | None = None
     senders: int | None = None
+    objective: Objective | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -125,20 +128,24 @@ class Offered:
             raise UsageError(f"a rate of {', '.join(wrong)} requests a second", hint="name a number above 0")
         if self.pauses is not None and not all(0 < seconds < math.inf for seconds in self.pauses):
             raise UsageError(f"pauses of {self.pauses[1]:g} s after {self.pauses[0]:g} s", hint="both must be above 0")
-        if not self.rates and self.trace is None:
-            raise UsageError("nothing to offer", hint="name a rate or a trace")
+        if not self.rates and self.trace is None and self.objective is None:
+            raise UsageError("nothing to offer", hint="name a rate, a trace or an objective")
 
     def schedules(self, duration_s: float) -> list[Schedule]:
         """Each rate for `duration_s` after its lead-in, up to three times that where p99 needs it; then the trace."""
-        found = [self._at(rate, duration_s) for rate in sorted(set(self.rates))]
+        found = [self.at(rate, duration_s) for rate in sorted(set(self.rates))]
         if self.trace is not None:
             end_ns = int(self.trace[-1]) + 1
             mean = len(self.trace) / max(end_ns / 1e9, 1e-9)
             found.append(Schedule(rate=mean, due_ns=self.trace, lead_in_ns=0, end_ns=end_ns))
         return found
 
-    def _at(self, rate: float, duration_s: float) -> Schedule:
-        lasts_s = _LEAD_IN_S + min(max(duration_s, _WANTED_SAMPLES / rate), _STRETCH * duration_s)
+    def at(self, rate: float, duration_s: float, *, wanted: int = WANTED_SAMPLES, stretch: float = STRETCH) -> Schedule:
+        """One rate, up to `stretch` times as long where that gives no `wanted` requests.
+
+        Raises UsageError where it is so low that nothing would be due.
+        """
+        lasts_s = _LEAD_IN_S + min(max(duration_s, wanted / rate), stretch * duration_s)
         due_ns = SCHEDULES[self.arrivals](rate, duration_s=lasts_s, seed=self.seed)
         end = np.array([round(lasts_s * 1e9)])
         if self.pauses is not None:

@@ -176,16 +176,32 @@ def _in_one(reasons: Sequence[str]) -> str:
     return text
 
 
-def explanations(report: Report) -> list[str]:
-    """What the columns and marks mean here, then the footnotes."""
+def objectives(report: Report) -> list[str]:
+    """What was found of each objective, a sentence each."""
     lines = []
+    for target, one in report.objectives.items():
+        wanted = f"{one.quantile} ≤ {significant(one.limit_ns / 1e6)} ms"
+        if one.rate is None:
+            lines.append(
+                f"{target}: no rate tried certainly kept {wanted}; the lowest was {_rate(one.missed or 0.0)} a second"
+            )
+        else:
+            beyond = f"; {_rate(one.missed)} did not" if one.missed is not None else "; the search ended there"
+            lines.append(
+                f"{target}: {_rate(one.rate)} requests a second is the highest rate that kept {wanted}{beyond}"
+            )
+    return lines
+
+
+def explanations(report: Report) -> list[str]:
+    """What was found of the objectives, what the columns and marks mean here, then the footnotes."""
+    lines = objectives(report)
     if report.baseline:
         lines.append(f"speed: how many times faster than {report.baseline}, from turns taken in the same run")
     if any(row.load.rate is not None for row in report.measurements):
-        lines.append(
-            "at a rate, p50 and p99 are of the response time, from when a request was due; service p99 (ms) is from its"
-            " send"
-        )
+        lines.append("at a rate, p50 and p99 are of the response time, from when a request was due to its answer")
+    if any(row.service is not None and row.service.p99_ns is not None for row in report.measurements):
+        lines.append("service p99: in ms, from a request's send to its answer")
     if any(not row.verdict.steady for row in report.measurements):
         lines.append("*: not to be quoted, for the reason below")
     return [*lines, *footnotes(report)]

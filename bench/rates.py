@@ -69,6 +69,18 @@ def measure_rate(
     return row, {key: response, key + STARTS: loaded.due_ns, key + SERVICE: service}, loaded
 
 
+def usual_rate(endpoint: Endpoint, payload: Payload) -> float:
+    """Requests a second that one caller gets who waits for each answer. Raises MachineError where none succeeds."""
+    warm = closed_loop(
+        endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=1, duration_s=0.5, max_warmup_s=3.0
+    )
+    if warm.interrupted:
+        raise KeyboardInterrupt
+    if not len(warm.latencies_ns):
+        raise MachineError(f"{endpoint.url}: no request succeeded ({listed(warm.errors)})", hint="its log says why")
+    return 1e9 / float(np.median(warm.latencies_ns))
+
+
 def stretches(due_ns: Integers, duration_s: float) -> Integers:
     """For each request the stretch of time that it was due in: 30 of equal length, taken as independent."""
     return np.asarray(np.minimum(due_ns * STRETCHES // max(1, round(duration_s * 1e9)), STRETCHES - 1), np.int64)

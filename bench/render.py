@@ -146,6 +146,15 @@ def _plots(group: cells.Group, series: Sequence[plots.Series]) -> str:
     if group.rows[0].boundary != "network" and len(plots.comparable(series)) > 1:
         drawn = _both_widths(plots.accuracy_against_latency, series)
         figures.append(_figure("Accuracy against latency", drawn, _accuracy_caption(series)))
+    if sum(one.row.load.rate is not None and one.row.latency.p50_ns is not None for one in series) > 1:
+        figures.append(
+            _figure(
+                "Response time against rate",
+                _both_widths(plots.latency_against_rate, series),
+                "From when a request was due to its answer. Whole line: p50; broken: p99, where it is certified. "
+                "Whiskers are 95 % intervals. Where the lines turn upwards the service no longer keeps up.",
+            )
+        )
     figures.append(
         _figure(
             "Throughput",

@@ -61,6 +61,7 @@ def merge(first: Measured, *others: Measured) -> Measured:
     report = first.report.model_copy(
         update={
             "measurements": tuple(rows),
+            "objectives": {target: one for report in reports for target, one in report.objectives.items()},
             "baseline": next((report.baseline for report in reports if report.baseline), None),
             "chosen": chosen.chosen,
             "chosen_because": chosen.chosen_because,

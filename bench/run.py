@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench import inprocess
-from dlops.bench.arrivals import Offered
+from dlops.bench.arrivals import Offered, Schedule
 from dlops.bench.memory import peak_memory_bytes
 from dlops.bench.payload import check_batch
 from dlops.bench.results import Measured, MeasureInterrupted, choose_fastest, merge, row_key, save_report
@@ -21,7 +21,7 @@ from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar, say
 from dlops.environment import describe_environment
 from dlops.errors import MachineError, UsageError
-from dlops.report import STARTS, TURNS, Measurement, Report
+from dlops.report import STARTS, TURNS, Measurement, Objective, Report
 from dlops.runtimes import SessionOptions
 from dlops.runtimes.session import Device
 from dlops.timing import Interleaved, TimingInterrupted
@@ -29,11 +29,14 @@ from dlops.timing import Interleaved, TimingInterrupted
 if TYPE_CHECKING:
     from dlops.bench.network import Payload
     from dlops.bench.oip import Endpoint
+    from dlops.bench.slo import Outcome
     from dlops.checkpoint import ModuleSource
 
 __all__ = ["MeasureInterrupted", "Measured", "Offered", "choose_fastest", "measure", "merge", "save_report"]
 
 _PROGRESS_STEPS = 100
+# A low rate may be offered this many times as long as asked, when the question is whether it keeps an objective.
+_SEARCH_STRETCH = 10.0
 
 
 def measure(
@@ -115,6 +118,7 @@ class _Bench:
     samples: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    objectives: dict[str, Objective] = field(default_factory=dict)
 
     def peaks(
         self, opened: Sequence[inprocess.Opened], *, checkpoint: Checkpoint | None, model: ModuleSource | None,
@@ -188,18 +192,49 @@ class _Bench:
             self.failures.append(error.message)
 
     def _offer(self, endpoint: Endpoint, sent: Payload, offered: Offered, *, batch: int) -> None:
+        for schedule in offered.schedules(self.duration_s):
+            self._offer_one(endpoint, sent, schedule, batch=batch, senders=offered.senders)
+        if offered.objective is not None:
+            self._find_highest(endpoint, sent, offered, offered.objective, batch=batch)
+
+    def _offer_one(
+        self, endpoint: Endpoint, sent: Payload, schedule: Schedule, *, batch: int, senders: int | None
+    ) -> Measurement:
         from dlops.bench.rates import measure_rate
 
-        for schedule in offered.schedules(self.duration_s):
-            title = f"{schedule.rate:g} requests/s"
-            say(f"offering {endpoint.url}: batch {batch}, {title} for {schedule.duration_s:.3g} s")
-            row, samples, loaded = measure_rate(
-                endpoint, sent, schedule, batch=batch, senders=offered.senders, key=row_key(len(self.rows)), title=title
-            )
-            self.rows.append(row)
-            self.samples |= samples
-            if loaded.interrupted:
-                raise KeyboardInterrupt
+        title = f"{schedule.rate:,.5g} requests/s"
+        say(f"offering {endpoint.url}: batch {batch}, {title} for {schedule.duration_s:.3g} s")
+        row, samples, loaded = measure_rate(
+            endpoint, sent, schedule, batch=batch, senders=senders, key=row_key(len(self.rows)), title=title
+        )
+        self.rows.append(row)
+        self.samples |= samples
+        if loaded.interrupted:
+            raise KeyboardInterrupt
+        return row
+
+    def _find_highest(
+        self, endpoint: Endpoint, sent: Payload, offered: Offered, objective: Objective, *, batch: int
+    ) -> None:
+        from dlops.bench.rates import usual_rate
+        from dlops.bench.slo import judge, samples_for, search
+
+        wanted = samples_for(objective)
+
+        def probe(rate: float) -> Outcome:
+            schedule = offered.at(rate, self.duration_s, wanted=wanted, stretch=_SEARCH_STRETCH)
+            row = self._offer_one(endpoint, sent, schedule, batch=batch, senders=offered.senders)
+            outcome = judge(row, self.samples[row.samples], self.samples[row.samples + STARTS], objective)
+            say(f"{rate:,.5g} requests/s: {outcome}")
+            return outcome
+
+        first = len(self.rows)
+        # Far enough below what one caller gets that the first try is likely to be kept.
+        start = usual_rate(endpoint, sent) / 4
+        found = search(probe, start=start, least=wanted / (_SEARCH_STRETCH * self.duration_s))
+        self.rows[first:] = sorted(self.rows[first:], key=lambda row: row.load.rate or 0.0)
+        key = endpoint.url if batch == 1 else f"{endpoint.url} at batch {batch}"
+        self.objectives[key] = objective.model_copy(update={"rate": found.met, "missed": found.missed})
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -213,6 +248,7 @@ class _Bench:
             command=self.command,
             environment=describe_environment(),
             measurements=tuple(self.rows),
+            objectives=self.objectives,
             baseline=self.baseline,
             notes=(*self.notes, *self.failures),
             partial=partial,

@@ -7,7 +7,7 @@ independent, blocks are taken as such.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -101,19 +101,47 @@ def effective_samples(samples: NDArray[np.number], q: float, *, turns: Integers 
     if n == 0:
         return 0
     blocks = np.arange(n) * min(_BLOCKS, n) // n if turns is None else turns
-    _, block = np.unique(blocks, return_inverse=True)
+    inside = (values <= _quantile(np.sort(values), q)).astype(np.float64)
+    return effective_share_samples(inside, blocks)
+
+
+def effective_share_samples(inside: NDArray[np.number] | NDArray[np.bool_], turns: Integers) -> int:
+    """How many independent samples would give the share of ones in `inside` the same precision, from 1 to len(inside).
+
+    inside, turns: (n,). The same correction as effective_samples. Where all are alike none shows dependence: it is n.
+    """
+    n = len(inside)
+    _, block = np.unique(turns, return_inverse=True)
     count = int(block.max()) + 1
     if count < _MIN_BLOCKS:
         return count
-    inside = (values <= _quantile(np.sort(values), q)).astype(np.float64)
-    share = float(inside.mean())
+    share = float(np.mean(inside))
     if share in (0.0, 1.0):
         return n
     sizes = np.bincount(block, minlength=count).astype(np.float64)
-    deviation = np.bincount(block, weights=inside, minlength=count) - share * sizes
+    deviation = np.bincount(block, weights=np.asarray(inside, np.float64), minlength=count) - share * sizes
     variance = count / (count - 1) * float(np.sum(deviation**2)) / n**2
     effect = variance / (share * (1 - share) / n) * (student_t(count - 1) / _z(CONFIDENCE)) ** 2
     return max(1, math.floor(n / max(1.0, effect)))
+
+
+def share_bounds(share: float, n: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Lower and upper bound of a proportion that was `share` of n independent samples, each one-sided. Clopper and
+    Pearson 1934; share * n is rounded against whichever bound is asked for."""
+    tail = 1 - confidence
+    few, many = math.floor(share * n), math.ceil(share * n)
+
+    def solve(holds: Callable[[float], bool]) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if holds(middle) else (low, middle)
+        return (low + high) / 2
+
+    # P(B >= few) grows with the proportion, P(B <= many) falls.
+    lower = 0.0 if few == 0 else solve(lambda p: 1 - _at_most(n, p, few - 1) < tail)
+    upper = 1.0 if many == n else solve(lambda p: _at_most(n, p, many) > tail)
+    return lower, upper
 
 
 def summarize(latencies_ns: Integers, *, turns: Integers | None = None) -> Latency:
@@ -214,6 +242,14 @@ def _quantile(ordered: Floats, q: float) -> float:
     if q == 0.5:
         return float(np.median(ordered))
     return float(ordered[max(0, math.ceil(q * len(ordered)) - 1)])
+
+
+def _at_most(n: int, p: float, k: int) -> float:
+    """P(B <= k) for a binomial B(n, p), p strictly between 0 and 1."""
+    first, below = _binomial_cdf(n, p)
+    if k < first:
+        return 0.0
+    return float(below[min(k - first, len(below) - 1)])
 
 
 def _binomial_cdf(n: int, q: float) -> tuple[int, Floats]:

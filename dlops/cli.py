@@ -151,6 +151,9 @@ def bench(
         str | None, typer.Option(metavar="BUSY:IDLE", help="Seconds of idling after busy ones, with --rate.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="A recorded schedule: one time in seconds a line.")] = None,
+    slo: Annotated[
+        str | None, typer.Option(metavar="QUANTILE=TIME", help="Find the highest rate that keeps it, as in p99=20ms.")
+    ] = None,
     senders: Annotated[int | None, typer.Option(min=1, help="Processes that send at a rate.")] = None,
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds a row.")] = 3.0,
     payload: Annotated[Path | None, typer.Option(help="The artifact whose samples are sent to URLs.")] = None,
@@ -166,7 +169,7 @@ def bench(
     """Measure artifacts in process and services over HTTP."""
     from dlops.workflows.benchmark import benchmark, offer
 
-    offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, senders=senders)
+    offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, slo=slo, senders=senders)
     targets: list[Artifact | str] = [name if "://" in name else _artifact(Path(name)) for name in target or []] or [
         _artifact(None)
     ]
@@ -184,6 +187,50 @@ def bench(
         out_dir=out,
         json=json,
         html=html,
+        command=_command(),
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(help="An artifact's folder or a report.")],
+    new: Annotated[Path, typer.Argument(help="What is compared with it; of the same kind.")],
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Artifacts: items a call; repeatable.")] = None,
+    duration: Annotated[float | None, typer.Option(min=0.1, help="Artifacts: seconds a row. Default 5.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Artifacts: auto takes CUDA where it works.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Artifacts: for one operator; else all cores.")] = None,
+    margin: Annotated[str | None, typer.Option(metavar="N%", help="A change that matters. Default 5%.")] = None,
+    gate: Annotated[
+        str | None, typer.Option(metavar="LIMITS", help="Judge only these: p99=+5%,throughput=-3%.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Artifacts: report folder. Default: reports/<time>.")] = None,
+    markdown: Annotated[
+        str | None, typer.Option("--markdown", metavar="FILE", help="A table for a pull request; - for stdout.")
+    ] = None,
+    json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="All numbers; - for stdout.")] = None,
+) -> None:
+    """Say whether NEW is slower or faster than BASE.
+
+    Two artifacts are measured in turns in one run; of two reports the rows that match are compared. Exits with 1 where
+    anything regressed, else with 3 where anything is inconclusive.
+    """
+    from dlops.workflows.compare import compare as run
+
+    status = run(
+        base,
+        new,
+        batch=batch,
+        duration_s=duration,
+        threads=threads,
+        device=device,
+        margin=margin,
+        gate=gate,
+        out_dir=out,
+        markdown=markdown,
+        json=json,
         command=_command(),
     )
     raise typer.Exit(status)

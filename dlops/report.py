@@ -121,9 +121,23 @@ class Measurement(Record):
         return self.artifact or self.target
 
 
+class Objective(Record):
+    """What a service has to keep: a quantile of the response time within a limit.
+
+    rate: the highest rate tried that certainly kept it, null where none did or none was tried; missed: the lowest above
+    it that did not, null where all did. Both in requests a second.
+    """
+
+    quantile: Literal["p50", "p90", "p99"]
+    limit_ns: float = Field(gt=0)
+    rate: float | None = None
+    missed: float | None = None
+
+
 class Report(Manifest):
     """report.json: files hold the role samples, a safetensors file of int64 nanoseconds by measurement key.
 
+    objectives: by target, where a highest rate was looked for.
     baseline: the target that speed-ups are counted from. chosen: the target to deploy, chosen_because in words.
     notes: what a reader must know about all of it. partial: it was interrupted.
     """
@@ -137,6 +151,7 @@ class Report(Manifest):
     command: tuple[str, ...]
     environment: Environment
     measurements: tuple[Measurement, ...]
+    objectives: dict[str, Objective] = {}
     baseline: str | None = None
     chosen: str | None = None
     chosen_because: str | None = None

@@ -11,6 +11,7 @@ from dlops.artifact import Artifact
 from dlops.bench.arrivals import Arrivals, Offered, read_trace
 from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.run import MeasureInterrupted, measure
+from dlops.bench.slo import parse_objective
 from dlops.bench.table import render_table
 from dlops.checkpoint import Checkpoint, import_model_source
 from dlops.console import out, say
@@ -19,7 +20,7 @@ from dlops.errors import UsageError
 from dlops.report import Report
 from dlops.runtimes.session import Device
 
-_DONE, _NO_VERDICT, _INTERRUPTED = 0, 3, 130
+_DONE, _MISSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
 
 
 def benchmark(
@@ -41,8 +42,8 @@ def benchmark(
 ) -> int:
     """Write and print a report; json, html: where copies go ("-" prints the JSON instead of the table).
 
-    Returns 0, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with what was measured until then
-    written and marked partial.
+    Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
+    what was measured until then written and marked partial.
     """
     status = _DONE
     try:
@@ -68,6 +69,9 @@ def benchmark(
     else:
         out.print(render_table(report))
     say(f"report: {report.directory / HTML_NAME}")
+    if status == _DONE and any(objective.rate is None for objective in report.objectives.values()):
+        say("no rate kept the objective")
+        status = _MISSED
     if status == _DONE and not any(row.verdict.steady for row in report.measurements):
         say("no verdict: no row is steady enough to quote; its reasons are in the report")
         status = _NO_VERDICT
@@ -75,21 +79,25 @@ def benchmark(
 
 
 def offer(
-    rates: Sequence[float], *, arrivals: Arrivals, pauses: str | None, trace: Path | None, senders: int | None
-) -> Offered | None:
-    """What the command line asks to offer, None where it names neither a rate nor a trace.
+    rates: Sequence[float], *, arrivals: Arrivals, pauses: str | None, trace: Path | None, slo: str | None,
+    senders: int | None,
+) -> Offered | None:  # fmt: skip
+    """What the command line asks to offer, None where it names no rate, no trace and no objective.
 
     pauses: "BUSY:IDLE", both in seconds. Raises UsageError where that is not what it is.
     """
-    if not rates and trace is None:
+    if not rates and trace is None and slo is None:
         if pauses is not None or senders is not None:
-            raise UsageError("--pauses and --senders are for requests at a rate", hint="add --rate or --trace")
+            raise UsageError("--pauses and --senders are for requests at a rate", hint="add --rate, --trace or --slo")
         return None
     parts = None if pauses is None else _pauses(pauses)
-    if parts is not None and not rates:
+    if parts is not None and not rates and slo is None:
         raise UsageError("--pauses is for --rate: a trace has its own", hint="leave --pauses out")
     due_ns = None if trace is None else read_trace(trace)
-    return Offered(rates=tuple(rates), arrivals=arrivals, pauses=parts, trace=due_ns, senders=senders)
+    objective = None if slo is None else parse_objective(slo)
+    return Offered(
+        rates=tuple(rates), arrivals=arrivals, pauses=parts, trace=due_ns, senders=senders, objective=objective
+    )
 
 
 def _pauses(text: str) -> tuple[float, float]:

@@ -1,0 +1,161 @@
+"""The highest rate that keeps an objective: how a rate is judged, and how the highest is found."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import dlops
+from dlops.bench import cells, slo, stats
+from dlops.bench.arrivals import Offered
+from dlops.bench.run import measure, save_report
+from dlops.bench.slo import Found, judge, parse_objective, search
+from dlops.bench.table import table_text
+from dlops.errors import UsageError
+from dlops.report import Objective
+
+MS = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "quantile", "limit_ns"),
+    [("p99=20ms", "p99", 2e7), ("p90 = 1.5 s", "p90", 1.5e9), ("p50=500us", "p50", 5e5)],
+)
+def test_an_objective_is_a_quantile_and_a_time(text: str, quantile: str, limit_ns: float) -> None:
+    assert parse_objective(text) == Objective(quantile=quantile, limit_ns=limit_ns)
+
+
+def test_a_p99_is_judged_by_as_many_requests_as_loadgen_wants() -> None:
+    assert [slo.samples_for(parse_objective(text)) for text in ("p99=1s", "p90=1s", "p50=1s")] == [662, 63, 10]
+
+
+@pytest.mark.parametrize("text", ["p99", "p95=3ms", "p99=20", "p99=fast", "p99=0ms", "20ms", "p99=-3ms", ""])
+def test_what_is_no_objective_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a quantile and a time"):
+        parse_objective(text)
+
+
+def test_share_bounds_are_those_of_the_binomial() -> None:
+    # No late one of 299: (1 - p)^299 = 0.05 at p = 0.00997. Ten of ten: p^10 = 0.05 at p = 0.741.
+    assert stats.share_bounds(0, 299) == pytest.approx((0, 1 - 0.05 ** (1 / 299)))
+    assert stats.share_bounds(1, 10) == pytest.approx((0.05**0.1, 1))
+    low, high = stats.share_bounds(0.01, 10_000)
+    assert low == pytest.approx(0.0084, abs=0.0002)
+    assert high == pytest.approx(0.0118, abs=0.0002)
+
+
+def test_share_bounds_hold_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(0)
+    counts = draw.binomial(1000, 0.01, 2000)
+    bounds = {count: stats.share_bounds(count / 1000, 1000) for count in set(counts.tolist())}
+    assert np.mean([bounds[count][1] >= 0.01 for count in counts.tolist()]) >= 0.95
+    assert np.mean([bounds[count][0] <= 0.01 for count in counts.tolist()]) >= 0.95
+
+
+def judged(example, late: np.ndarray, *, reasons: tuple[str, ...] = ()) -> str:
+    row = example().report.measurements[4]
+    row = row.model_copy(update={"verdict": row.verdict.model_copy(update={"reasons": reasons})})
+    response = np.where(late, 30 * MS, 10 * MS)
+    due = np.arange(len(late)) * MS
+    return judge(row, response, due, Objective(quantile="p99", limit_ns=20 * MS))
+
+
+def test_a_rate_is_judged_by_the_share_of_late_requests(example) -> None:
+    def spread(n: int, late: int) -> np.ndarray:
+        flags = np.zeros(n, bool)
+        flags[np.linspace(0, n - 1, late).astype(int)] = True
+        return flags
+
+    assert judged(example, spread(300, 0)) == "met"
+    assert judged(example, spread(200, 0)) == "unsure", "too few to rule out one in a hundred"
+    assert judged(example, spread(1000, 10)) == "unsure"
+    assert judged(example, spread(1000, 30)) == "missed"
+    # The same share in one cluster is worth far fewer samples.
+    clustered = np.zeros(1000, bool)
+    clustered[500:530] = True
+    assert judged(example, clustered) == "unsure"
+
+
+def test_a_miss_of_our_own_making_proves_nothing_and_saturation_is_a_miss(example) -> None:
+    late = np.arange(1000) % 20 == 0
+    assert judged(example, late) == "missed"
+    assert judged(example, late, reasons=("client-bound: 1% of the requests left 3.0 ms late or more",)) == "unsure"
+    never = np.zeros(1000, bool)
+    assert judged(example, never, reasons=("client-bound: 1% of the requests left 3.0 ms late or more",)) == "met"
+    assert judged(example, never, reasons=("saturated: 3 of 9 requests were answered in time",)) == "missed"
+
+
+@pytest.mark.parametrize("capacity", [3.0, 77.0, 1234.0, 51_000.0])
+@pytest.mark.parametrize("start", [1.0, 100.0, 3000.0])
+def test_the_highest_rate_is_found_within_a_tenth(capacity: float, start: float) -> None:
+    tried: list[float] = []
+
+    def probe(rate: float) -> str:
+        tried.append(rate)
+        return "met" if rate <= capacity else "missed"
+
+    found = search(probe, start=start)
+    if start / 2**6 > capacity:
+        assert found.met is None
+        return
+    assert found.met is not None
+    assert found.missed is not None
+    assert found.met <= capacity < found.missed <= 1.12 * found.met
+    assert len(tried) < 30
+
+
+def test_a_rate_that_cannot_be_judged_is_tried_twice_and_not_promised() -> None:
+    tried: list[float] = []
+
+    def probe(rate: float) -> str:
+        tried.append(rate)
+        return "met" if rate < 100 else "unsure"
+
+    found = search(probe, start=64)
+    assert found.met is not None
+    assert found.met < 100
+    assert tried.count(128) == 2
+    outcomes = iter(["unsure", "met", "missed", "missed", "missed", "missed", "missed"])
+    assert search(lambda rate: next(outcomes), start=64).met == 64
+
+
+def test_the_search_goes_no_lower_than_it_can_certify() -> None:
+    tried: list[float] = []
+
+    def probe(rate: float) -> str:
+        tried.append(rate)
+        return "missed"
+
+    assert search(probe, start=100, least=20) == Found(met=None, missed=25)
+    assert tried == [100, 50, 25]
+
+
+def test_a_service_of_known_capacity_is_found_out(make_artifact, serve, tmp_path) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    one_at_a_time = threading.Lock()
+
+    def slow(count: int) -> None:
+        with one_at_a_time:
+            time.sleep(0.005)
+
+    server.behave = slow
+    # Under 200 a second at most, whatever the machine; what it certainly keeps within a second is well above 20.
+    measured = measure(
+        [server.url], payload=artifact, duration_s=0.5, offered=Offered(objective=parse_objective("p90=1s"))
+    )
+    (objective,) = measured.report.objectives.values()
+    assert objective.rate is not None
+    assert 15 < objective.rate < 220
+    assert objective.missed is not None
+    assert objective.missed > objective.rate
+    rates = [row.load.rate for row in measured.measurements]
+    assert rates == sorted(rates)
+    report = save_report(measured, tmp_path / "report")
+    assert dlops.read_report(report.directory).objectives == measured.report.objectives
+    assert "requests a second is the highest rate that kept p90 ≤ 1,000 ms" in " ".join(cells.objectives(report))
+    assert "the highest rate that kept" in " ".join(table_text(report).split())
+    assert "Response time against rate" in (report.directory / "report.html").read_text()

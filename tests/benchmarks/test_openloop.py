@@ -1,0 +1,144 @@
+"""The open loop against servers whose behaviour is known: a stall, a queue, and nothing at all to wait for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from dlops.bench import stats
+from dlops.bench.arrivals import constant, poisson
+from dlops.bench.load import closed_loop
+from dlops.bench.openloop import OpenLoaded, open_loop
+
+BODY = b"x" * 256
+REQUEST = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 256\r\n\r\n" + BODY
+S = 1_000_000_000
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[int]:
+    """The port of one of the servers, which ends with the block."""
+    command = [sys.executable, str(Path(__file__).with_name("servers.py")), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def quantile_ms(times_ns: np.ndarray, q: float) -> float:
+    return float(np.quantile(times_ns, q, method="higher")) / 1e6
+
+
+def test_a_stall_of_one_second_in_thirty(write_page: Callable[..., Path]) -> None:
+    with running("frozen", "0.001", "10", "1") as port:
+        loaded = open_loop("127.0.0.1", port, [REQUEST], poisson(100, duration_s=30))
+    with running("frozen", "0.001", "10", "1") as port:
+        closed = closed_loop("127.0.0.1", port, [REQUEST], concurrency=1, duration_s=30, max_warmup_s=0.5)
+    response = quantile_ms(loaded.response_ns, 0.99)
+    # A thousand calls a second, of which the stall is one: it is not among the slowest hundredth.
+    hidden = quantile_ms(closed.latencies_ns, 0.99)
+    write_page(
+        "stall",
+        title="A stall of one second in thirty",
+        says="A server that answers every request after 1 ms stands still once for 1 s, in a run of 30 s. The 99th "
+        "percentile of what users wait is then 1 − 0.01 × 30 = 0.70 s.",
+        header=["how", "requests", "p50", "p99"],
+        rows=[
+            ["`--rate 100`, response time", f"{len(loaded.due_ns):,}",
+             f"{quantile_ms(loaded.response_ns, 0.5):.2f} ms", f"{response:.0f} ms"],
+            ["one call in flight", f"{len(closed.latencies_ns):,}",
+             f"{quantile_ms(closed.latencies_ns, 0.5):.2f} ms", f"{hidden:.2f} ms"],
+        ],
+    )  # fmt: skip
+    assert loaded.errors == {}
+    assert abs(response - 700) < 70
+    assert hidden < 20
+
+
+def mean_interval(values: np.ndarray, blocks: int = 12) -> tuple[float, float]:
+    """The mean's 95 % interval from the means of blocks in order, which neighbours that resemble each other share.
+
+    A queue at 0.8 forgets its length in about a hundred service times: a block lasts five times as long.
+    """
+    means = np.array([float(np.mean(part)) for part in np.array_split(values, blocks)])
+    half = stats.student_t(blocks - 1) * float(np.std(means, ddof=1)) / blocks**0.5
+    return float(np.mean(means)) - half, float(np.mean(means)) + half
+
+
+def in_flight(loaded: OpenLoaded) -> float:
+    """The mean number of requests due and not answered, from the two lists of times."""
+    times = np.concatenate([loaded.due_ns, loaded.arrived_ns])
+    steps = np.concatenate([np.ones(len(loaded.due_ns)), -np.ones(len(loaded.arrived_ns))])
+    order = np.argsort(times, kind="stable")
+    return float(np.sum(np.cumsum(steps[order])[:-1] * np.diff(times[order]))) / float(np.ptp(times))
+
+
+def test_a_queue_with_equal_service_times(write_page: Callable[..., Path]) -> None:
+    service_s, runs, lasts_s = 0.004, 20, 25.0
+    with running("queue", str(service_s)) as port:
+        idle = open_loop("127.0.0.1", port, [REQUEST], constant(20, duration_s=10))
+    # What an idle queue takes beyond its service time is the way there and back, in every other answer too.
+    way_ns = float(np.median(idle.response_ns)) - service_s * S
+    rows, inside = [], {}
+    for load in (0.5, 0.8):
+        expected = load * service_s / (2 * (1 - load)) * S
+        waits, held, little = [], 0, []
+        for seed in range(runs):
+            with running("queue", str(service_s)) as port:
+                due = poisson(load / service_s, duration_s=lasts_s, seed=seed)
+                loaded = open_loop("127.0.0.1", port, [REQUEST], due)
+            wait = loaded.response_ns - service_s * S - way_ns
+            settled = wait[loaded.due_ns > S]  # it begins empty
+            low, high = mean_interval(settled)
+            held += low <= expected <= high
+            waits.append(float(np.mean(settled)))
+            rate = len(due) / (float(loaded.arrived_ns.max() - due[0]) / S)
+            little.append(in_flight(loaded) / (rate * float(np.mean(loaded.response_ns)) / S) - 1)
+        inside[load] = held
+        worst = max(map(abs, little))
+        rows.append(
+            [f"{load}", f"{expected / 1e6:.1f} ms", f"{np.mean(waits) / 1e6:.2f} ms", f"{held} of {runs}",
+             f"{worst:.2%}"]
+        )  # fmt: skip
+        assert worst < 0.02
+    write_page(
+        "queue",
+        title="A queue whose wait is known",
+        says=f"A server that takes {service_s * 1e3:g} ms for each request, one at a time, under Poisson arrivals "
+        f"(M/D/1): the mean wait is ρD/(2(1−ρ)). {runs} runs of {lasts_s:g} s at each load; the way there and back, "
+        f"{way_ns / 1e6:.2f} ms when the queue is idle, is taken off. Little's law: how far the calls in flight are "
+        "from the rate times the response time, at worst.",
+        header=["load ρ", "mean wait expected", "mean wait measured", "in its 95 % interval", "Little's law"],
+        rows=rows,
+    )
+    assert all(held >= 18 for held in inside.values()), inside
+
+
+def test_what_one_sender_can_send(write_page: Callable[..., Path]) -> None:
+    rows, lags = [], {}
+    for rate in (1000, 2000, 4000, 5000, 6000):
+        with running("null") as port:
+            loaded = open_loop("127.0.0.1", port, [REQUEST], poisson(rate, duration_s=10), senders=1)
+        lags[rate] = quantile_ms(loaded.lag_ns, 0.99)
+        sent = len(loaded.due_ns) / (float(loaded.sent_ns.max()) / S)
+        rows.append(
+            [f"{rate:,}", f"{sent:,.0f}", f"{quantile_ms(loaded.lag_ns, 0.5):.3f} ms", f"{lags[rate]:.3f} ms",
+             f"{quantile_ms(loaded.service_ns, 0.5):.3f} ms", f"{loaded.connections}"]
+        )  # fmt: skip
+        assert loaded.errors == {}
+    write_page(
+        "sender",
+        title="What one sender can send",
+        says="One process offers Poisson arrivals to a server that answers at once (256 bytes there, 2 back), 10 s at "
+        "each rate. The server is a process in Python on the other core. Lag: how much later than due requests left.",
+        header=["offered /s", "sent /s", "lag p50", "lag p99", "service p50", "connections"],
+        rows=rows,
+    )
+    assert lags[5000] <= 1.0
