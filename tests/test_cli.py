@@ -33,7 +33,7 @@ def test_help_names_every_command_on_stdout(tmp_path: Path) -> None:
     answer = dlops("--help", cwd=tmp_path)
     assert answer.returncode == 0
     for command in (
-        "train", "export", "verify", "serve", "bench", "deploy", "inspect", "list", "doctor", "quickstart",
+        "train", "export", "verify", "serve", "bench", "compare", "deploy", "inspect", "list", "doctor", "quickstart",
     ):  # fmt: skip
         assert command in answer.stdout
 
@@ -77,6 +77,13 @@ MISTAKES = [
     pytest.param(["verify"], ["no artifact", "dlops export"], id="no artifact yet"),
     pytest.param(["serve"], ["no artifact"], id="nothing to serve"),
     pytest.param(["bench"], ["no artifact"], id="nothing to bench"),
+    pytest.param(["compare", "one", "other"], ["BASE one", "no such file"], id="nothing to compare"),
+    pytest.param(["compare", "one", "other", "--margin", "5"], ["--margin '5'", "5%"], id="margin without a unit"),
+    pytest.param(
+        ["compare", "one", "other", "--gate", "p98=+5%,p99=5,throughput=+3%"],
+        ["'p98'", "'p99=5'", "'throughput=+3%'", "p99=+5%,throughput=-3%"],
+        id="all that is wrong with a gate at once",
+    ),
     pytest.param(["deploy", "bento"], ["no artifact"], id="nothing to deploy"),
     pytest.param(["deploy", "docket"], ["docket"], id="unknown kind of deployment"),
     pytest.param(["inspect", "nowhere"], ["nowhere"], id="nothing to inspect"),

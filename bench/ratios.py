@@ -1,0 +1,270 @@
+"""By what factor one run of calls is slower or faster than another, and how sure that is.
+
+Pure functions over arrays. Calls near in time resemble one another, so no call counts as evidence by itself: a run is
+cut into a dozen stretches, each says what it finds, and Student's t over the stretches says how sure that is. It holds
+where stretches differ in their spread (Ibragimov and Müller 2010), and the error is widened where neighbours agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+# More stretches would resemble their neighbours, fewer would cost a wide t.
+STRETCHES = 12
+# Of fewer, the spread says nothing.
+MIN_STRETCHES = 5
+_MOST_ALIKE = 0.9
+# A factor beyond this is no change of one program: an interval's end that lies further out is not given.
+_FURTHEST = math.log(100)
+# Halvings of that range: the end is right to a millionth.
+_STEPS = 23
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """One run. latencies_ns: (n,), positive. durations_s: (turns,), the time that each turn's calls are counted over.
+
+    turns: (n,), ascending, the place in `durations_s` of the turn (or stretch of time) that each call was made in.
+    """
+
+    latencies_ns: Integers
+    turns: Integers
+    durations_s: Floats
+
+    def stretches(self, count: int) -> Integers:
+        """For each call which of `count` stretches of whole turns it is in."""
+        return self.stretches_of_turns(count)[self.turns]
+
+    def stretches_of_turns(self, count: int) -> Integers:
+        turns = len(self.durations_s)
+        return np.arange(turns) * count // turns
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """NEW over BASE. p_value: two-sided, of no change. interval: its two ends at a confidence, null where unbounded."""
+
+    value: float
+    p_value: float
+    interval: Callable[[float], tuple[float | None, float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Error:
+    """Of a sum over stretches. degrees: of freedom, whole."""
+
+    deviation: float
+    degrees: int
+
+
+def median_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
+    """Of the medians. paired: turn i of one and turn i of the other were made in one round, so what slows both cancels.
+
+    Paired, a stretch says the median of its rounds' ratios, else the median of its calls; the mean over stretches is
+    the estimate. None below five stretches.
+    """
+    count = _count(base, new)
+    if count < MIN_STRETCHES:
+        return None
+    if paired:
+        found = np.log(_medians(new.latencies_ns, new.turns)) - np.log(_medians(base.latencies_ns, base.turns))
+        said = _medians(found, new.stretches_of_turns(count))
+        return _from_parts(float(said.mean()), _parts(said))
+    said_of = [np.log(_medians(calls.latencies_ns, calls.stretches(count))) for calls in (base, new)]
+    if min(map(len, said_of)) < MIN_STRETCHES:  # a stretch in which nothing was answered says nothing
+        return None
+    return _from_parts(float(said_of[1].mean() - said_of[0].mean()), *map(_parts, said_of))
+
+
+def rate_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
+    """Of the calls a second, over the whole of each run. Cochran 1977, 6.13, linearized. None below five stretches."""
+    count = _count(base, new)
+    if count < MIN_STRETCHES or min(base.durations_s.sum(), new.durations_s.sum()) <= 0:
+        return None
+    rates, parts = [], []
+    for calls in (base, new):
+        lasted = np.bincount(calls.stretches_of_turns(count), weights=calls.durations_s, minlength=count)
+        counted = np.bincount(calls.stretches(count), minlength=count)
+        rates.append(len(calls.latencies_ns) / float(lasted.sum()))
+        parts.append((counted - rates[-1] * lasted) / len(calls.latencies_ns))
+    parts = [parts[1] - parts[0]] if paired else parts
+    return _from_parts(math.log(rates[1] / rates[0]), *parts)
+
+
+def quantile_ratio(base: Calls, new: Calls, q: float, *, paired: bool) -> Ratio | None:
+    """Of the q-quantiles of all calls, for a q far out, where a turn has too few calls to have one of its own.
+
+    A factor is in the interval where BASE's calls times it, and NEW's, exceed the quantile of both together about
+    equally often: the difference of the two shares, over its error from the stretches, is within Student's t. No
+    density is estimated. None below five stretches.
+    """
+    count = _count(base, new)
+    if count < MIN_STRETCHES:
+        return None
+    tails = [_Tail.of(calls, q, count) for calls in (base, new)]
+
+    def score(shift: float) -> tuple[float, int]:
+        """How many errors more often NEW exceeds than BASE times exp(shift), and the degrees of freedom."""
+        threshold = _threshold(tails[0].logs + shift, tails[1].logs, tails[0].calls, tails[1].calls, q)
+        parts = [tails[0].excess(threshold - shift, q), tails[1].excess(threshold, q)]
+        error = _error(parts[1] - parts[0]) if paired else _error(*parts)
+        # Calls exceed a quantile at least as unevenly as independent ones would.
+        least = math.sqrt(q * (1 - q) * (1 / tails[0].calls + 1 / tails[1].calls))
+        return float(parts[1].sum() - parts[0].sum()) / max(error.deviation, least), error.degrees
+
+    estimate = tails[1].quantile - tails[0].quantile
+    at_none, degrees = score(0.0)
+
+    def interval(confidence: float) -> tuple[float | None, float | None]:
+        ends = [_furthest(score, estimate, direction, confidence) for direction in (-1, 1)]
+        return None if ends[0] is None else math.exp(ends[0]), None if ends[1] is None else math.exp(ends[1])
+
+    return Ratio(math.exp(estimate), two_sided_p(at_none, degrees), interval)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """The longest calls of a run, no more than can exceed the quantile of two runs together; times are logarithms.
+
+    logs, stretch: (k,), longest last. sizes: calls of each stretch. calls: of the whole run.
+    """
+
+    logs: Floats
+    stretch: Integers
+    sizes: Floats
+    calls: int
+    quantile: float
+
+    @classmethod
+    def of(cls, run: Calls, q: float, count: int) -> _Tail:
+        n = len(run.latencies_ns)
+        kept = min(n, math.ceil(2 * (1 - q) * n) + 2)
+        order = np.argsort(run.latencies_ns, kind="stable")
+        longest, stretch = order[n - kept :], run.stretches(count)
+        logs = np.log(run.latencies_ns[longest])
+        return cls(
+            logs=logs,
+            stretch=stretch[longest],
+            sizes=np.bincount(stretch, minlength=count).astype(np.float64),
+            calls=n,
+            quantile=float(np.log(run.latencies_ns[order[math.ceil(q * n) - 1]])),
+        )
+
+    def excess(self, threshold: float, q: float) -> Floats:
+        """By stretch, the calls beyond the threshold less those expected, as a share of all calls."""
+        beyond = np.bincount(self.stretch[self.logs > threshold], minlength=len(self.sizes))
+        return np.asarray((beyond - (1 - q) * self.sizes) / self.calls)
+
+
+def _threshold(base: Floats, new: Floats, base_calls: int, new_calls: int, q: float) -> float:
+    """The q-quantile of two runs together, each with the same weight however many calls it has."""
+    values = np.concatenate([base, new])
+    weights = np.concatenate([np.full(len(base), 1 / base_calls), np.full(len(new), 1 / new_calls)])
+    order = np.argsort(-values, kind="stable")
+    beyond = np.cumsum(weights[order])
+    return float(values[order[min(len(order) - 1, int(np.searchsorted(beyond, 2 * (1 - q), side="right")))]])
+
+
+def _furthest(
+    score: Callable[[float], tuple[float, int]], estimate: float, direction: int, confidence: float
+) -> float | None:
+    """The last log factor in that direction that the runs do not contradict; None where they contradict none."""
+
+    def contradicted(shift: float) -> bool:
+        value, degrees = score(shift)
+        # A larger factor makes BASE exceed more often: the score falls.
+        return -direction * value > student_t(confidence, degrees)
+
+    inside, outside = estimate, estimate + direction * _FURTHEST
+    if not contradicted(outside):
+        return None
+    for _ in range(_STEPS):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if contradicted(middle) else (middle, outside)
+    return outside
+
+
+def _count(base: Calls, new: Calls) -> int:
+    return min(STRETCHES, len(base.durations_s), len(new.durations_s))
+
+
+def _medians(values: NDArray[np.number], blocks: Integers) -> Floats:
+    """The median of each block, in order; `blocks` ascends."""
+    edges = np.flatnonzero(np.diff(blocks)) + 1
+    return np.array([float(np.median(part)) for part in np.split(values, edges)])
+
+
+def _parts(said: Floats) -> Floats:
+    return np.asarray((said - said.mean()) / len(said))
+
+
+def _from_parts(log_ratio: float, *parts: Floats) -> Ratio:
+    error = _error(*parts)
+
+    def interval(confidence: float) -> tuple[float | None, float | None]:
+        half = student_t(confidence, error.degrees) * error.deviation
+        return math.exp(log_ratio - half), math.exp(log_ratio + half)
+
+    if error.deviation == 0:  # constant samples: a clock that ticks too slowly, or made up
+        return Ratio(math.exp(log_ratio), float(log_ratio == 0), interval)
+    return Ratio(math.exp(log_ratio), two_sided_p(log_ratio / error.deviation, error.degrees), interval)
+
+
+def _error(*parts: Floats) -> _Error:
+    """Of the sum of every run's parts, one a stretch. Of two runs: Welch's degrees of freedom, rounded down."""
+    variances = [_variance_of_sum(one) for one in parts]
+    total = sum(variances)
+    if total == 0:
+        return _Error(0.0, sum(len(one) - 1 for one in parts))
+    welch = total**2 / sum(variance**2 / (len(one) - 1) for variance, one in zip(variances, parts, strict=True))
+    # The quotient of two equal numbers may come out just below a whole one.
+    return _Error(math.sqrt(total), max(1, math.floor(welch + 1e-9)))
+
+
+def _variance_of_sum(parts: Floats) -> float:
+    n = len(parts)
+    centred = parts - parts.mean()
+    squares = float(np.sum(centred**2))
+    if squares == 0:
+        return 0.0
+    # As if each stretch followed the one before it (an autoregression of order 1), never the other way. The estimate
+    # of such a correlation r is (1 + 4r)/n too low on average (Marriott and Pope 1954).
+    neighbours = float(np.sum(centred[1:] * centred[:-1])) / squares
+    neighbours += (1 + 4 * max(0.0, neighbours)) / n
+    neighbours = min(_MOST_ALIKE, max(0.0, neighbours))
+    return n / (n - 1) * squares * (1 + neighbours) / (1 - neighbours)
+
+
+def two_sided_p(t: float, degrees: int) -> float:
+    """P(|T| ≥ |t|) for Student's t with a whole number of degrees. Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for power in range(2 + odd, degrees + 1, 2):
+        total += term
+        term *= cosine**2 * (power - 1) / power
+    within = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return min(1.0, max(0.0, 1 - within))
+
+
+@lru_cache(maxsize=256)
+def student_t(confidence: float, degrees: int) -> float:
+    """The t that |T| does not exceed with that probability."""
+    low, high = 0.0, 1.0
+    while two_sided_p(high, degrees) > 1 - confidence:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided_p(middle, degrees) > 1 - confidence else (low, middle)
+    return high

@@ -1,0 +1,180 @@
+"""`dlops compare`: measure two artifacts or read two reports, print what changed, and say it with the exit status."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from dlops.artifact import Artifact, open_artifact
+from dlops.bench.compare import Comparison, Quantity, compare_reports, compare_turns
+from dlops.bench.compare_table import comparison_markdown, render_comparison
+from dlops.bench.results import HTML_NAME, Measured, save_report
+from dlops.bench.run import MeasureInterrupted, measure
+from dlops.console import out, say
+from dlops.directory import write_json
+from dlops.errors import UsageError
+from dlops.report import Report, read_report
+from dlops.runtimes.session import Device
+
+DURATION_S = 5.0
+_SAME, _REGRESSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
+_PERCENT = re.compile(r"(?P<sign>[+-]?)(?P<number>\d+(?:\.\d+)?|\.\d+)%")
+_MARGIN_EXAMPLE = "such as --margin 5%"
+_GATE_EXAMPLE = "such as --gate p99=+5%,throughput=-3%"
+
+
+def compare(
+    base: Path,
+    new: Path,
+    *,
+    batch: Sequence[int] | None,
+    duration_s: float | None,
+    threads: int | None,
+    device: Device | None,
+    margin: str | None,
+    gate: str | None,
+    out_dir: Path | None,
+    markdown: str | None,
+    json: str | None,
+    command: Sequence[str],
+) -> int:
+    """Print NEW against BASE; markdown, json: where copies go ("-" prints that instead of the table).
+
+    Two artifacts are measured now and their report is written; of two reports the samples are compared. Returns 1 where
+    anything regressed, else 3 where anything is inconclusive, else 0; 130 after Ctrl-C, with what was measured until
+    then compared and marked partial. Raises UsageError before anything is measured where the arguments are wrong.
+    """
+    if markdown == "-" and json == "-":
+        raise UsageError("--markdown - and --json - both want stdout", hint="give one of them a file")
+    limits = read_gate(gate) if gate is not None else None
+    if limits is not None and margin is not None:
+        raise UsageError("--gate has limits of its own, and --margin is one more", hint="leave one of them out")
+    fraction = read_margin(margin) if margin is not None else None
+    kind = _one_kind(base, new)
+    status = None
+    if kind == "report":
+        given = {
+            "--batch": batch, "--duration": duration_s, "--threads": threads, "--device": device, "--out": out_dir,
+        }  # fmt: skip
+        if wrong := [name for name, value in given.items() if value]:
+            raise UsageError(
+                f"{', '.join(wrong)}: for artifacts, which are measured", hint="reports were measured before"
+            )
+        comparison = compare_reports(_read(base), _read(new), margin=fraction, gate=limits)
+        # Reports of one model bear the same title.
+        comparison = comparison.model_copy(update={"base": str(base), "new": str(new)})
+    else:
+        artifacts = [open_artifact(base), open_artifact(new)]
+        measured, status = _measure(
+            artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S, threads=threads,
+            device=device or "auto", command=command,
+        )  # fmt: skip
+        report = save_report(measured, out_dir)
+        say(f"report: {report.directory / HTML_NAME}")
+        comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
+    _show(comparison, markdown=markdown, json=json)
+    return exit_status(comparison) if status is None else status
+
+
+def exit_status(comparison: Comparison) -> int:
+    """1 where anything regressed, else 3 where anything is inconclusive, else 0."""
+    return {"REGRESSED": _REGRESSED, "INCONCLUSIVE": _NO_VERDICT}.get(comparison.verdict, _SAME)
+
+
+def read_margin(text: str) -> float:
+    """`5%` as 0.05. Raises UsageError."""
+    found = _PERCENT.fullmatch(text.strip())
+    if not found or found["sign"] or not 0 < float(found["number"]) < 100:
+        raise UsageError(f"--margin {text!r}: a percentage between 0 and 100 is wanted", hint=_MARGIN_EXAMPLE)
+    return float(found["number"]) / 100
+
+
+def read_gate(text: str) -> dict[Quantity, float]:
+    """`p99=+5%,throughput=-3%` as {"p99": 1.05, "throughput": 0.97}. Raises UsageError that names all that is wrong."""
+    gate: dict[Quantity, float] = {}
+    wrong = []
+    known = {str(name): name for name in get_args(Quantity)}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        found = _PERCENT.fullmatch(value)
+        quantity = known.get(name)
+        if quantity is None:
+            wrong.append(f"{name!r} is none of {', '.join(known)}")
+        elif quantity in gate:
+            wrong.append(f"{name} is there twice")
+        if not found:
+            wrong.append(f"{part.strip()!r} has no percentage such as +5%")
+        elif quantity is not None:
+            worse = "-" if quantity == "throughput" else "+"
+            if found["sign"] != worse:
+                wrong.append(f"{part.strip()!r}: it is worse when it {_worsens(worse)}, so the limit is {worse}…%")
+            elif float(found["number"]) >= 100 and worse == "-":
+                wrong.append(f"{part.strip()!r}: all of it")
+            else:
+                gate[quantity] = 1 + float(found["sign"] + found["number"]) / 100
+    if wrong:
+        raise UsageError(f"--gate {text!r}: " + "; ".join(wrong), hint=_GATE_EXAMPLE)
+    return gate
+
+
+def _worsens(sign: str) -> str:
+    return "falls" if sign == "-" else "grows"
+
+
+def _one_kind(base: Path, new: Path) -> Literal["artifact", "report"]:
+    kinds = [_kind(path, side) for path, side in ((base, "BASE"), (new, "NEW"))]
+    if kinds[0] != kinds[1]:
+        raise UsageError(
+            f"BASE ({base}) is an {kinds[0]} and NEW ({new}) a {kinds[1]}"
+            if kinds[0] == "artifact" else f"BASE ({base}) is a {kinds[0]} and NEW ({new}) an {kinds[1]}",
+            hint="two artifacts or two reports are wanted; dlops bench ARTIFACT makes a report",
+        )  # fmt: skip
+    return kinds[0]
+
+
+def _kind(path: Path, side: str) -> Literal["artifact", "report"]:
+    for kind in ("artifact", "report"):
+        named = Artifact.file_name if kind == "artifact" else Report.file_name
+        if (path / named).is_file() or (path.name == named and path.is_file()):
+            return "artifact" if kind == "artifact" else "report"
+    what = "neither an artifact nor a report" if path.exists() else "no such file or directory"
+    raise UsageError(
+        f"{side} {path}: {what}",
+        hint="two artifact folders or two reports are wanted; dlops list shows them, dlops bench URL makes a report",
+    )
+
+
+def _read(path: Path) -> Measured:
+    report = read_report(path)
+    return Measured(report=report, samples=report.raw_samples())
+
+
+def _measure(
+    artifacts: Sequence[Artifact], *, batch: Sequence[int], duration_s: float, threads: int | None, device: Device,
+    command: Sequence[str],
+) -> tuple[Measured, int | None]:  # fmt: skip
+    """What was measured, and the exit status where Ctrl-C decides it."""
+    try:
+        measured = measure(
+            artifacts, batch=batch, duration_s=duration_s, threads=threads, device=device, command=command
+        )
+    except MeasureInterrupted as interruption:
+        say("interrupted: comparing what was measured so far, marked partial")
+        return interruption.measured, _INTERRUPTED
+    return measured, None
+
+
+def _show(comparison: Comparison, *, markdown: str | None, json: str | None) -> None:
+    for name, text in (
+        (markdown, comparison_markdown(comparison)),
+        (json, comparison.model_dump_json(indent=2) + "\n"),
+    ):
+        if name == "-":
+            sys.stdout.write(text)
+        elif name is not None:
+            write_json(Path(name), text)
+    if "-" not in (markdown, json):
+        out.print(render_comparison(comparison))
