@@ -12,8 +12,9 @@ from dlops.artifact import Artifact
 from dlops.deploy.wheel import installed_distribution
 from dlops.errors import UsageError
 
-# Packages that bring the same module for other devices.
+# Packages that bring the same module for other devices, in the same versions.
 _ON_CUDA = {"onnxruntime": "onnxruntime-gpu"}
+_TWINS = _ON_CUDA | {gpu: cpu for cpu, gpu in _ON_CUDA.items()}
 
 
 def serving_requirements(artifact: Artifact, *, device: str = "cpu") -> list[str]:
@@ -42,8 +43,16 @@ def _is_of_extra(requirement: Requirement, extra: str) -> bool:
 
 def _line(requirement: Requirement) -> str:
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    # The gates ran on what is installed here, for whichever device it was built.
+    for name in (requirement.name, _TWINS.get(requirement.name)):
+        if name is not None and (version := _installed(name)) is not None:
+            return f"{requirement.name}{extras}=={version}"
+    return f"{requirement.name}{extras}{requirement.specifier}"
+
+
+def _installed(name: str) -> str | None:
+    """The version here, without a local label such as +cu130, which no public index has."""
     try:
-        # Without a local label such as +cu130, which no public index has.
-        return f"{requirement.name}{extras}=={Version(metadata.version(requirement.name)).public}"
+        return Version(metadata.version(name)).public
     except metadata.PackageNotFoundError:
-        return f"{requirement.name}{extras}{requirement.specifier}"
+        return None

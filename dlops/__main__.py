@@ -20,7 +20,7 @@ def main() -> NoReturn:
             raise
         status = interrupted
     signals.die_on_signals()
-    if status == signals.received_status():
+    if status in (130, 143):
         sys.stderr.write("dlops: interrupted\n" if status == 130 else "dlops: terminated\n")
     sys.exit(status)
 

@@ -196,7 +196,7 @@ def _construct(spec: ModelSpec, model: ModuleSource | None) -> nn.Module:
         except Exception as error:  # a person's own code, which may raise anything
             raise _failed("making the model given", error) from error
         if not isinstance(built, nn.Module):
-            raise UsageError(f"the model given is a {type(built).__name__}, not a torch.nn.Module")
+            raise UsageError(f"the model given is of type {type(built).__name__}, not a torch.nn.Module")
         return built
     if spec.builder is None:
         raise UsageError(

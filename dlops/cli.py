@@ -269,6 +269,7 @@ def inspect(
 
     description = describe(path)
     _print(description.to_json() if json else description.render())
+    description.check()
 
 
 @app.command(name="list")

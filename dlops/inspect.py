@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from dlops.artifact import Accuracy, Artifact, Parity
 from dlops.checkpoint import Checkpoint
-from dlops.errors import DlopsError, UsageError
+from dlops.errors import CorruptError, DlopsError, UsageError
 from dlops.manifest import Manifest, Record, check_payload, read_manifest
 from dlops.report import Measurement, Report
 from dlops.signature import DimRange, Signature
@@ -58,6 +58,12 @@ class Description(Record):
     def to_json(self) -> str:
         """kind, directory, the files with what is wrong with them, and the manifest as it is on disk."""
         return self.model_dump_json(indent=2, exclude={"facts"})
+
+    def check(self) -> None:
+        """Raise CorruptError naming every file that is not what the manifest says."""
+        problems = [state.problem for state in self.files if state.problem is not None]
+        if problems:
+            raise CorruptError("; ".join(problems), hint="copy the whole directory again, or make it again")
 
     def render(self) -> RenderableType:
         """For a terminal."""

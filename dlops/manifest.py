@@ -172,7 +172,7 @@ def _parse(directory: Path, kind: type[M]) -> M:
     what = kind.file_name.removesuffix(".json")
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CorruptError(f"{path}: {path.stat().st_size} bytes is too large for a {what}")
+            raise CorruptError(f"{path}: {path.stat().st_size} bytes is too large for {_a(what)}")
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
@@ -188,7 +188,7 @@ def _parse(directory: Path, kind: type[M]) -> M:
     try:
         manifest = kind.model_validate_json(text)
     except ValidationError as error:
-        raise CorruptError(f"{path}: not a {what} that dlops wrote: {explain_validation(error)}") from None
+        raise CorruptError(f"{path}: not {_a(what)} that dlops wrote: {explain_validation(error)}") from None
     if manifest.sha256 != _digest(document):
         raise CorruptError(
             f"{path}: its SHA-256 is not that of its content: altered since it was written",
@@ -196,7 +196,7 @@ def _parse(directory: Path, kind: type[M]) -> M:
         )
     missing = [role for role in kind.required_roles if role not in manifest.files]
     if missing:
-        raise CorruptError(f"{path}: not a {what} that dlops wrote: it names no {' and no '.join(missing)} file")
+        raise CorruptError(f"{path}: not {_a(what)} that dlops wrote: it names no {' and no '.join(missing)} file")
     return manifest.located_at(directory)
 
 
@@ -216,7 +216,11 @@ def _check_envelope(document: dict[str, Any], kind: type[Manifest], path: Path) 
             hint=f"it was written by dlops {_writing_version(document)}: upgrade to that",
         )
     if wrong:
-        raise CorruptError(f"{path}: not a {what} that dlops wrote: {'; '.join(wrong)}")
+        raise CorruptError(f"{path}: not {_a(what)} that dlops wrote: {'; '.join(wrong)}")
+
+
+def _a(what: str) -> str:
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
 
 
 def _digest(document: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -31,16 +32,42 @@ def plan_variants(
         raise UsageError("no variant was asked for", hint=f"for example onnx-fp32; available: {available()}")
     if not (math.isfinite(max_drop) and 0 <= max_drop <= 100):
         raise UsageError(f"max_drop is {max_drop}: percentage points from 0 to 100 are wanted")
-    parsed = [Variant.parse(item) if isinstance(item, str) else item for item in requested]
-    variants = list({variant.slug: variant for variant in parsed}.values())
-    problems = [f"{variant.slug}: {reason}" for variant in variants for reason in _reasons(variant, checkpoint)]
+    variants, problems = _parsed(requested)
+    problems += [f"{variant.slug}: {reason}" for variant in variants for reason in _reasons(variant, checkpoint)]
     if problems:
-        raise UsageError("; ".join(problems), hint=f"available: {available()}")
+        near = dict.fromkeys(close for item in requested for close in _nearest(item, variants))
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError("; ".join(problems), hint=f"{meant}available: {available()}")
     if any(map(needs_calibration, variants)):
         _check_calibration(checkpoint, pruning=any(variant.pruned_fraction for variant in variants))
     if strict and _evaluation(checkpoint).targets is None:
         raise UsageError("strict needs targets, and the checkpoint's evaluation samples have none")
     return variants
+
+
+def _parsed(requested: Sequence[Variant | str]) -> tuple[list[Variant], list[str]]:
+    """The variants that have a meaning, each once, and what is wrong with the rest."""
+    variants: dict[str, Variant] = {}
+    problems = []
+    for item in requested:
+        try:
+            variant = Variant.parse(item) if isinstance(item, str) else item
+            if variant.format not in catalog.FORMATS:
+                raise unknown_name("format", variant.format, catalog.FORMATS)
+            check_sparsity(variant.sparsity, where=f"variant {variant.slug!r}")
+        except UsageError as error:
+            problems.append(error.message)
+        else:
+            variants[variant.slug] = variant
+    return list(variants.values()), problems
+
+
+def _nearest(item: Variant | str, understood: Sequence[Variant]) -> list[str]:
+    """The available variant that a misspelt one is nearest to; none for one that was understood."""
+    if not isinstance(item, str) or item in (variant.slug for variant in understood):
+        return []
+    known = [f"{form}-{precision}" for form, precisions in AVAILABLE.items() for precision in precisions]
+    return difflib.get_close_matches(item, known, n=1, cutoff=0.5)
 
 
 def available() -> str:
@@ -93,9 +120,6 @@ def _check_calibration(checkpoint: Checkpoint, *, pruning: bool) -> None:
 
 
 def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
-    if variant.format not in catalog.FORMATS:
-        raise unknown_name("format", variant.format, catalog.FORMATS)
-    check_sparsity(variant.sparsity, where=f"variant {variant.slug!r}")
     reasons = []
     offered = AVAILABLE.get(variant.format, ())
     if variant.precision not in offered:

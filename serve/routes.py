@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -124,6 +125,7 @@ class Application:
             feed = await _unless_gone(request, model.decoder.decode(raws, deadline_ns=deadline_ns))
             decode_ns = time.perf_counter_ns() - decode_ns
             answer = await self._run(model, request, feed, rows=len(raws), deadline_ns=deadline_ns)
+        _check_finite(answer.outputs)
         document = {"model": model.name, "version": model.version, "predictions": model.answers(answer.outputs)}
         self._account(model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns)
         return json_response(document)
@@ -272,6 +274,18 @@ def error_response(error: DlopsError) -> Response:
 
 def json_response(document: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(to_json(document), status_code=status, headers=headers, media_type="application/json")
+
+
+def _check_finite(outputs: Feed) -> None:
+    """Raise InputError where the model gave NaN or infinity: no label follows from that, and JSON has neither.
+
+    /v2 passes them on, as its clients expect: there the numbers are the answer.
+    """
+    wrong = [name for name, array in outputs.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    if wrong:
+        raise InputError(
+            f"the model's {', '.join(wrong)} is not finite for this input", hint="is an input far out of its range?"
+        )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

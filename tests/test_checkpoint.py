@@ -107,7 +107,7 @@ def test_the_wrong_module_is_refused_and_the_tensors_are_named(tmp_path: Path) -
         checkpoint.build_module(model=Net(features=7))
     with pytest.raises(CorruptError, match=r"weight is missing.*body\.0\.bias is unknown"):
         checkpoint.build_module(model=nn.Linear(4, 3))
-    with pytest.raises(UsageError, match=r"is a int, not a torch\.nn\.Module"):
+    with pytest.raises(UsageError, match=r"is of type int, not a torch\.nn\.Module"):
         checkpoint.build_module(model=lambda: 3)
     with pytest.raises(UsageError, match="making the model given failed: ZeroDivisionError"):
         checkpoint.build_module(model=lambda: 1 / 0)

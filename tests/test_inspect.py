@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,6 +118,14 @@ def test_a_damaged_file_is_named_with_the_reason_and_the_rest_is_still_described
     assert not description.is_whole
     assert [file.role for file in description.files if file.problem] == ["model"]
     assert "SHA-256 differs" in shown(description.render())
+    with pytest.raises(CorruptError, match="SHA-256 differs"):
+        description.check()
+    answer = subprocess.run(
+        [sys.executable, "-m", "dlops", "inspect", str(directory)], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 2
+    assert "artifact digits" in answer.stdout
+    assert "SHA-256 differs" in answer.stderr
     model.unlink()
     assert "the model file is missing" in shown(describe(directory).render())
 

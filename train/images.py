@@ -78,19 +78,25 @@ def prepare(data: DataSet, *, image_size: int | None, channels: Literal[1, 3] | 
     """
     headers = {name: _headers(name, split) for name, split in _splits(data)}
     data, headers = _without_corrupt(data, headers, skip_corrupt)
-    seen = [header for split in headers.values() for header in split if header is not None]
-    mode: Mode = "RGB" if channels == 3 or (channels is None and any(h.colour for h in seen)) else "L"
-    size, geometry = choose_geometry(Counter((h.height, h.width) for h in seen), image_size=image_size)
-    spatial: tuple[Step, ...] = (Decode(mode=mode), *geometry)
-    shape = (3 if mode == "RGB" else 1, *size)
-    _check_memory(sum(len(split) for _, split in _splits(data)), shape)
-
-    # Scaled by 1 the tensor holds the pixel values themselves: the same code as in serving, before its last steps.
-    decoding = Preprocess(input="image", shape=shape, steps=(*spatial, Scale(factor=1.0)))
-    decoded, damaged = {}, {}
-    for name, split in _splits(data):
-        decoded[name], damaged[name] = _decode(name, split, decoding)
-    data, decoded = _without_damaged(data, decoded, damaged, skip_corrupt)
+    while True:
+        seen = [header for split in headers.values() for header in split if header is not None]
+        mode: Mode = "RGB" if channels == 3 or (channels is None and any(h.colour for h in seen)) else "L"
+        sizes = Counter((h.height, h.width) for h in seen)
+        size, geometry = choose_geometry(sizes, image_size=image_size)
+        spatial: tuple[Step, ...] = (Decode(mode=mode), *geometry)
+        shape = (3 if mode == "RGB" else 1, *size)
+        _check_memory(sum(len(split) for _, split in _splits(data)), shape)
+        # Scaled by 1 the tensor holds the pixel values themselves: the same code as in serving, before its last steps.
+        decoding = Preprocess(input="image", shape=shape, steps=(*spatial, Scale(factor=1.0)))
+        decoded, damaged = {}, {}
+        for name, split in _splits(data):
+            decoded[name], damaged[name] = _decode(name, split, decoding)
+        if not any(damaged.values()):
+            break
+        # Once more without them: what a damaged image's header said of its size must not shape the others.
+        data, kept = _drop(data, damaged, skip_corrupt)
+        headers = {name: [headers[name][i] for i in kept[name]] for name in headers}
+    _say_what_was_done(data, sizes, geometry, image_size)
     mean, std = _statistics(decoded["train"])
     preprocess = Preprocess(input="image", shape=shape, steps=(*spatial, Scale(), Normalize(mean=mean, std=std)))
     return Images(
@@ -126,12 +132,24 @@ def choose_geometry(
             side = image_size or DEFAULT_MAX_SIZE
             return (side, side), (Resize(size=(side, side)),)
     side = image_size or max(MIN_SIZE, min(DEFAULT_MAX_SIZE, int(statistics.median(min(s) for s in sizes.elements()))))
-    if image_size is None:
-        say(
-            f"images of {len(sizes)} sizes: the shorter side is resized to {side} px and the middle cropped "
-            "(set image_size for another)"
-        )
     return (side, side), (Resize(size=side), CenterCrop(size=(side, side)))
+
+
+def _say_what_was_done(
+    data: DataSet, sizes: Counter[tuple[int, int]], geometry: Sequence[Step], image_size: int | None
+) -> None:
+    if data.skipped:
+        total = sum(len(split) for _, split in _splits(data)) + len(data.skipped)
+        say(
+            f"{data.name}: left out {len(data.skipped)} of {total} images that cannot be read or decoded: "
+            f"{_shown(data.skipped)}"
+        )
+    cropping = next((step for step in geometry if isinstance(step, CenterCrop)), None)
+    if cropping is not None and image_size is None:
+        say(
+            f"images of {len(sizes)} sizes: the shorter side is resized to {cropping.size[0]} px and the middle "
+            "cropped (set image_size for another)"
+        )
 
 
 def normalized(pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
@@ -223,15 +241,6 @@ def _undecodable(title: str, split: Split, *, known: dict[int, str]) -> dict[int
     return _decode(title, split, small)[1] | known
 
 
-def _without_damaged(
-    data: DataSet, decoded: dict[str, NDArray[np.uint8]], damaged: dict[str, dict[int, str]], skip: bool
-) -> tuple[DataSet, dict[str, NDArray[np.uint8]]]:
-    if not any(damaged.values()):
-        return data, decoded
-    data, kept = _drop(data, damaged, skip)
-    return data, {name: array[kept[name]] for name, array in decoded.items()}
-
-
 def _drop(data: DataSet, bad: dict[str, dict[int, str]], skip: bool) -> tuple[DataSet, dict[str, list[int]]]:
     """(the data set without them, the places kept by split). Raises CorruptError unless `skip`."""
     described = [*data.unreadable]
@@ -239,13 +248,11 @@ def _drop(data: DataSet, bad: dict[str, dict[int, str]], skip: bool) -> tuple[Da
         f"{split.names[i]} ({reason})" for name, split in _splits(data) for i, reason in sorted(bad[name].items())
     ]
     total = sum(len(split) for _, split in _splits(data)) + len(data.unreadable)
-    shown = "; ".join(described[:10]) + (f"; and {len(described) - 10} more" if len(described) > 10 else "")
     if not skip:
         raise CorruptError(
-            f"{data.name}: {len(described)} of {total} images cannot be read or decoded: {shown}",
+            f"{data.name}: {len(described)} of {total} images cannot be read or decoded: {_shown(described)}",
             hint="repair or remove them, or leave them out with --set skip_corrupt=true",
         )
-    say(f"{data.name}: left out {len(described)} of {total} images that cannot be read or decoded: {shown}")
     kept = {name: [i for i in range(len(split)) if i not in bad[name]] for name, split in _splits(data)}
     for name, split in _splits(data):
         missing = set(range(len(data.labels))) - set(split.take(kept[name]).targets.tolist()) if name == "train" else ()
@@ -259,6 +266,10 @@ def _drop(data: DataSet, bad: dict[str, dict[int, str]], skip: bool) -> tuple[Da
         skipped=(*data.skipped, *described),
     )
     return data, kept
+
+
+def _shown(described: Sequence[str]) -> str:
+    return "; ".join(described[:10]) + (f"; and {len(described) - 10} more" if len(described) > 10 else "")
 
 
 def _check_memory(images: int, shape: tuple[int, ...]) -> None:

@@ -231,7 +231,8 @@ def find_run(recipe: str, *, directory: Path | None) -> RunRecord:
     unfinished = [r for r in find_manifests(root, RunRecord) if not (r.directory / Checkpoint.file_name).exists()]
     if not unfinished:
         raise UsageError(
-            f"no unfinished run under {root}", hint="start one without --resume, or name a finished one by --run-dir"
+            f"no unfinished run under {root}",
+            hint="name a run that lies elsewhere by --run-dir, or start one without --resume",
         )
     return unfinished[0]
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import httpx
@@ -82,6 +83,13 @@ def test_what_bentoml_says_reaches_the_user(home: Path, digits_artifact, monkeyp
         build_bento(digits_artifact)
 
 
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def test_requirements_follow_format_and_device(digits_artifact) -> None:
     names = lambda lines: {line.partition("=")[0].partition(">")[0].partition("[")[0] for line in lines}  # noqa: E731
     cpu, cuda = (
@@ -92,6 +100,10 @@ def test_requirements_follow_format_and_device(digits_artifact) -> None:
     assert cuda - cpu == {"onnxruntime-gpu"}
     scripted = digits_artifact.model_copy(update={"requires": REQUIREMENTS["torchscript"]})
     assert names(serving_requirements(scripted)) - cpu == {"torch"}
+    # Whichever build of ONNX Runtime is installed here, the artifact was checked with its version.
+    here = next(version for name in ("onnxruntime-gpu", "onnxruntime") if (version := _version(name)))
+    assert f"onnxruntime=={here}" in serving_requirements(digits_artifact)
+    assert f"onnxruntime-gpu[cuda,cudnn]=={here}" in serving_requirements(digits_artifact, device="cuda")
     foreign = digits_artifact.model_copy(update={"requires": ("tensorflow",)})
     with pytest.raises(UsageError, match="tensorflow"):
         serving_requirements(foreign)

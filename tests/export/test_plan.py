@@ -54,6 +54,9 @@ def test_all_that_is_wrong_is_said_at_once_with_what_is_available(checkpoint: Ch
     with pytest.raises(UsageError, match=r"onnx-bf16.*torchscript-fp16") as refused:
         plan(checkpoint, "onnx-bf16", "onnx-fp32", "torchscript-fp16")
     assert "onnx-int8" in (refused.value.hint or "")
+    with pytest.raises(UsageError, match=r"'int9'.*'foo'.*'thin5'.*torchscript-int8: .*not available") as refused:
+        plan(checkpoint, "onnx-int9", "foo", "onnx-fp32-thin5", "torchscript-int8")
+    assert "did you mean onnx-int8" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize("max_drop", [-1.0, float("nan"), 101.0])

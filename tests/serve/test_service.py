@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dlops.directory import DirectoryWriter
+from dlops.samples import Samples
 from dlops.serve.launch import ServerProcess
 
 INFER = "/v2/models/digits/infer"
@@ -363,3 +365,28 @@ def test_a_body_announced_too_large_is_refused_before_it_is_sent(server: ServerP
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_model_whose_output_is_not_finite_gives_no_label(digits_artifact, tmp_path) -> None:
+    inputs = digits_artifact.preprocess.batch(digits_artifact.samples().raw)
+    samples = Samples(raw=tuple(inputs), inputs={"image": inputs}, outputs=digits_artifact.samples().outputs)
+    with DirectoryWriter(tmp_path / "numbers") as writer:
+        files = {
+            "model": writer.add_file("model.onnx", digits_artifact.path("model")),
+            "samples": writer.add("samples.safetensors", samples.to_bytes()),
+        }
+        # Without preprocessing any finite number is an input, and the largest overflow.
+        artifact = writer.commit(digits_artifact.model_copy(update={"preprocess": None, "files": files}))
+    with ServerProcess(artifact) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        too_much = [[[3e38] * 8] * 8]
+        refused = client.post("/predict", json={"inputs": [too_much]})
+        assert refused.status_code == 400
+        assert "the model's logits is not finite" in refused.json()["error"]
+        fine = client.post("/predict", json={"inputs": [inputs[0].tolist()]})
+        assert fine.status_code == 200
+        json.loads(fine.text, parse_constant=pytest.fail)
+        # Triton's clients get the numbers as they are.
+        tensor = {"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [3e38] * 64}
+        passed_on = client.post(f"/v2/models/{artifact.name}/infer", json={"inputs": [tensor]})
+        assert passed_on.status_code == 200
+        assert not np.isfinite(np.array(passed_on.json()["outputs"][0]["data"], float)).all()

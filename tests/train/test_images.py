@@ -100,6 +100,29 @@ def test_corrupt_images_are_left_out_and_counted_where_that_is_asked_for(damaged
     assert len(images.test) == len(images.data.test) == 8
 
 
+def test_a_damaged_image_that_is_left_out_does_not_shape_the_others(tmp_path: Path, capsys) -> None:
+    def write(root: Path, count: int = 12) -> Path:
+        for number in range(count):
+            path = root / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grey = np.random.default_rng(number).integers(0, 256, (20, 30), dtype=np.uint8)
+            Image.fromarray(grey).save(path)
+        return root
+
+    whole, spoilt = write(tmp_path / "whole"), write(tmp_path / "spoilt")
+    # Large and in colour by its header, and cut off behind it.
+    photo(spoilt / "a" / "cut.jpg", (200, 300), 99)
+    (spoilt / "a" / "cut.jpg").write_bytes((spoilt / "a" / "cut.jpg").read_bytes()[:2000])
+    (spoilt / "b" / "text.png").write_text("hello")
+    images = prepared(spoilt, skip_corrupt=True)
+    assert images.shape == prepared(whole).shape == (1, 20, 30)
+    # All but the last step, whose mean is that of the images that fell into train.
+    assert images.preprocess.steps[:-1] == prepared(whole).preprocess.steps[:-1]
+    said = capsys.readouterr().err
+    assert "left out 2 of 14 images" in " ".join(said.split())
+    assert "cropped" not in said
+
+
 def test_what_cannot_be_read_counts_as_corrupt(damaged: Path) -> None:
     (damaged / "train" / "0" / "broken.png").symlink_to("/nowhere")
     os.mkfifo(damaged / "test" / "1" / "pipe.png")
