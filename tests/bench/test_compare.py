@@ -254,6 +254,27 @@ def test_same_is_said_of_a_true_change_at_the_margin_in_at_most_a_fortieth_of_ru
     assert wrong / PAIRS <= 0.025 + 3 * 0.009
 
 
+def test_intervals_are_at_the_level_of_the_family(measured: Callable[..., Measured]) -> None:
+    """SAME may be said of several at once, so each interval is wider; of what changed it is Holm's."""
+    draw = np.random.default_rng(5)
+
+    def judged(factor: float) -> list[tuple[str, float]]:
+        runs = [("x", calls(draw.normal(0, 0.02, (TURNS, CALLS)), one)) for one in (1.0, factor)]
+        (found,) = compare_turns(measured(*runs), base="a", new="b").rows
+        return [(one.word, round(one.ratio.confidence, 6)) for one in found.judged]
+
+    assert judged(1.0) == [("SAME", round(1 - 0.05 / 3, 6))] * 3
+    assert sorted(judged(1.5)) == [("REGRESSED", 0.95), ("REGRESSED", 0.975), ("REGRESSED", round(1 - 0.05 / 3, 6))]
+
+
+def test_the_verdict_is_the_worst_word(measured: Callable[..., Measured]) -> None:
+    draw = np.random.default_rng(6)
+    short = [("x", calls(draw.normal(0, 0.01, (12, 20)), factor)) for factor in (1.0, 1.5)]
+    comparison = compare_turns(measured(*short), base="a", new="b")
+    assert words(comparison) == {"p50": "REGRESSED", "p99": "INCONCLUSIVE", "throughput": "REGRESSED"}
+    assert comparison.verdict == "REGRESSED"
+
+
 def test_p99_is_inconclusive_where_the_sample_does_not_certify_it(measured: Callable[..., Measured]) -> None:
     draw = np.random.default_rng(6)
     short = [("x", calls(draw.normal(0, 0.01, (12, 20)))) for _ in range(2)]
