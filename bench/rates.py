@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from dlops.bench import stats
@@ -21,15 +23,45 @@ _MAX_LAG_SHARE = 0.1
 _KEEPS_UP = 0.98
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warm:
+    """A service after its warm-up. steady: latency had settled. rate: requests a second that one caller got."""
+
+    calls: int
+    steady: bool
+    rate: float
+
+
+def warm_up(endpoint: Endpoint, payload: Payload) -> Warm:
+    """One call at a time until latency has settled, at most 3 s; once for all the rates of a payload.
+
+    What is left to warm up under load falls into each schedule's lead-in. Raises MachineError where no call succeeds.
+    """
+    loaded = closed_loop(
+        endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=1, duration_s=0.1, max_warmup_s=3.0
+    )
+    if loaded.interrupted:
+        raise KeyboardInterrupt
+    if not len(loaded.latencies_ns):
+        raise MachineError(
+            f"{endpoint.url}: no request succeeded ({listed(loaded.errors)})", hint="the server's log says why"
+        )
+    return Warm(calls=loaded.warmup_calls, steady=loaded.warmed_up, rate=1e9 / float(np.median(loaded.latencies_ns)))
+
+
 def measure_rate(
-    endpoint: Endpoint, payload: Payload, schedule: Schedule, *, batch: int, senders: int | None, key: str, title: str
+    endpoint: Endpoint,
+    payload: Payload,
+    schedule: Schedule,
+    *,
+    warm: Warm,
+    batch: int,
+    senders: int | None,
+    key: str,
+    title: str,
 ) -> tuple[Measurement, dict[str, Integers], OpenLoaded]:
     """One row, its samples by name, and the run itself. Raises MachineError where no request succeeded."""
     requests = encoded(endpoint, payload)
-    # One call at a time until latency has settled: what is left to warm up under load falls into the lead-in.
-    warm = closed_loop(endpoint.host, endpoint.port, requests, concurrency=1, duration_s=0.05, max_warmup_s=3.0)
-    if warm.interrupted:
-        raise KeyboardInterrupt
     whole = open_loop(endpoint.host, endpoint.port, requests, schedule.due_ns, senders=senders, title=title)
     loaded = whole.between(schedule.lead_in_ns, schedule.end_ns)
     if not loaded.succeeded.any():
@@ -60,25 +92,13 @@ def measure_rate(
         lag_p99_ns=float(np.quantile(loaded.lag_ns, 0.99, method="higher")),
         throughput=_throughput(whole, schedule, batch),
         errors=loaded.errors,
-        warmup_calls=warm.warmup_calls + int((whole.due_ns < schedule.lead_in_ns).sum()),
+        warmup_calls=warm.calls + int((whole.due_ns < schedule.lead_in_ns).sum()),
         model_bytes=artifact.model_bytes if artifact else None,
-        verdict=judge(loaded, warmed_up=warm.warmed_up, turns=turns, duration_s=duration_s),
+        verdict=judge(loaded, warmed_up=warm.steady, turns=turns, duration_s=duration_s),
         **(accuracy_fields(artifact) if artifact else {}),
     )
     service = np.where(loaded.succeeded, loaded.arrived_ns - loaded.sent_ns, -1)
     return row, {key: response, key + STARTS: loaded.due_ns, key + SERVICE: service}, loaded
-
-
-def usual_rate(endpoint: Endpoint, payload: Payload) -> float:
-    """Requests a second that one caller gets who waits for each answer. Raises MachineError where none succeeds."""
-    warm = closed_loop(
-        endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=1, duration_s=0.5, max_warmup_s=3.0
-    )
-    if warm.interrupted:
-        raise KeyboardInterrupt
-    if not len(warm.latencies_ns):
-        raise MachineError(f"{endpoint.url}: no request succeeded ({listed(warm.errors)})", hint="its log says why")
-    return 1e9 / float(np.median(warm.latencies_ns))
 
 
 def stretches(due_ns: Integers, duration_s: float) -> Integers:

@@ -29,6 +29,7 @@ from dlops.timing import Interleaved, TimingInterrupted
 if TYPE_CHECKING:
     from dlops.bench.network import Payload
     from dlops.bench.oip import Endpoint
+    from dlops.bench.rates import Warm
     from dlops.bench.slo import Outcome
     from dlops.checkpoint import ModuleSource
 
@@ -192,20 +193,23 @@ class _Bench:
             self.failures.append(error.message)
 
     def _offer(self, endpoint: Endpoint, sent: Payload, offered: Offered, *, batch: int) -> None:
+        from dlops.bench.rates import warm_up
+
+        warm = warm_up(endpoint, sent)
         for schedule in offered.schedules(self.duration_s):
-            self._offer_one(endpoint, sent, schedule, batch=batch, senders=offered.senders)
+            self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
         if offered.objective is not None:
-            self._find_highest(endpoint, sent, offered, offered.objective, batch=batch)
+            self._find_highest(endpoint, sent, offered, offered.objective, warm=warm, batch=batch)
 
     def _offer_one(
-        self, endpoint: Endpoint, sent: Payload, schedule: Schedule, *, batch: int, senders: int | None
+        self, endpoint: Endpoint, sent: Payload, schedule: Schedule, *, warm: Warm, batch: int, senders: int | None
     ) -> Measurement:
         from dlops.bench.rates import measure_rate
 
         title = f"{schedule.rate:,.5g} requests/s"
         say(f"offering {endpoint.url}: batch {batch}, {title} for {schedule.duration_s:.3g} s")
         row, samples, loaded = measure_rate(
-            endpoint, sent, schedule, batch=batch, senders=senders, key=row_key(len(self.rows)), title=title
+            endpoint, sent, schedule, warm=warm, batch=batch, senders=senders, key=row_key(len(self.rows)), title=title
         )
         self.rows.append(row)
         self.samples |= samples
@@ -214,24 +218,22 @@ class _Bench:
         return row
 
     def _find_highest(
-        self, endpoint: Endpoint, sent: Payload, offered: Offered, objective: Objective, *, batch: int
+        self, endpoint: Endpoint, sent: Payload, offered: Offered, objective: Objective, *, warm: Warm, batch: int
     ) -> None:
-        from dlops.bench.rates import usual_rate
         from dlops.bench.slo import judge, samples_for, search
 
         wanted = samples_for(objective)
 
         def probe(rate: float) -> Outcome:
             schedule = offered.at(rate, self.duration_s, wanted=wanted, stretch=_SEARCH_STRETCH)
-            row = self._offer_one(endpoint, sent, schedule, batch=batch, senders=offered.senders)
+            row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
             outcome = judge(row, self.samples[row.samples], self.samples[row.samples + STARTS], objective)
             say(f"{rate:,.5g} requests/s: {outcome}")
             return outcome
 
         first = len(self.rows)
         # Far enough below what one caller gets that the first try is likely to be kept.
-        start = usual_rate(endpoint, sent) / 4
-        found = search(probe, start=start, least=wanted / (_SEARCH_STRETCH * self.duration_s))
+        found = search(probe, start=warm.rate / 4, least=wanted / (_SEARCH_STRETCH * self.duration_s))
         self.rows[first:] = sorted(self.rows[first:], key=lambda row: row.load.rate or 0.0)
         key = endpoint.url if batch == 1 else f"{endpoint.url} at batch {batch}"
         self.objectives[key] = objective.model_copy(update={"rate": found.met, "missed": found.missed})
