@@ -103,7 +103,7 @@ def test_a_request_that_is_never_answered_times_out_and_the_rest_goes_on(make_ar
     requests = requests_for(artifact, server)
     hang = threading.Event()
     server.behave = lambda count: hang.wait(30) and None if count == 3 else None
-    loaded = open_loop("127.0.0.1", server.port, requests, constant(20, duration_s=1), timeout_s=0.6)
+    loaded = open_loop("127.0.0.1", server.port, requests, constant(20, duration_s=1), timeout_s=2.5)
     hang.set()
     assert loaded.errors == {"timed out": 1}
     assert loaded.succeeded.sum() == 19
