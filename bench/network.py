@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,7 @@ from dlops.report import Interval, Load, Measurement, Verdict
 from dlops.signature import Feed
 from dlops.tasks import open_task
 
-# A run is cut into this many stretches of equal time, which are taken as independent of one another.
-STRETCHES = 30
-UNKNOWN = "unknown"
+_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,17 +68,8 @@ def measure_endpoint(
             f"{endpoint.url}: no call succeeded at {concurrency} in flight ({listed(loaded.errors)})",
             hint="the server's log says why",
         )
-    turns = stretches(loaded)
-    artifact = payload.artifact
+    turns = stats.stretches(loaded.starts_ns, loaded.duration_s)
     row = Measurement(
-        target=endpoint.url,
-        artifact=artifact.slug if artifact else None,
-        runtime=endpoint.platform,
-        provider=UNKNOWN,
-        device=UNKNOWN,
-        precision=artifact.variant.precision if artifact else UNKNOWN,
-        threads=None,
-        boundary="network",
         load=Load(
             scenario="single_stream" if concurrency == 1 else "multi_stream", batch=batch, concurrency=concurrency
         ),
@@ -88,22 +78,28 @@ def measure_endpoint(
         throughput=_throughput(loaded, batch),
         errors=loaded.errors,
         warmup_calls=loaded.warmup_calls,
-        model_bytes=artifact.model_bytes if artifact else None,
         verdict=judge(loaded, turns),
-        **(accuracy_fields(artifact) if artifact else {}),
+        **served_fields(endpoint, payload),
     )
     return row, loaded
+
+
+def served_fields(endpoint: Endpoint, payload: Payload) -> dict[str, Any]:
+    """What a row says of the service, whatever the load: a service tells neither its provider nor its device."""
+    artifact = payload.artifact
+    fields: dict[str, Any] = {
+        "target": endpoint.url, "artifact": None, "runtime": endpoint.platform, "provider": _UNKNOWN,
+        "device": _UNKNOWN, "precision": _UNKNOWN, "threads": None, "boundary": "network",
+    }  # fmt: skip
+    if artifact is None:
+        return fields
+    known = {"artifact": artifact.slug, "precision": artifact.variant.precision, "model_bytes": artifact.model_bytes}
+    return fields | known | accuracy_fields(artifact)
 
 
 def encoded(endpoint: Endpoint, payload: Payload) -> list[bytes]:
     """The whole requests, made before any is timed."""
     return [encode_request(endpoint, feed) for feed in payload.feeds]
-
-
-def stretches(loaded: Loaded) -> stats.Integers:
-    """For each call the stretch of time that it began in."""
-    length_ns = max(1.0, loaded.duration_s * 1e9 / STRETCHES)
-    return np.asarray(np.minimum(loaded.starts_ns // length_ns, STRETCHES - 1), np.int64)
 
 
 def judge(loaded: Loaded, turns: stats.Integers) -> Verdict:
@@ -131,7 +127,7 @@ def judge(loaded: Loaded, turns: stats.Integers) -> Verdict:
 def _throughput(loaded: Loaded, batch: int) -> Interval:
     """From all that was answered within the run, whenever it was asked: what a slow server owes at one end of the run
     it is paid at the other."""
-    edges = np.linspace(0, loaded.duration_s * 1e9, STRETCHES + 1)
+    edges = np.linspace(0, loaded.duration_s * 1e9, stats.STRETCHES + 1)
     counts, _ = np.histogram(loaded.ends_ns, bins=edges)
     return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)
 

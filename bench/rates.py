@@ -8,9 +8,9 @@ import numpy as np
 
 from dlops.bench import stats
 from dlops.bench.arrivals import Integers, Schedule
-from dlops.bench.inprocess import accuracy_fields, undersampled
+from dlops.bench.inprocess import undersampled
 from dlops.bench.load import closed_loop
-from dlops.bench.network import STRETCHES, UNKNOWN, Payload, encoded, listed
+from dlops.bench.network import Payload, encoded, listed, served_fields
 from dlops.bench.oip import Endpoint
 from dlops.bench.openloop import OpenLoaded, open_loop
 from dlops.errors import MachineError
@@ -73,18 +73,9 @@ def measure_rate(
         )
     loaded = _attempted(loaded)
     duration_s = schedule.duration_s
-    response, turns = loaded.response_ns, stretches(loaded.due_ns, duration_s)
+    response, turns = loaded.response_ns, stats.stretches(loaded.due_ns, duration_s)
     served = turns[loaded.succeeded]
-    artifact = payload.artifact
     row = Measurement(
-        target=endpoint.url,
-        artifact=artifact.slug if artifact else None,
-        runtime=endpoint.platform,
-        provider=UNKNOWN,
-        device=UNKNOWN,
-        precision=artifact.variant.precision if artifact else UNKNOWN,
-        threads=None,
-        boundary="network",
         load=Load(scenario="server", batch=batch, concurrency=1, rate=schedule.rate),
         samples=key,
         latency=stats.summarize(response, turns=turns),
@@ -93,17 +84,11 @@ def measure_rate(
         throughput=_throughput(whole, schedule, batch),
         errors=loaded.errors,
         warmup_calls=warm.calls + int((whole.due_ns < schedule.lead_in_ns).sum()),
-        model_bytes=artifact.model_bytes if artifact else None,
         verdict=judge(loaded, warmed_up=warm.steady, turns=turns, duration_s=duration_s),
-        **(accuracy_fields(artifact) if artifact else {}),
+        **served_fields(endpoint, payload),
     )
     service = np.where(loaded.succeeded, loaded.arrived_ns - loaded.sent_ns, -1)
     return row, {key: response, key + STARTS: loaded.due_ns, key + SERVICE: service}, loaded
-
-
-def stretches(due_ns: Integers, duration_s: float) -> Integers:
-    """For each request the stretch of time that it was due in: 30 of equal length, taken as independent."""
-    return np.asarray(np.minimum(due_ns * STRETCHES // max(1, round(duration_s * 1e9)), STRETCHES - 1), np.int64)
 
 
 def judge(loaded: OpenLoaded, *, warmed_up: bool, turns: Integers, duration_s: float) -> Verdict:
@@ -144,6 +129,6 @@ def _attempted(loaded: OpenLoaded) -> OpenLoaded:
 
 def _throughput(whole: OpenLoaded, schedule: Schedule, batch: int) -> Interval:
     """Of all answers that came within the kept time, whenever they were asked for."""
-    edges = np.linspace(schedule.lead_in_ns, schedule.end_ns, STRETCHES + 1)
+    edges = np.linspace(schedule.lead_in_ns, schedule.end_ns, stats.STRETCHES + 1)
     counts, _ = np.histogram(whole.arrived_ns[whole.succeeded], bins=edges)
     return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)

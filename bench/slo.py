@@ -17,8 +17,6 @@ Outcome = Literal["met", "missed", "unsure"]
 
 # Bisection ends where the lowest rate that missed is at most this much above the highest that met.
 RESOLUTION = 0.1
-# A run is cut into this many stretches of equal time, which are taken as independent of one another.
-_BLOCKS = 30
 _HALVINGS = 6
 _DOUBLINGS = 20
 _OBJECTIVE = re.compile(r"(p50|p90|p99)=(\d+(?:\.\d+)?)(us|ms|s)")
@@ -62,7 +60,7 @@ def judge(row: Measurement, response_ns: Integers, due_ns: Integers, objective: 
     if any(reason.startswith("saturated") for reason in row.verdict.reasons):
         return "missed"
     late = response_ns > objective.limit_ns
-    turns = due_ns * _BLOCKS // (int(due_ns[-1]) + 1)
+    turns = stats.stretches(due_ns, (int(due_ns[-1]) + 1) / 1e9)
     worth = stats.effective_share_samples(late, turns)
     allowed = 1 - _QUANTILES[objective.quantile]
     low, high = stats.share_bounds(float(late.mean()), worth)

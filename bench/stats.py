@@ -20,7 +20,8 @@ from dlops.report import Interval, Latency
 CONFIDENCE = 0.95
 # Below this many blocks their spread says nothing about dependence: each turn then counts as one sample.
 _MIN_BLOCKS = 5
-_BLOCKS = 30
+# A run is cut into this many stretches of equal time, which are taken as independent of one another.
+STRETCHES = 30
 # A run whose median moved by more than this is not quoted; chance alone does it in one run of a hundred.
 MAX_DRIFT = 0.05
 _DRIFT_SIGNIFICANCE = 0.01
@@ -100,7 +101,7 @@ def effective_samples(samples: NDArray[np.number], q: float, *, turns: Integers 
     n = len(values)
     if n == 0:
         return 0
-    blocks = np.arange(n) * min(_BLOCKS, n) // n if turns is None else turns
+    blocks = np.arange(n) * min(STRETCHES, n) // n if turns is None else turns
     inside = (values <= _quantile(np.sort(values), q)).astype(np.float64)
     return effective_share_samples(inside, blocks)
 
@@ -123,6 +124,11 @@ def effective_share_samples(inside: NDArray[np.number] | NDArray[np.bool_], turn
     variance = count / (count - 1) * float(np.sum(deviation**2)) / n**2
     effect = variance / (share * (1 - share) / n) * (student_t(count - 1) / _z(CONFIDENCE)) ** 2
     return max(1, math.floor(n / max(1.0, effect)))
+
+
+def stretches(times_ns: Integers, duration_s: float) -> Integers:
+    """For each time from a run's begin the stretch that it falls into, the last one for what comes later: (n,)."""
+    return np.asarray(np.minimum(times_ns * STRETCHES // max(1, round(duration_s * 1e9)), STRETCHES - 1), np.int64)
 
 
 def share_bounds(share: float, n: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from dlops import signals
+from dlops.explain import complain, explain
 
 if TYPE_CHECKING:
     from dlops.artifact import Artifact
@@ -344,34 +344,10 @@ def run(arguments: list[str]) -> int:
     try:
         result = app(arguments or ["--help"], standalone_mode=False)
         return result if isinstance(result, int) else 0
+    except _USAGE_ERROR as error:
+        return complain(error.format_message(), hint="dlops --help lists commands and options", status=2)
     except Exception as error:  # noqa: BLE001 - the last resort: what is not ours to explain is our bug
-        return signals.received_status() or _explain(error)
-
-
-def _explain(error: Exception) -> int:
-    from dlops.errors import DlopsError, from_os_error, missing_package
-
-    if isinstance(error, _USAGE_ERROR):
-        return _complain(error.format_message(), hint="dlops --help lists commands and options", status=2)
-    if isinstance(error, OSError):
-        error = from_os_error(error, doing="the command")
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "dlops").startswith("dlops"):
-        error = missing_package(str(error.name).partition(".")[0], needed_for="this command")
-    if isinstance(error, DlopsError):
-        return _complain(error.message, hint=error.hint, status=error.exit_status)
-    from dlops.version import __version__
-
-    traceback.print_exception(error)
-    return _complain(
-        f"this is a bug in dlops {__version__}: {type(error).__name__}: {error}",
-        hint="please report it with the lines above and the output of dlops doctor",
-        status=70,
-    )
-
-
-def _complain(message: str, *, hint: str | None = None, status: int) -> int:
-    sys.stderr.write(f"dlops: {message}\n" + (f"  {hint}\n" if hint else ""))
-    return status
+        return signals.received_status() or explain(error)
 
 
 def _usage(message: str, hint: str) -> NoReturn:
