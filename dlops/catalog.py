@@ -44,13 +44,18 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def check(table: Mapping[str, str], kind: str, name: str) -> None:
+    """Raise UsageError for a name that is not in the table; nothing is imported."""
+    if name not in table:
+        raise unknown_name(kind, name, table)
+
+
 def resolve(table: Mapping[str, str], kind: str, name: str) -> Any:
     """The object (or module, where the entry has no attribute) behind a name.
 
     Raises UsageError for an unknown name and MachineError for a package that is not installed.
     """
-    if name not in table:
-        raise unknown_name(kind, name, table)
+    check(table, kind, name)
     module_name, _, attribute = table[name].partition(":")
     try:
         module = importlib.import_module(module_name)

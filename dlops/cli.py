@@ -44,6 +44,10 @@ def train(
     help_config: Annotated[bool, typer.Option("--help-config", help="List the recipe's settings and stop.")] = False,
 ) -> None:
     """Train a recipe; the run folder then holds a checkpoint."""
+    from dlops import catalog
+
+    # Before PyTorch is imported, which takes seconds: a misspelt name is answered at once.
+    catalog.check(catalog.RECIPES, "recipe", recipe)
     from dlops.train import launch
 
     if help_config:
@@ -69,14 +73,16 @@ def export(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
 ) -> None:
     """Export variants of a checkpoint, each checked against it."""
-    from dlops.checkpoint import import_model_source
-    from dlops.export.pipeline import export_variants
-
     if variant and (format_ or precision or sparsity):
         _usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
+    # Before PyTorch is imported, which takes seconds: a missing checkpoint is said at once.
+    found = _checkpoint(checkpoint)
+    from dlops.checkpoint import import_model_source
+    from dlops.export.pipeline import export_variants
+
     artifacts = export_variants(
-        _checkpoint(checkpoint),
+        found,
         variants=slugs,
         out=out,
         model=import_model_source(model) if model else None,
