@@ -9,8 +9,9 @@ INSTALLED := .venv/.installed
 quickstart: $(INSTALLED)
 	$(BIN)/dlops quickstart
 
+# Two files at a time: most tests wait for servers and processes more than they compute.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

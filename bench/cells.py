@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dlops.report import Interval, Measurement, Report
@@ -31,15 +31,28 @@ class Group:
 
 
 def groups(report: Report) -> list[Group]:
-    """The rows by boundary and batch, in the order measured; network rows of all concurrencies together."""
+    """The rows by boundary, batch and, where a target ran with several, by threads and device, in the order measured.
 
-    def load(row: Measurement) -> tuple[str, int]:
-        return row.boundary, row.load.batch
+    Network rows of all concurrencies and rates are together.
+    """
+    local = [row for row in report.measurements if row.boundary != "network"]
+    threads_vary = _vary((row.target, row.threads) for row in local)
+    devices_vary = _vary((row.target, row.device) for row in local)
 
-    return [
-        Group(title=f"{_BOUNDARIES[boundary]}, batch {batch}", rows=tuple(rows))
-        for (boundary, batch), rows in itertools.groupby(report.measurements, key=load)
-    ]
+    def under(row: Measurement) -> str:
+        title = f"{_BOUNDARIES[row.boundary]}, batch {row.load.batch}"
+        if row.boundary == "network":
+            return title
+        title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
+        return title + (f", on {row.device}" if devices_vary else "")
+
+    return [Group(title=title, rows=tuple(rows)) for title, rows in itertools.groupby(report.measurements, key=under)]
+
+
+def _vary(pairs: Iterable[tuple[str, object]]) -> bool:
+    """Whether any name comes with two values."""
+    seen = set(pairs)
+    return len({name for name, _ in seen}) < len(seen)
 
 
 def name(row: Measurement) -> str:

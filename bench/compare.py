@@ -309,13 +309,21 @@ def _calls(row: Measurement, measured: Measured) -> Calls:
 def _match(
     base: Sequence[Measurement], new: Sequence[Measurement]
 ) -> tuple[list[tuple[Measurement, Measurement]], list[str]]:
-    """Pairs in BASE's order, and a line for each row without a partner. Of several alike, those of one target first."""
+    """Pairs in BASE's order, and a line for each row without a partner.
+
+    Of several alike, those of one target and as many threads go first, then those of one target.
+    """
     left, pairs, unmatched = list(new), [], []
-    waiting: list[Measurement] = []
-    for same_target in (True, False):
-        rows, waiting = (list(base), []) if same_target else (waiting, [])
+    waiting = list(base)
+    closer: tuple[Callable[[Measurement], object], ...] = (
+        lambda row: (row.target, row.threads),
+        lambda row: row.target,
+        lambda row: None,
+    )
+    for same in closer:
+        rows, waiting = waiting, []
         for row in rows:
-            alike = [one for one in left if _key(one) == _key(row) and (not same_target or one.target == row.target)]
+            alike = [one for one in left if _key(one) == _key(row) and same(one) == same(row)]
             if alike:
                 left.remove(alike[0])
                 pairs.append((row, alike[0]))

@@ -1,101 +1,164 @@
-"""Artifacts and the eager module measured in this process, in turns, from numpy arrays to numpy arrays."""
+"""Artifacts and the eager module measured on this machine, in turns, each in a fresh process of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dlops.artifact import Artifact
 from dlops.bench import stats
-from dlops.bench.payload import artifact_feeds, check_fits, random_feed
+from dlops.bench.payload import artifact_feeds, check_batch, check_fits
+from dlops.bench.processes import Process
+from dlops.bench.worker import Job, Kind, caller, open_module
 from dlops.checkpoint import Checkpoint
-from dlops.errors import missing_package
-from dlops.report import Interval, Load, Measurement, Verdict
-from dlops.runtimes import Session, SessionOptions, open_session
-from dlops.signature import Feed
-from dlops.timing import MIN_ROUNDS, Interleaved, Timed, interleave
+from dlops.console import progress_bar
+from dlops.errors import UsageError
+from dlops.report import Boundary, ColdStart, Interval, Load, Measurement, Verdict
+from dlops.runtimes import Placement, SessionOptions
+from dlops.signature import Signature
+from dlops.timing import MIN_ROUNDS, Arm, Interleaved, Local, Timed, interleave
 
 if TYPE_CHECKING:
     from dlops.checkpoint import ModuleSource
 
-EAGER = "eager"
+EAGER, COMPILED = "eager", "torch.compile"
+_NOTE = (
+    "is measured in the process of the run, which alone has the module that was passed in: its peak memory and cold "
+    "start are not known"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """One target ready to run. artifact is None for the eager module."""
+class Subject:
+    """What is to be timed. artifact: None where it is the checkpoint's own module. model: what builds that.
+
+    Only a module, or a function that makes one, given to the Python API keeps a subject in this process.
+    """
 
     target: str
-    artifact: Artifact | None
-    session: Session
+    kind: Kind
+    source: Artifact | Checkpoint
+    model: ModuleSource | str | None = None
+
+    @property
+    def artifact(self) -> Artifact | None:
+        return self.source if isinstance(self.source, Artifact) else None
+
+    @property
+    def signature(self) -> Signature:
+        return self.source.signature
+
+    @property
+    def note(self) -> str | None:
+        """What a reader must know of how it is measured."""
+        return f"{self.target} {_NOTE}" if self._is_local else None
+
+    @property
+    def _is_local(self) -> bool:
+        return self.model is not None and not isinstance(self.model, str)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """Under which a row is measured; what is compared is measured under the same."""
+
+    batch: int
+    boundary: Boundary
+    options: SessionOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A subject that has answered its first calls. cold_start, peak_memory_bytes: None in this very process."""
+
+    subject: Subject
+    arm: Arm
+    placement: Placement
+    cold_start: ColdStart | None = None
+    peak_memory_bytes: int | None = None
+
+    @property
+    def target(self) -> str:
+        return self.subject.target
+
+    @property
+    def artifact(self) -> Artifact | None:
+        return self.subject.artifact
+
+
+def subjects(
+    artifacts: Sequence[Artifact], *, checkpoint: Checkpoint | None, model: ModuleSource | str | None, compiled: bool
+) -> list[Subject]:
+    """All that is to be timed, the eager module first where a checkpoint is given."""
+    found: list[Subject] = []
+    if checkpoint is not None:
+        found.append(Subject(target=EAGER, kind="eager", source=checkpoint, model=model))
+        if compiled:
+            found.append(Subject(target=COMPILED, kind="compiled", source=checkpoint, model=model))
+    names = _distinct([artifact.title for artifact in artifacts])
+    found += [
+        Subject(target=name, kind="artifact", source=artifact) for name, artifact in zip(names, artifacts, strict=True)
+    ]
+    return found
+
+
+def check(chosen: Sequence[Subject], *, batches: Sequence[int], boundaries: Sequence[Boundary]) -> None:
+    """Raise UsageError for what cannot be asked of these subjects, before any is started."""
+    samples = _samples(chosen)
+    for batch in batches:
+        for one in chosen:
+            check_batch(one.signature, batch, where=one.target)
+        feeds = [] if samples is None else artifact_feeds(samples, batch)
+        for one in chosen:
+            check_fits(feeds, one.signature, where=one.target)
+    if "preprocessing" in boundaries and (samples is None or samples.preprocess is None):
+        which = "no artifact is measured" if samples is None else f"{samples.title} takes tensors as they are"
+        raise UsageError(f"--boundary preprocessing: {which}", hint="--boundary host")
 
 
 @contextmanager
-def opened_targets(
-    artifacts: Sequence[Artifact],
-    *,
-    checkpoint: Checkpoint | None,
-    model: ModuleSource | None,
-    options: SessionOptions,
-) -> Iterator[list[Opened]]:
-    """Sessions for all, the eager module first where a checkpoint is given; closed at the end.
+def started(chosen: Sequence[Subject], conditions: Conditions) -> Iterator[list[Started]]:
+    """A process for each, started one after the other so that none slows another's start; all ended at the end.
 
-    Raises MachineError in one line where torch or a runtime is missing.
+    Raises what opening or calling one of them raised: MachineError, in one line, where this machine cannot run it.
     """
-    opened: list[Opened] = []
-    try:
-        if checkpoint is not None:
-            opened.append(Opened(target=EAGER, artifact=None, session=_open_eager(checkpoint, model, options)))
-        for name, artifact in zip(_distinct([artifact.title for artifact in artifacts]), artifacts, strict=True):
-            opened.append(Opened(target=name, artifact=artifact, session=open_session(artifact, options)))
-        yield opened
-    finally:
-        for one in opened:
-            one.session.close()
-
-
-def feeds_for(opened: Sequence[Opened], batch: int) -> list[Feed]:
-    """The same feeds for all targets: the first artifact's samples, or random where only eager is measured."""
-    artifact = next((one.artifact for one in opened if one.artifact is not None), None)
-    if artifact is None:
-        feeds: list[Feed] = [random_feed(opened[0].session.signature, batch)]
-    else:
-        feeds = artifact_feeds(artifact, batch)
-    for one in opened:
-        check_fits(feeds, one.session.signature, where=one.target)
-    return feeds
+    samples = _samples(chosen)
+    with ExitStack() as stack:
+        ready: list[Started] = []
+        with progress_bar(f"starting {_plural(len(chosen))}", total=len(chosen)) as bar:
+            for subject in chosen:
+                start = _start_here if subject.note else _start
+                ready.append(start(stack, subject, samples, conditions))
+                bar.advance(note=subject.target)
+        yield ready
 
 
 def time_targets(
-    opened: Sequence[Opened],
-    feeds: Sequence[Feed],
-    *,
-    duration_s: float,
-    on_progress: Callable[[float], None] | None = None,
+    ready: Sequence[Started], *, duration_s: float, on_progress: Callable[[float], None] | None = None
 ) -> Interleaved:
-    """All targets in turns within one run, `duration_s` for each. Raises TimingInterrupted on Ctrl-C."""
-    runs = {one.target: _caller(one.session, feeds) for one in opened}
+    """All in turns within one run, `duration_s` for each. Raises TimingInterrupted on Ctrl-C."""
+    runs = {one.target: one.arm for one in ready}
     warmup_s = max(2.0, duration_s)
     return interleave(runs, budget_s=duration_s * len(runs), max_warmup_s=warmup_s, on_progress=on_progress)
 
 
 def measurements(
-    opened: Sequence[Opened], timed: Interleaved, *, batch: int, baseline: str | None, keys: Sequence[str],
+    ready: Sequence[Started], timed: Interleaved, *, conditions: Conditions, baseline: str | None, keys: Sequence[str],
     interrupted: bool = False,
 ) -> list[Measurement]:  # fmt: skip
     """One row a target, with its speed-up over the baseline from the pairs of turns. interrupted: by Ctrl-C."""
-    reference = next((one.artifact.accuracy for one in opened if one.artifact and one.artifact.accuracy), None)
+    batch = conditions.batch
+    reference = next((one.artifact.accuracy for one in ready if one.artifact and one.artifact.accuracy), None)
     base_turns = timed.runs[baseline].by_turn() if baseline is not None else None
     rows = []
-    for key, one in zip(keys, opened, strict=True):
+    for key, one in zip(keys, ready, strict=True):
         run = timed.runs[one.target]
         turns = run.by_turn()
-        placement = one.session.placement
+        placement = one.placement
         latency = stats.summarize(run.latencies_ns, turns=run.turns)
         fields = accuracy_fields(one.artifact) if one.artifact else {}
         if one.artifact is None and reference is not None:
@@ -110,7 +173,7 @@ def measurements(
                 device=placement.device,
                 precision=placement.precision,
                 threads=placement.threads,
-                boundary="host",
+                boundary=conditions.boundary,
                 load=Load(scenario="single_stream" if batch == 1 else "offline", batch=batch),
                 samples=key,
                 latency=latency,
@@ -118,6 +181,8 @@ def measurements(
                 speedup=None if base_turns is None else stats.ratio_interval(base_turns, turns),
                 warmup_calls=run.warmup_calls,
                 model_bytes=one.artifact.model_bytes if one.artifact else None,
+                peak_memory_bytes=one.peak_memory_bytes,
+                cold_start=one.cold_start,
                 verdict=judge(run, interrupted=interrupted),
                 **fields,
             )
@@ -170,19 +235,46 @@ def _throughput(turns: Sequence[stats.Integers], batch: int) -> Interval:
     return stats.rate_interval(counts, np.array([turn.sum() / 1e9 for turn in turns]))
 
 
-def _caller(session: Session, feeds: Sequence[Feed]) -> Callable[[], object]:
-    endless = cycle(feeds)
-    return lambda: session.run(next(endless))
+def _start(stack: ExitStack, subject: Subject, samples: Artifact | None, conditions: Conditions) -> Started:
+    assert subject.model is None or isinstance(subject.model, str)
+    process = stack.enter_context(
+        Process(
+            Job(
+                target=subject.target,
+                kind=subject.kind,
+                directory=str(subject.source.directory.resolve()),
+                model=subject.model,
+                samples=None if samples is None else str(samples.directory.resolve()),
+                batch=conditions.batch,
+                boundary=conditions.boundary,
+                device=conditions.options.device,
+                threads=conditions.options.threads,
+            )
+        )
+    )
+    ready = process.ready()
+    return Started(
+        subject=subject, arm=process, placement=ready.placement, cold_start=ready.cold_start,
+        peak_memory_bytes=ready.peak_memory_bytes,
+    )  # fmt: skip
 
 
-def _open_eager(checkpoint: Checkpoint, model: ModuleSource | None, options: SessionOptions) -> Session:
-    try:
-        from dlops.runtimes.eager import open_eager
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise missing_package("torch", extra="export", needed_for="the eager baseline") from None
-    return open_eager(checkpoint.build_module(model), checkpoint.signature, options)
+def _start_here(stack: ExitStack, subject: Subject, samples: Artifact | None, conditions: Conditions) -> Started:
+    assert isinstance(subject.source, Checkpoint)
+    assert not isinstance(subject.model, str)
+    session = open_module(subject.kind, subject.source, subject.model, conditions.options)
+    stack.callback(session.close)
+    call = caller(session, samples=samples, batch=conditions.batch, boundary=conditions.boundary)
+    return Started(subject=subject, arm=Local(subject.target, call), placement=session.placement)
+
+
+def _samples(chosen: Sequence[Subject]) -> Artifact | None:
+    """The same are fed to all: the first artifact's, or none where only the module is measured."""
+    return next((one.artifact for one in chosen if one.artifact is not None), None)
+
+
+def _plural(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _distinct(titles: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from dlops.artifact import Artifact
 from dlops.errors import InputError, UsageError
+from dlops.preprocess import Raw
 from dlops.signature import Array, Feed, Signature, TensorSpec
 
 # Enough different inputs that a branch predictor or a cache of answers gains nothing, few enough to stay in memory.
@@ -24,12 +25,17 @@ def artifact_feeds(artifact: Artifact, batch: int) -> list[Feed]:
     if count == 0:
         raise UsageError(f"{artifact.title}: it carries no samples to run", hint="export it again")
     feeds: list[Feed] = []
-    for first in range(min(count, _MAX_FEEDS)):
-        rows = [(first + row) % count for row in range(batch)]
+    for rows in _rows(count, batch):
         feeds.append({name: np.ascontiguousarray(array[rows]) for name, array in whole.items()})
     for feed in feeds:
         signature.check(feed)
     return feeds
+
+
+def raw_batches(artifact: Artifact, batch: int) -> list[list[Raw]]:
+    """The same rows as the feeds', as they come before preprocessing: encoded images or pixels."""
+    raws = artifact.samples().raw
+    return [[raws[row] for row in rows] for rows in _rows(len(raws), batch)]
 
 
 def random_feed(signature: Signature, batch: int, *, seed: int = 0) -> Feed:
@@ -60,6 +66,10 @@ def check_fits(feeds: list[Feed], signature: Signature, *, where: str) -> None:
             f"{where}: does not take the same inputs as the other targets ({error.message})",
             hint="measure models with different inputs in separate runs",
         ) from None
+
+
+def _rows(count: int, batch: int) -> list[list[int]]:
+    return [[(first + row) % count for row in range(batch)] for first in range(min(count, _MAX_FEEDS))]
 
 
 def _random(spec: TensorSpec, signature: Signature, batch: int, draw: np.random.Generator) -> Array:

@@ -15,7 +15,8 @@ from dlops.report import Measurement, Report
 
 _METHOD = (
     "Latency is what one call took at the boundary that the table names. In process: from numpy arrays to numpy "
-    "arrays, targets taking turns within one run. Over HTTP: from the send to the last byte of the answer.",
+    "arrays, each target in a process of its own, the targets taking turns within one run. Over HTTP: from the send to "
+    "the last byte of the answer.",
     "Small figures are 95 % intervals from order statistics, with as many independent samples as the run is worth. "
     f"{cells.NONE} stands where there are too few to give one: p99 needs 368.",
     "Throughput is items a second under that load. Memory is the most that a fresh process held that loaded the "
@@ -29,7 +30,7 @@ def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str
     numbers = _numbers(report)
     body = [_header(report), _summary(report), "<section><h2>Results</h2>"]
     body += [_table(group, report) for group in groups]
-    body.append("</section>")
+    body += [_cold_starts(groups), "</section>"]
     for group in groups:
         series = [
             plots.Series(row=row, number=numbers[cells.name(row)], latencies_ns=samples[row.samples])
@@ -131,6 +132,30 @@ def _table_row(row: Measurement, headings: Sequence[str], report: Report) -> str
         cells_.append(f"<td{none}>{escape(values[heading])}{f'<small>{small}</small>' if small else ''}</td>")
     kind = ' class="chosen"' if row.target == report.chosen else ""
     return f"<tr{kind}>{''.join(cells_)}</tr>"
+
+
+def _cold_starts(groups: Sequence[cells.Group]) -> str:
+    """How long each took to a first answer, where rows know it."""
+    rows = []
+    for group in groups:
+        for row in group.rows:
+            start = row.cold_start
+            if start is not None:
+                figures = (
+                    f"{start.total_ns / 1e9:.2f}",
+                    *(f"{ns / 1e6:.3g}" for ns in (start.load_ns, start.first_call_ns)),
+                )
+                cells_ = "".join(f"<td>{figure}</td>" for figure in figures)
+                name = f"{escape(cells.name(row))}<small>{escape(group.title)}</small>"
+                rows.append(f'<tr><th scope="row">{name}</th>{cells_}</tr>')
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{one}</th>' for one in ("variant", "cold start s", "load ms", "first call ms"))
+    return (
+        '<div class="scroll"><table><caption>Cold start: from the start of a process to its first answer, once; its '
+        "files were in the page cache</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def _plots(group: cells.Group, series: Sequence[plots.Series]) -> str:

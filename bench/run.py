@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench import inprocess
 from dlops.bench.arrivals import Offered, Schedule
-from dlops.bench.memory import peak_memory_bytes
-from dlops.bench.payload import check_batch
+from dlops.bench.inprocess import Conditions, Started
 from dlops.bench.results import Measured, MeasureInterrupted, choose_fastest, merge, row_key, save_report
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar, say
 from dlops.environment import describe_environment
 from dlops.errors import MachineError, UsageError
-from dlops.report import STARTS, TURNS, Measurement, Objective, Report
+from dlops.report import STARTS, TURNS, Boundary, Measurement, Objective, Report
 from dlops.runtimes import SessionOptions
 from dlops.runtimes.session import Device
 from dlops.timing import Interleaved, TimingInterrupted
@@ -44,26 +43,31 @@ def measure(
     targets: Sequence[Artifact | Path | str],
     *,
     checkpoint: Checkpoint | None = None,
+    compiled: bool = False,
     batch: Sequence[int] = (1,),
+    boundary: Sequence[Boundary] = ("host",),
+    threads: int | Sequence[int] | None = None,
+    device: Device | Sequence[Device] = "auto",
     concurrency: Sequence[int] | None = None,
     offered: Offered | None = None,
     duration_s: float = 3.0,
-    threads: int | None = None,
-    device: Device = "auto",
     payload: Artifact | None = None,
-    model: ModuleSource | None = None,
+    model: ModuleSource | str | None = None,
     title: str = "",
     command: Sequence[str] = (),
 ) -> Measured:
     """Measure every target at every batch, and every URL at every concurrency and rate too; `save_report` writes it.
 
-    targets: artifacts or their folders, run in this process in turns within one run a batch; `http://HOST:PORT`, a
-    service of the Open Inference Protocol. checkpoint: adds its eager module as the row that speed-ups are counted
-    from (without it, the first of several artifacts is); model: what builds the module where the checkpoint names no
-    builder. concurrency: calls kept in flight, by default 1 unless `offered` is given. offered: requests at rates or
-    from a trace, whether or not earlier ones are answered. duration_s: for each row, on the clock: the waits between
-    turns count, the warm-up does not. payload: whose samples are sent to URLs; without it the first artifact among the
-    targets, else random numbers within the signature.
+    targets: artifacts or their folders, each run in a fresh process; `http://HOST:PORT`, a service of the Open
+    Inference Protocol. checkpoint: adds its eager module as the row that speed-ups are counted from (without it, the
+    first of several artifacts is), with `compiled` through torch.compile, too; model: what builds the module where the
+    checkpoint names no builder, best as "python:package.module:function": a module or a function keeps the two in this
+    process. batch, boundary, threads and device are axes: for each combination all targets take turns within one run.
+    boundary "preprocessing": from the raw input, decoding included. concurrency: calls kept in flight at URLs, by
+    default 1 unless `offered` is given. offered: requests at rates or from a trace, whether or not earlier ones are
+    answered. duration_s: for each row, on the clock: the waits between turns count, the warm-up does not. payload:
+    whose samples are sent to URLs; without it the first artifact among the targets, else random numbers within the
+    signature.
 
     Raises UsageError and MachineError before anything is timed where a target is not there or cannot run what is
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
@@ -79,20 +83,19 @@ def measure(
     if not urls and (calls != [1] or offered is not None):
         what = "concurrency" if offered is None else "a rate"
         raise UsageError(f"{what} is for URLs: in process, one session runs one call at a time")
-    for one in artifacts:
-        for size in batches:
-            check_batch(one.signature, size, where=one.title)
+    if compiled and checkpoint is None:
+        raise UsageError("torch.compile is for a checkpoint's module", hint="name its run with --checkpoint")
+    chosen = inprocess.subjects(artifacts, checkpoint=checkpoint, model=model, compiled=compiled)
+    conditions = _conditions(batches, boundary, threads, device)
+    inprocess.check(chosen, batches=batches, boundaries=boundary)
     endpoints = _find_endpoints(urls, payload or next(iter(artifacts), None))
 
     bench = _Bench(title=title or _title(artifacts, urls), command=tuple(command), duration_s=duration_s)
     try:
-        if artifacts or checkpoint is not None:
-            options = SessionOptions(device=device, threads=threads)
-            with inprocess.opened_targets(artifacts, checkpoint=checkpoint, model=model, options=options) as opened:
-                bench.baseline = opened[0].target if len(opened) > 1 or checkpoint is not None else None
-                for size in batches:
-                    peaks = bench.peaks(opened, checkpoint=checkpoint, model=model, batch=size, options=options)
-                    bench.time_in_process(opened, batch=size, peaks=peaks)
+        if chosen:
+            bench.baseline = chosen[0].target if len(chosen) > 1 or checkpoint is not None else None
+            for condition in conditions:
+                bench.time_in_process(chosen, condition)
         for endpoint in endpoints:
             for size in batches:
                 bench.load(
@@ -121,33 +124,27 @@ class _Bench:
     failures: list[str] = field(default_factory=list)
     objectives: dict[str, Objective] = field(default_factory=dict)
 
-    def peaks(
-        self, opened: Sequence[inprocess.Opened], *, checkpoint: Checkpoint | None, model: ModuleSource | None,
-        batch: int, options: SessionOptions,
-    ) -> list[int | None]:  # fmt: skip
-        """Peak memory of each target in a process of its own; None for a module that only this process can build."""
-        peaks: list[int | None] = []
-        with progress_bar(f"memory at batch {batch}", total=len(opened)) as bar:
-            for one in opened:
-                subject = one.artifact or checkpoint
-                if subject is checkpoint and model is not None:
-                    peaks.append(None)
-                    self.note("peak memory of eager is not measured: a fresh process cannot build a module passed in")
-                else:
-                    assert subject is not None
-                    peaks.append(
-                        peak_memory_bytes(subject, batch=batch, device=options.device, threads=options.threads)
-                    )
-                bar.advance(note=one.target)
-        return peaks
+    def time_in_process(self, chosen: Sequence[inprocess.Subject], conditions: Conditions) -> None:
+        """The rows of all targets under one condition. Where one fails after others are measured, those are kept."""
+        for subject in chosen:
+            if subject.note:
+                self.note(subject.note)
+        try:
+            with inprocess.started(chosen, conditions) as ready:
+                self._time(ready, conditions)
+        except MachineError as error:
+            if not self.rows:
+                raise
+            say(str(error))
+            self.failures.append(error.message)
 
-    def time_in_process(self, opened: Sequence[inprocess.Opened], *, batch: int, peaks: Sequence[int | None]) -> None:
-        feeds = inprocess.feeds_for(opened, batch)
+    def _time(self, ready: Sequence[Started], conditions: Conditions) -> None:
+        title = f"batch {conditions.batch}"
         say(
-            f"timing {len(opened)} targets in turns at batch {batch}, {self.duration_s:g} s each with the waits between"
+            f"timing {len(ready)} targets in turns at {title}, {self.duration_s:g} s each with the waits between"
             " turns, after the warm-up"
         )
-        with progress_bar(f"batch {batch}", total=_PROGRESS_STEPS) as bar:
+        with progress_bar(title, total=_PROGRESS_STEPS) as bar:
             done = 0
 
             def advance(fraction: float) -> None:
@@ -157,11 +154,11 @@ class _Bench:
                 bar.advance(steps)
 
             try:
-                timed = inprocess.time_targets(opened, feeds, duration_s=self.duration_s, on_progress=advance)
+                timed = inprocess.time_targets(ready, duration_s=self.duration_s, on_progress=advance)
             except TimingInterrupted as interruption:
-                self._keep(opened, interruption.partial, batch=batch, peaks=peaks, interrupted=True)
+                self._keep(ready, interruption.partial, conditions, interrupted=True)
                 raise
-        self._keep(opened, timed, batch=batch, peaks=peaks)
+        self._keep(ready, timed, conditions)
 
     def load(
         self, endpoint: Endpoint, artifact: Artifact | None, *, batch: int, concurrency: Sequence[int],
@@ -258,16 +255,14 @@ class _Bench:
         return Measured(report=report, samples=self.samples)
 
     def _keep(
-        self, opened: Sequence[inprocess.Opened], timed: Interleaved, *, batch: int, peaks: Sequence[int | None],
-        interrupted: bool = False,
-    ) -> None:  # fmt: skip
-        keys = [row_key(len(self.rows) + index) for index in range(len(opened))]
-        rows = inprocess.measurements(
-            opened, timed, batch=batch, baseline=self.baseline, keys=keys, interrupted=interrupted
+        self, ready: Sequence[Started], timed: Interleaved, conditions: Conditions, *, interrupted: bool = False
+    ) -> None:
+        keys = [row_key(len(self.rows) + index) for index in range(len(ready))]
+        self.rows += inprocess.measurements(
+            ready, timed, conditions=conditions, baseline=self.baseline, keys=keys, interrupted=interrupted
         )
-        for key, one, row, peak in zip(keys, opened, rows, peaks, strict=True):
+        for key, one in zip(keys, ready, strict=True):
             run = timed.runs[one.target]
-            self.rows.append(row.model_copy(update={"peak_memory_bytes": peak}))
             self.samples |= {key: run.latencies_ns, key + STARTS: run.starts_ns, key + TURNS: run.turns}
 
 
@@ -285,6 +280,24 @@ def _numbers(what: str, given: Sequence[int]) -> list[int]:
     if not given or any(number < 1 for number in given):
         raise UsageError(f"{what} {', '.join(map(str, given)) or 'empty'}: whole numbers from 1 up are wanted")
     return sorted(set(given))
+
+
+def _conditions(
+    batches: Sequence[int],
+    boundaries: Sequence[Boundary],
+    threads: int | Sequence[int] | None,
+    devices: Device | Sequence[Device],
+) -> list[Conditions]:
+    """Every combination, the batches of one set of options next to one another."""
+    counts = [None] if threads is None else _numbers("threads", [threads] if isinstance(threads, int) else threads)
+    places: Sequence[Device] = [devices] if isinstance(devices, str) else list(dict.fromkeys(devices))
+    return [
+        Conditions(batch=batch, boundary=boundary, options=SessionOptions(device=place, threads=count))
+        for place in places
+        for count in counts
+        for boundary in dict.fromkeys(boundaries)
+        for batch in batches
+    ]
 
 
 def _find_endpoints(urls: Sequence[str], artifact: Artifact | None) -> list[Endpoint]:

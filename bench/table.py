@@ -92,11 +92,12 @@ def to_csv(report: Report) -> str:
             "target", "artifact", "runtime", "provider", "device", "precision", "threads", "boundary", "scenario",
             "batch", "concurrency", "samples", "effective_samples", *quantiles, "throughput", "throughput_low",
             "throughput_high", "speedup", "speedup_low", "speedup_high", "errors", "model_bytes",
-            "peak_memory_bytes", "accuracy", "drop_points", "flips", "steady", "reasons",
+            "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", "accuracy",
+            "drop_points", "flips", "steady", "reasons",
         ]
     )  # fmt: skip
     for row in report.measurements:
-        latency = row.latency
+        latency, start = row.latency, row.cold_start
         intervals = (latency.p50_ns, latency.p90_ns, latency.p99_ns, row.throughput, row.speedup)
         ends = [value for one in intervals for value in ((one.value, one.low, one.high) if one else (None,) * 3)]
         writer.writerow(
@@ -104,7 +105,8 @@ def to_csv(report: Report) -> str:
                 row.target, row.artifact, row.runtime, row.provider, row.device, row.precision, row.threads,
                 row.boundary, row.load.scenario, row.load.batch, row.load.concurrency, latency.samples,
                 latency.effective_samples, *ends, row.error_count, row.model_bytes, row.peak_memory_bytes,
-                row.accuracy, row.drop_points, row.flips, row.verdict.steady, "; ".join(row.verdict.reasons),
+                *((start.total_ns, start.load_ns, start.first_call_ns) if start else (None, None, None)), row.accuracy,
+                row.drop_points, row.flips, row.verdict.steady, "; ".join(row.verdict.reasons),
             ]
         )  # fmt: skip
     return buffer.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -26,6 +27,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class _Device(StrEnum):
+    """typer takes a Literal for one value, and for several only an Enum."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class _Boundary(StrEnum):
+    HOST = "host"
+    PREPROCESSING = "preprocessing"
+
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where it works.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="For one operator; all cores if left out.")]
@@ -149,7 +164,18 @@ def bench(
         list[str] | None, typer.Argument(help="Artifact folders and URLs; the newest if left out.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Adds eager PyTorch, the base of the speed-ups.")] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="With --checkpoint: its module through torch.compile, too.")
+    ] = False,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Items a call; repeatable. Default 1.")] = None,
+    boundary: Annotated[
+        list[_Boundary] | None,
+        typer.Option(help="Where a call in process begins: arrays or raw input; repeatable."),
+    ] = None,
+    device: Annotated[list[_Device] | None, typer.Option(help="Repeatable; auto takes CUDA where it works.")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, help="For one operator; repeatable; all cores if left out.")
+    ] = None,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Calls in flight, for URLs.")] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Requests a second offered to URLs; repeatable.")] = None,
     arrivals: Annotated[Literal["poisson", "constant"], typer.Option(help="How requests at a rate come.")] = "poisson",
@@ -164,8 +190,6 @@ def bench(
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds a row.")] = 3.0,
     payload: Annotated[Path | None, typer.Option(help="The artifact whose samples are sent to URLs.")] = None,
     model: Annotated[str | None, typer.Option(help="python:package.module:function, with --checkpoint.")] = None,
-    device: Device = "auto",
-    threads: Threads = None,
     out: Annotated[Path | None, typer.Option(help="Report folder. Default: reports/<time>.")] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Copy of report.json; - for stdout.")
@@ -182,14 +206,16 @@ def bench(
     status = benchmark(
         targets,
         checkpoint=_checkpoint(checkpoint) if checkpoint else None,
+        compiled=compile_,
         batch=batch or [1],
+        boundary=[one.value for one in boundary or [_Boundary.HOST]],
+        device=[one.value for one in device or [_Device.AUTO]],
+        threads=threads or None,
         concurrency=concurrency,
         offered=offered,
         duration_s=duration,
         payload=_artifact(payload) if payload else None,
         model=model,
-        device=device,
-        threads=threads,
         out_dir=out,
         json=json,
         html=html,

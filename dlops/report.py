@@ -68,6 +68,18 @@ class Verdict(Record):
     reasons: tuple[str, ...] = ()
 
 
+class ColdStart(Record):
+    """How a fresh process came to its first answer, once, in nanoseconds, its files in the page cache.
+
+    total_ns: from the start of the process to its first answer, interpreter and imports included. load_ns: opening the
+    model, its runtime imported. first_call_ns: the first call, which allocates and may compile.
+    """
+
+    total_ns: int
+    load_ns: int
+    first_call_ns: int
+
+
 class Measurement(Record):
     """One target under one load.
 
@@ -79,6 +91,7 @@ class Measurement(Record):
     latency: under a rate, response time: from when a call was due to its answer. service, null without a rate: from its
     send, of the calls that succeeded; what a closed loop would have shown. lag_p99_ns: how late calls left.
     peak_memory_bytes: most that a fresh process held that loaded and ran it, interpreter and runtime included.
+    cold_start: of that process; null where a service or this very process ran it.
     accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
     """
 
@@ -101,6 +114,7 @@ class Measurement(Record):
     warmup_calls: int
     model_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    cold_start: ColdStart | None = None
     accuracy: float | None = None
     accuracy_samples: int | None = None
     drop_points: float | None = None

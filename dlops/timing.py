@@ -1,6 +1,6 @@
-"""Paired, interleaved timing of callables: they take turns in one run, so that what drifts hits all of them alike.
+"""Paired, interleaved timing: what is measured takes turns in one run, so that what drifts hits all of it alike.
 
-A round gives each callable one turn of equal length, in an order drawn anew each round. Before a turn the process is
+A round gives each arm one turn of equal length, in an order drawn anew each round. After a turn the arm's process is
 left alone until its CPU use is gone: the thread pools of ONNX Runtime and OpenMP spin for tens of milliseconds after a
 call, and on few cores that would be charged to whoever comes next.
 """
@@ -11,7 +11,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -39,7 +39,7 @@ _LEAD_IN = 0.1
 
 
 class Clock(Protocol):
-    """now_ns: monotonic. busy_ns: CPU time that all threads of this process have used."""
+    """now_ns: monotonic, the same in every process. busy_ns: CPU time that all threads of this process have used."""
 
     def now_ns(self) -> int: ...
     def busy_ns(self) -> int: ...
@@ -58,8 +58,34 @@ class SystemClock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WarmUp:
+    """calls: made and not kept. settled: latency had stopped drifting when it ended."""
+
+    calls: int
+    settled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """The kept calls of one turn, in order. starts_ns (on the clock that all processes share), latencies_ns: (n,)."""
+
+    starts_ns: Samples
+    latencies_ns: Samples
+
+
+class Arm(Protocol):
+    """What takes turns, in this process or another. Both methods return once its threads have come to rest."""
+
+    def warm_up(self, limit_s: float) -> WarmUp:
+        """Call until latency has stopped drifting or the limit is reached."""
+
+    def take_turn(self, turn_s: float) -> Turn:
+        """Calls for that long, at least one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """One callable's calls, in order. latencies_ns, starts_ns (from the run's start), turns (its round): (n,) each.
+    """One arm's calls, in order. latencies_ns, starts_ns (from the run's start), turns (its round): (n,) each.
 
     warmup_calls were made before and are not among them. warmed_up: latency had settled when the warm-up ended.
     """
@@ -80,7 +106,7 @@ class Timed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interleaved:
-    """Turn i of one callable and turn i of another were made in the same round: they are a pair."""
+    """Turn i of one arm and turn i of another were made in the same round: they are a pair."""
 
     runs: Mapping[str, Timed]
     rounds: int
@@ -94,30 +120,70 @@ class TimingInterrupted(KeyboardInterrupt):
         self.partial = partial
 
 
-@dataclass(slots=True)
-class _Arm:
-    name: str
-    call: Callable[[], object]
-    latencies: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    warmup_calls: int = 0
-    warmed_up: bool = False
-    typical_ns: float = 0.0
+class Local:
+    """An arm that is a callable of this process. What it raises goes through, with a note that names it."""
 
-    def cut_to(self, rounds: int) -> Timed:
-        kept = sum(1 for turn in self.turns if turn < rounds)
-        return Timed(
-            latencies_ns=np.array(self.latencies[:kept], np.int64),
-            starts_ns=np.array(self.starts[:kept], np.int64),
-            turns=np.array(self.turns[:kept], np.int64),
-            warmup_calls=self.warmup_calls,
-            warmed_up=self.warmed_up,
-        )
+    def __init__(self, name: str, call: Callable[[], object], clock: Clock | None = None) -> None:
+        self._name, self._call, self._clock = name, call, clock or SystemClock()
+        self._typical_ns = 0.0
+
+    def warm_up(self, limit_s: float) -> WarmUp:
+        """Until three windows in a row show no drift, or the limit is reached.
+
+        The very first call is in no window: it allocates, compiles and pages in.
+        """
+        clock = self._clock
+        began = clock.now_ns()
+        self._timed()
+        calls, settled = 1, False
+        windows: list[Samples] = []
+        while calls == 1 or (not settled and (clock.now_ns() - began) / 1e9 < limit_s):
+            window: list[int] = []
+            opened = clock.now_ns()
+            while len(window) < _WARMUP_WINDOW_CALLS or clock.now_ns() - opened < _WARMUP_WINDOW_S * 1e9:
+                window.append(self._timed())
+                if (clock.now_ns() - began) / 1e9 >= limit_s:
+                    break
+            calls += len(window)
+            self._typical_ns = float(np.median(window))
+            if len(window) >= _WARMUP_WINDOW_CALLS:
+                windows.append(np.array(window, np.int64))
+            settled = steady(windows)
+        _settle(clock)
+        return WarmUp(calls=calls, settled=settled)
+
+    def take_turn(self, turn_s: float) -> Turn:
+        """A call longer than the lead-in needs none and drops none."""
+        clock = self._clock
+        starts: list[int] = []
+        latencies: list[int] = []
+        opened = clock.now_ns()
+        lead_ns = turn_s * _LEAD_IN * 1e9
+        if self._typical_ns > lead_ns:
+            lead_ns = 0.0
+        while not latencies or clock.now_ns() - opened < turn_s * 1e9:
+            start = clock.now_ns()
+            latency = self._timed()
+            if start - opened >= lead_ns:
+                latencies.append(latency)
+                starts.append(start)
+        gc.collect(0)
+        _settle(clock)
+        return Turn(starts_ns=np.array(starts, np.int64), latencies_ns=np.array(latencies, np.int64))
+
+    def _timed(self) -> int:
+        clock = self._clock
+        try:
+            start = clock.now_ns()
+            self._call()
+            return clock.now_ns() - start
+        except Exception as error:
+            error.add_note(f"while timing {self._name}")
+            raise
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]],
+    runs: Mapping[str, Callable[[], object] | Arm],
     *,
     budget_s: float,
     min_samples: int = MIN_SAMPLES,
@@ -127,38 +193,51 @@ def interleave(
     clock: Clock | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Interleaved:
-    """Every callable's latencies, made in turns within one run.
+    """Every arm's latencies, made in turns within one run; a callable is an arm of this process.
 
-    budget_s: for all together, after the warm-up. The run ends once it is spent and each callable has `min_samples`;
-    where samples are too few it goes on to at most twice the budget, and in any case to six rounds. max_warmup_s: for
-    each callable. on_progress: told the fraction done after each round. The garbage collector is off during turns.
-    Raises TimingInterrupted on Ctrl-C once a round is whole, plain KeyboardInterrupt before; what a callable raises
-    goes through, with a note that names it.
+    budget_s: for all together, after the warm-up. The run ends once it is spent and each arm has `min_samples`; where
+    samples are too few it goes on to at most twice the budget, and in any case to six rounds. max_warmup_s: for each
+    arm. on_progress: told the fraction done after each round. The garbage collector is off during turns. Raises
+    TimingInterrupted on Ctrl-C once a round is whole, plain KeyboardInterrupt before; what an arm raises goes through.
     """
     if not runs:
         raise ValueError("nothing to time")
     clock = clock or SystemClock()
-    arms = [_Arm(name, call) for name, call in runs.items()]
+    arms = [_Kept(Local(name, run, clock) if callable(run) else run) for name, run in runs.items()]
     order = random.Random(seed)  # noqa: S311 — an order to defeat systematic effects, not a secret
     rounds = 0
-    with _collector_off():
+    with collector_off():
         for arm in arms:
-            _warm_up(arm, clock, max_warmup_s)
+            arm.warmth = arm.arm.warm_up(max_warmup_s)
         began = clock.now_ns()
         try:
             while not _done(arms, rounds, (clock.now_ns() - began) / 1e9, budget_s, min_samples):
                 for arm in order.sample(arms, len(arms)):
-                    _settle(clock)
-                    _take_turn(arm, clock, began=began, turn=rounds, turn_s=turn_s)
+                    arm.turns.append(arm.arm.take_turn(turn_s))
                 rounds += 1
-                gc.collect(0)
                 if on_progress is not None:
                     on_progress(min(1.0, (clock.now_ns() - began) / 1e9 / budget_s) if budget_s > 0 else 1.0)
         except KeyboardInterrupt:
             if rounds == 0:
                 raise
-            raise TimingInterrupted(_result(arms, rounds)) from None
-    return _result(arms, rounds)
+            raise TimingInterrupted(_result(runs, arms, rounds, began)) from None
+    return _result(runs, arms, rounds, began)
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """The garbage collector does not come in between: it runs where timing says so."""
+    was_on = gc.isenabled()
+    gc.collect()
+    # Frozen, the heap made until now costs nothing in the collections between turns.
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
 
 
 def drifted(before: Samples, after: Samples, *, tolerance: float = DRIFT_TOLERANCE) -> bool:
@@ -182,56 +261,26 @@ def _median_error(samples: Samples) -> float:
     return 1.2533 * deviation / math.sqrt(len(samples))
 
 
-def _warm_up(arm: _Arm, clock: Clock, limit_s: float) -> None:
-    """Call until three windows in a row show no drift, or the limit is reached.
+@dataclass(slots=True)
+class _Kept:
+    """An arm with what it has measured so far."""
 
-    The very first call is in no window: it allocates, compiles and pages in.
-    """
-    began = clock.now_ns()
-    _timed(arm, clock)
-    arm.warmup_calls = 1
-    windows: list[Samples] = []
-    while True:
-        window: list[int] = []
-        opened = clock.now_ns()
-        while len(window) < _WARMUP_WINDOW_CALLS or clock.now_ns() - opened < _WARMUP_WINDOW_S * 1e9:
-            window.append(_timed(arm, clock))
-            if (clock.now_ns() - began) / 1e9 >= limit_s:
-                break
-        arm.warmup_calls += len(window)
-        arm.typical_ns = float(np.median(window))
-        if len(window) >= _WARMUP_WINDOW_CALLS:
-            windows.append(np.array(window, np.int64))
-        arm.warmed_up = steady(windows)
-        if arm.warmed_up or (clock.now_ns() - began) / 1e9 >= limit_s:
-            return
+    arm: Arm
+    warmth: WarmUp = WarmUp(calls=0, settled=False)
+    turns: list[Turn] = field(default_factory=list)
 
+    def calls(self) -> int:
+        return sum(len(turn.latencies_ns) for turn in self.turns)
 
-def _take_turn(arm: _Arm, clock: Clock, *, began: int, turn: int, turn_s: float) -> None:
-    """Calls for `turn_s`, at least one kept; a call longer than the lead-in needs none and drops none."""
-    opened = clock.now_ns()
-    lead_ns = turn_s * _LEAD_IN * 1e9
-    if arm.typical_ns > lead_ns:
-        lead_ns = 0.0
-    kept = 0
-    while kept == 0 or clock.now_ns() - opened < turn_s * 1e9:
-        start = clock.now_ns()
-        latency = _timed(arm, clock)
-        if start - opened >= lead_ns:
-            arm.latencies.append(latency)
-            arm.starts.append(start - began)
-            arm.turns.append(turn)
-            kept += 1
-
-
-def _timed(arm: _Arm, clock: Clock) -> int:
-    try:
-        start = clock.now_ns()
-        arm.call()
-        return clock.now_ns() - start
-    except Exception as error:
-        error.add_note(f"while timing {arm.name}")
-        raise
+    def cut_to(self, rounds: int, began: int) -> Timed:
+        kept = self.turns[:rounds]
+        return Timed(
+            latencies_ns=np.concatenate([turn.latencies_ns for turn in kept]),
+            starts_ns=np.concatenate([turn.starts_ns for turn in kept]) - began,
+            turns=np.repeat(np.arange(len(kept)), [len(turn.latencies_ns) for turn in kept]),
+            warmup_calls=self.warmth.calls,
+            warmed_up=self.warmth.settled,
+        )
 
 
 def _settle(clock: Clock) -> None:
@@ -244,26 +293,12 @@ def _settle(clock: Clock) -> None:
             return
 
 
-def _done(arms: list[_Arm], rounds: int, elapsed_s: float, budget_s: float, min_samples: int) -> bool:
+def _done(arms: Sequence[_Kept], rounds: int, elapsed_s: float, budget_s: float, min_samples: int) -> bool:
     if rounds < MIN_ROUNDS or elapsed_s < budget_s:
         return False
-    return elapsed_s >= STRETCH * budget_s or all(len(arm.latencies) >= min_samples for arm in arms)
+    return elapsed_s >= STRETCH * budget_s or all(arm.calls() >= min_samples for arm in arms)
 
 
-def _result(arms: list[_Arm], rounds: int) -> Interleaved:
-    return Interleaved(runs={arm.name: arm.cut_to(rounds) for arm in arms}, rounds=rounds)
-
-
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.collect()
-    # Frozen, the heap made until now costs nothing in the collections between rounds.
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if was_on:
-            gc.enable()
+def _result(names: Iterable[str], arms: Sequence[_Kept], rounds: int, began: int) -> Interleaved:
+    runs = {name: arm.cut_to(rounds, began) for name, arm in zip(names, arms, strict=True)}
+    return Interleaved(runs=runs, rounds=rounds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ class ModuleSession:
     """Any callable module, eager or scripted. Outputs come back as numpy arrays on the host."""
 
     def __init__(
-        self, module: torch.nn.Module, *, signature: Signature, runtime: str, precision: str, device: torch.device,
-        threads: int | None = None,
+        self, module: Callable[..., object], *, signature: Signature, runtime: str, precision: str,
+        device: torch.device, threads: int | None = None,
     ) -> None:  # fmt: skip
         self._module = module
         self._device = device
@@ -47,6 +47,19 @@ def open_eager(module: torch.nn.Module, signature: Signature, options: SessionOp
     device = choose_device(options)
     return ModuleSession(
         module.to(device).eval(), signature=signature, runtime="eager", precision="fp32", device=device,
+        threads=options.threads,
+    )  # fmt: skip
+
+
+def open_compiled(
+    module: torch.nn.Module, signature: Signature, options: SessionOptions | None = None
+) -> ModuleSession:
+    """The same through torch.compile, whose first call for each shape compiles: it takes seconds to minutes."""
+    options = options or SessionOptions()
+    device = choose_device(options)
+    compiled = torch.compile(module.to(device).eval())
+    return ModuleSession(
+        compiled, signature=signature, runtime="torch.compile", precision="fp32", device=device,
         threads=options.threads,
     )  # fmt: skip
 

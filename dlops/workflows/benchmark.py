@@ -13,11 +13,11 @@ from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.slo import parse_objective
 from dlops.bench.table import render_table
-from dlops.checkpoint import Checkpoint, import_model_source
+from dlops.checkpoint import Checkpoint
 from dlops.console import out, say
 from dlops.directory import write_json
 from dlops.errors import UsageError
-from dlops.report import Report
+from dlops.report import Boundary, Report
 from dlops.runtimes.session import Device
 
 _DONE, _MISSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
@@ -27,14 +27,16 @@ def benchmark(
     targets: Sequence[Artifact | str],
     *,
     checkpoint: Checkpoint | None,
+    compiled: bool,
     batch: Sequence[int],
+    boundary: Sequence[Boundary],
+    device: Sequence[Device],
+    threads: Sequence[int] | None,
     concurrency: Sequence[int] | None,
     offered: Offered | None,
     duration_s: float,
     payload: Artifact | None,
     model: str | None,
-    device: Device,
-    threads: int | None,
     out_dir: Path | None,
     json: str | None,
     html: Path | None,
@@ -50,14 +52,16 @@ def benchmark(
         measured = measure(
             targets,
             checkpoint=checkpoint,
+            compiled=compiled,
             batch=batch,
+            boundary=boundary,
+            device=device,
+            threads=threads,
             concurrency=concurrency,
             offered=offered,
             duration_s=duration_s,
-            threads=threads,
-            device=device,
             payload=payload,
-            model=import_model_source(model) if model else None,
+            model=model,
             command=command,
         )
     except MeasureInterrupted as interruption:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 
 import dlops as dlops_api
 from dlops.bench.results import Measured, save_report
+from dlops.cli import run
 from dlops.errors import UsageError
 from dlops.workflows.compare import read_gate, read_margin
 
@@ -25,10 +28,11 @@ Copy = Callable[..., Path]
 
 
 def dlops(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*DLOPS, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "COLUMNS": "80"},
-    )  # fmt: skip
+    """The command in this process, which has its imports behind it; a process of its own is for the signals."""
+    words = [str(argument) for argument in arguments]
+    with contextlib.chdir(cwd), redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+        status = run(words)
+    return subprocess.CompletedProcess(words, status, output.getvalue(), errors.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,203 @@
+"""The process that one target is timed in: it opens the target, then calls it whenever the run gives it a turn.
+
+Run as `python -m dlops.bench.worker JOB`; its end of the conversation is `bench.channel`, the other end's is
+`bench.processes`. It exits when its standard input closes, so none outlives the run that started it.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dlops import catalog
+from dlops.artifact import Artifact, open_artifact
+from dlops.bench.channel import Channel
+from dlops.bench.payload import artifact_feeds, random_feed, raw_batches
+from dlops.checkpoint import Checkpoint, import_model_source, load_checkpoint
+from dlops.errors import DlopsError, UsageError, missing_package
+from dlops.manifest import Record
+from dlops.report import Boundary, ColdStart
+from dlops.runtimes.session import Device, Placement, Session, SessionOptions
+from dlops.timing import Local, collector_off
+
+if TYPE_CHECKING:
+    from dlops.checkpoint import ModuleSource
+
+Kind = Literal["artifact", "eager", "compiled"]
+# Enough for a runtime to have allocated what it will hold.
+_MEMORY_CALLS = 5
+
+
+class Job(Record):
+    """What to open and how to call it.
+
+    directory: of an artifact, or of a checkpoint for eager and compiled. model: python:package.module:function that
+    builds its module, where it names no builder. samples: the directory of the artifact whose samples are fed; None
+    feeds random numbers that fit. spawned_ns: when the process was started, on the clock that all processes share.
+    """
+
+    target: str
+    kind: Kind
+    directory: str
+    model: str | None = None
+    samples: str | None = None
+    batch: int
+    boundary: Boundary = "host"
+    device: Device = "auto"
+    threads: int | None = None
+    spawned_ns: int = 0
+
+
+class Ready(Record):
+    """What the process says once it could be called: where the target truly runs, what it took, what it holds."""
+
+    runtime: str
+    device: str
+    provider: str
+    precision: str
+    threads: int
+    cold_start: ColdStart
+    peak_memory_bytes: int
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(
+            runtime=self.runtime, device=self.device, provider=self.provider, precision=self.precision,
+            threads=self.threads,
+        )  # fmt: skip
+
+
+def open_job(job: Job) -> tuple[Session, int]:
+    """The session, and the nanoseconds that opening it took once its runtime was imported."""
+    options = SessionOptions(device=job.device, threads=job.threads)
+    if job.kind == "artifact":
+        artifact = open_artifact(job.directory)
+        opener = catalog.resolve(catalog.RUNTIMES, "runtime", artifact.variant.format)
+        began = time.perf_counter_ns()
+        session = opener(artifact, options)
+    else:
+        _import_torch()
+        checkpoint = load_checkpoint(job.directory)
+        source = None if job.model is None else import_model_source(job.model)
+        began = time.perf_counter_ns()
+        session = open_module(job.kind, checkpoint, source, options)
+    return session, time.perf_counter_ns() - began
+
+
+def open_module(kind: Kind, checkpoint: Checkpoint, model: ModuleSource | None, options: SessionOptions) -> Session:
+    """A checkpoint's module, eager or compiled. Raises MachineError where torch is not installed."""
+    _import_torch()
+    from dlops.runtimes.eager import open_compiled, open_eager
+
+    open_it = open_compiled if kind == "compiled" else open_eager
+    return open_it(checkpoint.build_module(model), checkpoint.signature, options)
+
+
+def _import_torch() -> None:
+    try:
+        import torch  # noqa: F401 - imported ahead of what is timed
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise missing_package("torch", extra="export", needed_for="the eager baseline") from None
+
+
+def caller(session: Session, *, samples: Artifact | None, batch: int, boundary: Boundary) -> Callable[[], object]:
+    """What one call is: the samples (random numbers where there are none) in turn, from where `boundary` begins."""
+    if boundary == "preprocessing":
+        assert samples is not None
+        assert samples.preprocess is not None
+        preprocess, name = samples.preprocess, samples.signature.inputs[0].name
+        raws = cycle(raw_batches(samples, batch))
+        return lambda: session.run({name: preprocess.batch(next(raws))})
+    feeds = [random_feed(session.signature, batch)] if samples is None else artifact_feeds(samples, batch)
+    endless = cycle(feeds)
+    return lambda: session.run(next(endless))
+
+
+def _ready(job: Job, session: Session, load_ns: int, call: Callable[[], object]) -> Ready:
+    began = time.perf_counter_ns()
+    call()
+    answered = time.perf_counter_ns()
+    for _ in range(_MEMORY_CALLS - 1):
+        call()
+    placement = session.placement
+    return Ready(
+        runtime=placement.runtime, device=placement.device, provider=placement.provider, precision=placement.precision,
+        threads=placement.threads,
+        cold_start=ColdStart(
+            total_ns=answered - job.spawned_ns, load_ns=load_ns, first_call_ns=answered - began
+        ),
+        peak_memory_bytes=_peak_bytes(),
+    )  # fmt: skip
+
+
+def _peak_bytes() -> int:
+    # ru_maxrss survives exec on Linux: a child of a large process starts at its parent's peak. VmHWM does not.
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _serve(job: Job, channel: Channel) -> None:
+    session, load_ns = open_job(job)
+    # One feed for the first calls: all the samples would be counted as what the model needs.
+    samples = None if job.samples is None else open_artifact(job.samples)
+    if job.boundary == "preprocessing":
+        first = caller(session, samples=samples, batch=job.batch, boundary=job.boundary)
+    else:
+        first = caller(session, samples=None, batch=job.batch, boundary="host")
+    ready = _ready(job, session, load_ns, first)
+    arm = Local(job.target, caller(session, samples=samples, batch=job.batch, boundary=job.boundary))
+    channel.send({"ready": ready.model_dump(mode="json")})
+    with collector_off():
+        while (message := channel.receive()) is not None:
+            order, _ = message
+            if "warm_up" in order:
+                warmth = arm.warm_up(order["warm_up"])
+                channel.send({"calls": warmth.calls, "settled": warmth.settled})
+            else:
+                turn = arm.take_turn(order["turn"])
+                channel.send({}, np.stack([turn.starts_ns, turn.latencies_ns]).tobytes())
+    session.close()
+
+
+def main(argument: str) -> None:
+    # Ctrl-C is for the run that started this process, which then closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = Channel.of_child()
+    job = Job.model_validate_json(argument)
+    try:
+        _serve(job, channel)
+    except DlopsError as error:
+        channel.send({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+        sys.exit(error.exit_status)
+    except Exception as error:  # noqa: BLE001 - a runtime raises classes of its own; the run says what it was
+        channel.send(_failed(job, error))
+        sys.exit(1)
+
+
+def _failed(job: Job, error: Exception) -> dict[str, Any]:
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    return {
+        "error": "MachineError",
+        "message": f"{job.target}: running it failed: {type(error).__name__}: {first}",
+        "hint": "torch.compile needs a C++ compiler (g++) on the CPU" if job.kind == "compiled" else None,
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise UsageError("python -m dlops.bench.worker JOB")
+    main(sys.argv[1])
