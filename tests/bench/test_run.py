@@ -202,4 +202,4 @@ def test_a_checkpoint_adds_eager_as_the_baseline(make_artifact, tmp_path) -> Non
     assert eager.speedup.value == 1.0
     assert artifact.speedup.value > 1.0
     assert eager.peak_memory_bytes is None
-    assert "peak memory of eager is not measured" in measured.report.notes[0]
+    assert "its peak memory and cold start are not known" in measured.report.notes[0]
