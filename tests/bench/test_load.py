@@ -238,11 +238,16 @@ def test_ctrl_c_under_load_keeps_what_was_measured(make_artifact, serve, brief_w
 
     artifact = make_artifact()
     server = serve(artifact)
-    interrupt = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt) as caught:
-        measure([server.url], payload=artifact, concurrency=(1, 2), duration_s=20.0)
-    interrupt.join()
+    # Python's own handler, whatever tests before this one in the same process have left.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupt = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            measure([server.url], payload=artifact, concurrency=(1, 2), duration_s=20.0)
+        interrupt.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert isinstance(caught.value, MeasureInterrupted)
     assert caught.value.measured.partial
     (row,) = caught.value.measured.measurements
