@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dlops.artifact import Artifact
-from dlops.bench import stats
+from dlops.bench.analysis import analyse_turns, shortcomings
 from dlops.bench.payload import artifact_feeds, check_fits, random_feed
 from dlops.checkpoint import Checkpoint
 from dlops.errors import missing_package
-from dlops.report import Interval, Load, Measurement, Verdict
+from dlops.report import Load, Measurement
 from dlops.runtimes import Session, SessionOptions, open_session
 from dlops.signature import Feed
-from dlops.timing import MIN_ROUNDS, Interleaved, Timed, interleave
+from dlops.timing import Interleaved, interleave
 
 if TYPE_CHECKING:
     from dlops.checkpoint import ModuleSource
@@ -91,16 +89,21 @@ def measurements(
     """One row a target, with its speed-up over the baseline from the pairs of turns. interrupted: by Ctrl-C."""
     reference = next((one.artifact.accuracy for one in opened if one.artifact and one.artifact.accuracy), None)
     base_turns = timed.runs[baseline].by_turn() if baseline is not None else None
+    base_key = next((key for key, one in zip(keys, opened, strict=True) if one.target == baseline), None)
     rows = []
     for key, one in zip(keys, opened, strict=True):
         run = timed.runs[one.target]
-        turns = run.by_turn()
         placement = one.session.placement
-        latency = stats.summarize(run.latencies_ns, turns=run.turns)
         fields = accuracy_fields(one.artifact) if one.artifact else {}
         if one.artifact is None and reference is not None:
             # What the artifacts were compared with is the dense checkpoint, run eagerly.
             fields = {"accuracy": reference.reference, "accuracy_samples": reference.samples, "drop_points": 0.0}
+        figures = analyse_turns(
+            run.latencies_ns, run.turns, batch=batch, baseline=base_turns,
+            observed=shortcomings(
+                warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted
+            ),
+        )  # fmt: skip
         rows.append(
             Measurement(
                 target=one.target,
@@ -113,12 +116,10 @@ def measurements(
                 boundary="host",
                 load=Load(scenario="single_stream" if batch == 1 else "offline", batch=batch),
                 samples=key,
-                latency=latency,
-                throughput=_throughput(turns, batch),
-                speedup=None if base_turns is None else stats.ratio_interval(base_turns, turns),
+                paired_with=base_key,
                 warmup_calls=run.warmup_calls,
                 model_bytes=one.artifact.model_bytes if one.artifact else None,
-                verdict=judge(run, interrupted=interrupted),
+                **figures.as_fields(),
                 **fields,
             )
         )
@@ -134,40 +135,6 @@ def accuracy_fields(artifact: Artifact) -> dict[str, float | int]:
         "accuracy": accuracy.value, "accuracy_samples": accuracy.samples, "drop_points": accuracy.drop_points,
         "drop_low": accuracy.drop_low, "drop_high": accuracy.drop_high, "flips": accuracy.flips,
     }  # fmt: skip
-
-
-def judge(run: Timed, *, interrupted: bool = False) -> Verdict:
-    """Whether a row can be quoted, and why not. A run that was cut short never can."""
-    medians = [float(np.median(turn)) for turn in run.by_turn()]
-    against = []
-    if interrupted:
-        against.append("interrupted")
-    if len(medians) < MIN_ROUNDS:
-        against.append(f"only {len(medians)} rounds: fewer than {MIN_ROUNDS} show neither drift nor spread")
-    if not run.warmed_up:
-        against.append(f"not steady: latency was still moving when the warm-up ended ({run.warmup_calls} calls)")
-    trend = stats.drift(medians)
-    if trend.matters:
-        against.append(f"not steady: the median moved by {trend.change:+.0%} over the run")
-    wide = stats.spread(medians)
-    if wide > stats.MAX_SPREAD:
-        against.append(f"not steady: the medians of turns vary by {wide:.0%}; something else used the machine")
-    return Verdict(steady=not against, reasons=(*against, *undersampled(run.latencies_ns, run.turns)))
-
-
-def undersampled(latencies_ns: stats.Integers, turns: stats.Integers) -> list[str]:
-    """Which quantiles the sample does not certify, with what it would need."""
-    reasons = []
-    for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
-        if stats.quantile_interval(latencies_ns, q, turns=turns) is None:
-            have, need = stats.effective_samples(latencies_ns, q, turns=turns), stats.fewest_samples(q)
-            reasons.append(f"{name} is not certified: {have} effective samples of {len(latencies_ns)}, it needs {need}")
-    return reasons
-
-
-def _throughput(turns: Sequence[stats.Integers], batch: int) -> Interval:
-    counts = np.array([batch * len(turn) for turn in turns], np.int64)
-    return stats.rate_interval(counts, np.array([turn.sum() / 1e9 for turn in turns]))
 
 
 def _caller(session: Session, feeds: Sequence[Feed]) -> Callable[[], object]:

@@ -10,8 +10,9 @@ import numpy as np
 
 from dlops.artifact import Artifact
 from dlops.bench import stats
+from dlops.bench.analysis import listed, undersampled
 from dlops.bench.http import Answer, Connection
-from dlops.bench.inprocess import accuracy_fields, undersampled
+from dlops.bench.inprocess import accuracy_fields
 from dlops.bench.load import TIMEOUT_S, Loaded, closed_loop
 from dlops.bench.oip import Endpoint, decode_outputs, encode_request
 from dlops.bench.payload import artifact_feeds, check_fits, random_feed
@@ -178,8 +179,3 @@ def _difference(endpoint: Endpoint, artifact: Artifact) -> str | None:
     except GateError as error:
         return error.message
     return "; ".join(shortfalls(errors, artifact.parity.tolerance, sampled=True)) or None
-
-
-def listed(errors: dict[str, int]) -> str:
-    """Errors by kind, the most frequent first: `HTTP 503 ×2, timed out ×1`."""
-    return ", ".join(f"{kind} ×{count}" for kind, count in sorted(errors.items(), key=lambda item: -item[1])) or "none"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlops.bench import stats
+from dlops.bench.analysis import listed, undersampled
 from dlops.bench.arrivals import Integers, Schedule
-from dlops.bench.inprocess import undersampled
 from dlops.bench.load import closed_loop
-from dlops.bench.network import Payload, encoded, listed, served_fields
+from dlops.bench.network import Payload, encoded, served_fields
 from dlops.bench.oip import Endpoint
 from dlops.bench.openloop import OpenLoaded, open_loop
 from dlops.errors import MachineError

@@ -50,12 +50,14 @@ def merge(first: Measured, *others: Measured) -> Measured:
     rows: list[Measurement] = []
     samples: dict[str, NDArray[np.int64]] = {}
     for part in parts:
+        keys = {row.samples: row_key(next(numbers)) for row in part.report.measurements}
         for row in part.report.measurements:
-            key = row_key(next(numbers))
+            key = keys[row.samples]
             for suffix in ("", STARTS, TURNS, SERVICE):
                 if row.samples + suffix in part.samples:
                     samples[key + suffix] = part.samples[row.samples + suffix]
-            rows.append(row.model_copy(update={"samples": key}))
+            paired_with = keys[row.paired_with] if row.paired_with else None
+            rows.append(row.model_copy(update={"samples": key, "paired_with": paired_with}))
     reports = [part.report for part in parts]
     chosen = next((report for report in reports if report.chosen), first.report)
     report = first.report.model_copy(

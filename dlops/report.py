@@ -62,10 +62,14 @@ class Load(Record):
 
 
 class Verdict(Record):
-    """steady: the row can be quoted. reasons: what stands against it, or against one of its numbers."""
+    """steady: the row can be quoted. reasons: what stands against it, or against one of its numbers.
+
+    observed: those of the reasons that its samples do not show (failed calls, a warm-up cut short, Ctrl-C).
+    """
 
     steady: bool
     reasons: tuple[str, ...] = ()
+    observed: tuple[str, ...] | None = None
 
 
 class Measurement(Record):
@@ -74,6 +78,7 @@ class Measurement(Record):
     target: what was measured ("digits/onnx-int8", "eager", a URL). artifact: its slug where it is one.
     runtime, provider, device, precision: what truly ran; "unknown" where a server does not say.
     boundary: what the latency includes. samples: the key of the raw latencies in the report's samples file.
+    paired_with: the key of the row that its turns are paired with, which the speed-up is over.
     throughput: items a second. errors: calls that failed, by kind; in a closed loop they are in no latency, in an open
     loop each counts as the worst latency. speedup: over the report's baseline under the same load, from paired turns.
     latency: under a rate, response time: from when a call was due to its answer. service, null without a rate: from its
@@ -92,6 +97,7 @@ class Measurement(Record):
     boundary: Boundary
     load: Load
     samples: str
+    paired_with: str | None = None
     latency: Latency
     service: Latency | None = None
     lag_p99_ns: float | None = None
