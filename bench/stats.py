@@ -126,9 +126,9 @@ def effective_share_samples(inside: NDArray[np.number] | NDArray[np.bool_], turn
     return max(1, math.floor(n / max(1.0, effect)))
 
 
-def stretches(times_ns: Integers, duration_s: float) -> Integers:
+def stretches(times_ns: Integers, duration_ns: int) -> Integers:
     """For each time from a run's begin the stretch that it falls into, the last one for what comes later: (n,)."""
-    return np.asarray(np.minimum(times_ns * STRETCHES // max(1, round(duration_s * 1e9)), STRETCHES - 1), np.int64)
+    return np.asarray(np.minimum(times_ns * STRETCHES // max(1, duration_ns), STRETCHES - 1), np.int64)
 
 
 def share_bounds(share: float, n: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
