@@ -7,20 +7,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dlops.artifact import Artifact
-from dlops.bench import stats
+from dlops.bench.analysis import analyse_turns, shortcomings
 from dlops.bench.payload import artifact_feeds, check_batch, check_fits
 from dlops.bench.processes import Process
 from dlops.bench.worker import Job, Kind, caller, open_module
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar
 from dlops.errors import UsageError
-from dlops.report import Boundary, ColdStart, Interval, Load, Measurement, Verdict
+from dlops.report import Boundary, ColdStart, Load, Measurement
 from dlops.runtimes import Placement, SessionOptions
 from dlops.signature import Signature
-from dlops.timing import MIN_ROUNDS, Arm, Interleaved, Local, Timed, interleave
+from dlops.timing import Arm, Interleaved, Local, interleave
 
 if TYPE_CHECKING:
     from dlops.checkpoint import ModuleSource
@@ -154,16 +152,21 @@ def measurements(
     batch = conditions.batch
     reference = next((one.artifact.accuracy for one in ready if one.artifact and one.artifact.accuracy), None)
     base_turns = timed.runs[baseline].by_turn() if baseline is not None else None
+    base_key = next((key for key, one in zip(keys, ready, strict=True) if one.target == baseline), None)
     rows = []
     for key, one in zip(keys, ready, strict=True):
         run = timed.runs[one.target]
-        turns = run.by_turn()
         placement = one.placement
-        latency = stats.summarize(run.latencies_ns, turns=run.turns)
         fields = accuracy_fields(one.artifact) if one.artifact else {}
         if one.artifact is None and reference is not None:
             # What the artifacts were compared with is the dense checkpoint, run eagerly.
             fields = {"accuracy": reference.reference, "accuracy_samples": reference.samples, "drop_points": 0.0}
+        figures = analyse_turns(
+            run.latencies_ns, run.turns, batch=batch, baseline=base_turns,
+            observed=shortcomings(
+                warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted
+            ),
+        )  # fmt: skip
         rows.append(
             Measurement(
                 target=one.target,
@@ -176,14 +179,12 @@ def measurements(
                 boundary=conditions.boundary,
                 load=Load(scenario="single_stream" if batch == 1 else "offline", batch=batch),
                 samples=key,
-                latency=latency,
-                throughput=_throughput(turns, batch),
-                speedup=None if base_turns is None else stats.ratio_interval(base_turns, turns),
+                paired_with=base_key,
                 warmup_calls=run.warmup_calls,
                 model_bytes=one.artifact.model_bytes if one.artifact else None,
                 peak_memory_bytes=one.peak_memory_bytes,
                 cold_start=one.cold_start,
-                verdict=judge(run, interrupted=interrupted),
+                **figures.as_fields(),
                 **fields,
             )
         )
@@ -199,40 +200,6 @@ def accuracy_fields(artifact: Artifact) -> dict[str, float | int]:
         "accuracy": accuracy.value, "accuracy_samples": accuracy.samples, "drop_points": accuracy.drop_points,
         "drop_low": accuracy.drop_low, "drop_high": accuracy.drop_high, "flips": accuracy.flips,
     }  # fmt: skip
-
-
-def judge(run: Timed, *, interrupted: bool = False) -> Verdict:
-    """Whether a row can be quoted, and why not. A run that was cut short never can."""
-    medians = [float(np.median(turn)) for turn in run.by_turn()]
-    against = []
-    if interrupted:
-        against.append("interrupted")
-    if len(medians) < MIN_ROUNDS:
-        against.append(f"only {len(medians)} rounds: fewer than {MIN_ROUNDS} show neither drift nor spread")
-    if not run.warmed_up:
-        against.append(f"not steady: latency was still moving when the warm-up ended ({run.warmup_calls} calls)")
-    trend = stats.drift(medians)
-    if trend.matters:
-        against.append(f"not steady: the median moved by {trend.change:+.0%} over the run")
-    wide = stats.spread(medians)
-    if wide > stats.MAX_SPREAD:
-        against.append(f"not steady: the medians of turns vary by {wide:.0%}; something else used the machine")
-    return Verdict(steady=not against, reasons=(*against, *undersampled(run.latencies_ns, run.turns)))
-
-
-def undersampled(latencies_ns: stats.Integers, turns: stats.Integers) -> list[str]:
-    """Which quantiles the sample does not certify, with what it would need."""
-    reasons = []
-    for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
-        if stats.quantile_interval(latencies_ns, q, turns=turns) is None:
-            have, need = stats.effective_samples(latencies_ns, q, turns=turns), stats.fewest_samples(q)
-            reasons.append(f"{name} is not certified: {have} effective samples of {len(latencies_ns)}, it needs {need}")
-    return reasons
-
-
-def _throughput(turns: Sequence[stats.Integers], batch: int) -> Interval:
-    counts = np.array([batch * len(turn) for turn in turns], np.int64)
-    return stats.rate_interval(counts, np.array([turn.sum() / 1e9 for turn in turns]))
 
 
 def _start(stack: ExitStack, subject: Subject, samples: Artifact | None, conditions: Conditions) -> Started:

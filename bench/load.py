@@ -35,15 +35,15 @@ class Loaded:
     """The run lasts from the end of the warm-up for duration_s; all times are counted from its begin.
 
     latencies_ns, starts_ns: (n,), the successful calls that began in the run, by start, the last of which end after it.
-    ends_ns: (m,), when calls succeeded in the run, those included that began in the warm-up: what throughput counts.
+    earlier_ns: (m,), when calls succeeded in the run that began in the warm-up: they count in the throughput.
     errors: failed calls by kind, after the warm-up. stopped: why it ended early, or None. interrupted: by Ctrl-C.
     """
 
     latencies_ns: Integers
     starts_ns: Integers
-    ends_ns: Integers
+    earlier_ns: Integers
     errors: dict[str, int]
-    duration_s: float
+    duration_ns: int
     warmup_calls: int
     warmed_up: bool
     stopped: str | None
@@ -56,7 +56,7 @@ class _Recorder:
 
     latencies: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
+    earlier: list[int] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     warmup_calls: int = 0
     warmup_errors: Counter[str] = field(default_factory=Counter)
@@ -73,11 +73,12 @@ class _Recorder:
             self.warmup_calls += 1
             self.window.append(arrived - start)
             return
-        # Where calls are long, as many end in the run that began before it as begin in it and end after it.
-        self.ends.append(arrived - self.began_ns)
         if start >= self.began_ns:
             self.starts.append(start - self.began_ns)
             self.latencies.append(arrived - start)
+        else:
+            # Where calls are long, as many end in the run that began before it as begin in it and end after it.
+            self.earlier.append(arrived - self.began_ns)
 
     def failure(self, start: int, kind: str) -> None:
         if self.began_ns is not None and start >= self.began_ns:
@@ -116,16 +117,15 @@ def closed_loop(
             gc.enable()
     began = recorder.began_ns or time.perf_counter_ns()
     ended = recorder.ended_ns or time.perf_counter_ns()
-    ends = np.sort(np.array(recorder.ends, np.int64))
     order = np.argsort(np.array(recorder.starts, np.int64), kind="stable")
     # Where nothing ever succeeded, the failures of the warm-up are what there is to say.
     errors = recorder.errors if recorder.latencies else recorder.errors + recorder.warmup_errors
     return Loaded(
         latencies_ns=np.array(recorder.latencies, np.int64)[order],
         starts_ns=np.array(recorder.starts, np.int64)[order],
-        ends_ns=ends[ends <= ended - began],
+        earlier_ns=np.array(recorder.earlier, np.int64),
         errors=dict(errors),
-        duration_s=(ended - began) / 1e9,
+        duration_ns=ended - began,
         warmup_calls=recorder.warmup_calls,
         warmed_up=recorder.warmed_up,
         stopped=recorder.stopped,

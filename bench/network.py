@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from dlops.artifact import Artifact
-from dlops.bench import stats
+from dlops.bench.analysis import analyse_closed_loop, listed, shortcomings
 from dlops.bench.http import Answer, Connection
-from dlops.bench.inprocess import accuracy_fields, undersampled
+from dlops.bench.inprocess import accuracy_fields
 from dlops.bench.load import TIMEOUT_S, Loaded, closed_loop
 from dlops.bench.oip import Endpoint, decode_outputs, encode_request
 from dlops.bench.payload import artifact_feeds, check_fits, random_feed
+from dlops.bench.stats import Integers
 from dlops.errors import GateError, MachineError, UsageError
 from dlops.parity import compare, shortfalls
-from dlops.report import Interval, Load, Measurement, Verdict
+from dlops.report import EARLIER, STARTS, Load, Measurement
 from dlops.signature import Feed
 from dlops.tasks import open_task
 
@@ -55,8 +56,11 @@ def prepare(endpoint: Endpoint, artifact: Artifact | None, *, batch: int) -> Pay
 
 def measure_endpoint(
     endpoint: Endpoint, payload: Payload, *, batch: int, concurrency: int, duration_s: float, key: str
-) -> tuple[Measurement, Loaded]:
-    """One row and its samples. Raises MachineError, naming the errors, where no call succeeded."""
+) -> tuple[Measurement, dict[str, Integers], Loaded]:
+    """One row, its samples by name, and the run itself.
+
+    Raises MachineError, naming the errors, where no call succeeded.
+    """
     loaded = closed_loop(
         endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=concurrency, duration_s=duration_s,
         max_warmup_s=max(3.0, duration_s),
@@ -68,20 +72,26 @@ def measure_endpoint(
             f"{endpoint.url}: no call succeeded at {concurrency} in flight ({listed(loaded.errors)})",
             hint="the server's log says why",
         )
-    turns = stats.stretches(loaded.starts_ns, loaded.duration_s)
+    figures = analyse_closed_loop(
+        loaded.latencies_ns, loaded.starts_ns, loaded.earlier_ns, duration_ns=loaded.duration_ns, batch=batch,
+        observed=shortcomings(
+            errors=loaded.errors, calls=len(loaded.latencies_ns) + sum(loaded.errors.values()), stopped=loaded.stopped,
+            interrupted=loaded.interrupted, warmed_up=loaded.warmed_up, warmup_calls=loaded.warmup_calls,
+        ),
+    )  # fmt: skip
     row = Measurement(
         load=Load(
             scenario="single_stream" if concurrency == 1 else "multi_stream", batch=batch, concurrency=concurrency
         ),
         samples=key,
-        latency=stats.summarize(loaded.latencies_ns, turns=turns),
-        throughput=_throughput(loaded, batch),
+        duration_ns=loaded.duration_ns,
         errors=loaded.errors,
         warmup_calls=loaded.warmup_calls,
-        verdict=judge(loaded, turns),
+        **figures.as_fields(),
         **served_fields(endpoint, payload),
     )
-    return row, loaded
+    samples = {key: loaded.latencies_ns, key + STARTS: loaded.starts_ns, key + EARLIER: loaded.earlier_ns}
+    return row, samples, loaded
 
 
 def served_fields(endpoint: Endpoint, payload: Payload) -> dict[str, Any]:
@@ -100,36 +110,6 @@ def served_fields(endpoint: Endpoint, payload: Payload) -> dict[str, Any]:
 def encoded(endpoint: Endpoint, payload: Payload) -> list[bytes]:
     """The whole requests, made before any is timed."""
     return [encode_request(endpoint, feed) for feed in payload.feeds]
-
-
-def judge(loaded: Loaded, turns: stats.Integers) -> Verdict:
-    """Whether a network row can be quoted, and why not."""
-    against = []
-    if loaded.errors:
-        failed = sum(loaded.errors.values())
-        against.append(f"{failed} of {failed + len(loaded.latencies_ns)} calls failed: {listed(loaded.errors)}")
-    if loaded.stopped:
-        against.append(loaded.stopped)
-    if loaded.interrupted:
-        against.append("interrupted")
-    if not loaded.warmed_up:
-        against.append(f"not steady: latency was still moving when the warm-up ended ({loaded.warmup_calls} calls)")
-    medians = [float(np.median(loaded.latencies_ns[turns == turn])) for turn in np.unique(turns)]
-    trend = stats.drift(medians)
-    if trend.matters:
-        against.append(f"not steady: the median moved by {trend.change:+.0%} over the run")
-    wide = stats.spread(medians)
-    if wide > stats.MAX_SPREAD:
-        against.append(f"not steady: the median varies by {wide:.0%} within the run; something else used the machine")
-    return Verdict(steady=not against, reasons=(*against, *undersampled(loaded.latencies_ns, turns)))
-
-
-def _throughput(loaded: Loaded, batch: int) -> Interval:
-    """From all that was answered within the run, whenever it was asked: what a slow server owes at one end of the run
-    it is paid at the other."""
-    edges = np.linspace(0, loaded.duration_s * 1e9, stats.STRETCHES + 1)
-    counts, _ = np.histogram(loaded.ends_ns, bins=edges)
-    return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)
 
 
 def _ask(endpoint: Endpoint, feed: Feed) -> Feed:
@@ -178,8 +158,3 @@ def _difference(endpoint: Endpoint, artifact: Artifact) -> str | None:
     except GateError as error:
         return error.message
     return "; ".join(shortfalls(errors, artifact.parity.tolerance, sampled=True)) or None
-
-
-def listed(errors: dict[str, int]) -> str:
-    """Errors by kind, the most frequent first: `HTTP 503 ×2, timed out ×1`."""
-    return ", ".join(f"{kind} ×{count}" for kind, count in sorted(errors.items(), key=lambda item: -item[1])) or "none"

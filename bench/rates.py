@@ -1,4 +1,4 @@
-"""A service under a rate of requests: its row, and what stands against it."""
+"""A service under a rate of requests: its warm-up and its rows."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dlops.bench import stats
+from dlops.bench.analysis import analyse_rate, listed, shortcomings
 from dlops.bench.arrivals import Integers, Schedule
-from dlops.bench.inprocess import undersampled
 from dlops.bench.load import closed_loop
-from dlops.bench.network import Payload, encoded, listed, served_fields
+from dlops.bench.network import Payload, encoded, served_fields
 from dlops.bench.oip import Endpoint
 from dlops.bench.openloop import OpenLoaded, open_loop
 from dlops.errors import MachineError
-from dlops.report import SERVICE, STARTS, Interval, Load, Measurement, Verdict
-
-# Requests that left this much too late (p99) say more about us than about the service.
-_MAX_LAG_NS = 1_000_000
-_MAX_LAG_SHARE = 0.1
-# A service that answers less than this share of what was offered has no steady state under it.
-_KEEPS_UP = 0.98
+from dlops.report import EARLIER, SERVICE, STARTS, Load, Measurement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,51 +65,34 @@ def measure_rate(
             hint="the server's log says why",
         )
     loaded = _attempted(loaded)
-    duration_s = schedule.duration_s
-    response, turns = loaded.response_ns, stats.stretches(loaded.due_ns, duration_s)
-    served = turns[loaded.succeeded]
+    service = np.where(loaded.succeeded, loaded.arrived_ns - loaded.sent_ns, -1)
+    lag_p99_ns = float(np.quantile(loaded.lag_ns, 0.99, method="higher"))
+    lead_in = whole.succeeded & (whole.due_ns < schedule.lead_in_ns)
+    earlier = whole.arrived_ns[lead_in] - schedule.lead_in_ns
+    earlier = earlier[earlier >= 0]
+    duration_ns = schedule.end_ns - schedule.lead_in_ns
+    figures = analyse_rate(
+        loaded.response_ns, loaded.due_ns, service, earlier, duration_ns=duration_ns, lag_p99_ns=lag_p99_ns,
+        batch=batch,
+        observed=shortcomings(
+            errors=loaded.errors, calls=len(service), stopped=loaded.stopped, interrupted=loaded.interrupted,
+            warmed_up=warm.steady,
+        ),
+    )  # fmt: skip
     row = Measurement(
         load=Load(scenario="server", batch=batch, concurrency=1, rate=schedule.rate),
         samples=key,
-        latency=stats.summarize(response, turns=turns),
-        service=stats.summarize(loaded.service_ns, turns=served),
-        lag_p99_ns=float(np.quantile(loaded.lag_ns, 0.99, method="higher")),
-        throughput=_throughput(whole, schedule, batch),
+        duration_ns=duration_ns,
+        lag_p99_ns=lag_p99_ns,
         errors=loaded.errors,
         warmup_calls=warm.calls + int((whole.due_ns < schedule.lead_in_ns).sum()),
-        verdict=judge(loaded, warmed_up=warm.steady, turns=turns, duration_s=duration_s),
+        **figures.as_fields(),
         **served_fields(endpoint, payload),
     )
-    service = np.where(loaded.succeeded, loaded.arrived_ns - loaded.sent_ns, -1)
-    return row, {key: response, key + STARTS: loaded.due_ns, key + SERVICE: service}, loaded
-
-
-def judge(loaded: OpenLoaded, *, warmed_up: bool, turns: Integers, duration_s: float) -> Verdict:
-    """Whether a row can be quoted, and why not: above all, whether the rate was truly offered and truly served."""
-    against = []
-    response = loaded.response_ns
-    if loaded.errors:
-        failed = sum(loaded.errors.values())
-        against.append(f"{failed} of {len(response)} calls failed: {listed(loaded.errors)}")
-    if loaded.stopped:
-        against.append(loaded.stopped)
-    if loaded.interrupted:
-        against.append("interrupted")
-    answered = int((loaded.succeeded & (loaded.arrived_ns <= duration_s * 1e9)).sum())
-    trend = stats.drift([float(np.median(response[turns == turn])) for turn in np.unique(turns)])
-    saturated = answered < _KEEPS_UP * len(response) and trend.change > 0 and trend.matters
-    if saturated:
-        against.append(f"saturated: {answered} of {len(response)} requests were answered in time, and the wait grew")
-    elif trend.matters:
-        against.append(f"not steady: the median moved by {trend.change:+.0%} over the run")
-    lag = float(np.quantile(loaded.lag_ns, 0.99, method="higher"))
-    late = lag > max(_MAX_LAG_NS, _MAX_LAG_SHARE * float(np.quantile(response, 0.99, method="higher")))
-    # Under a server that does not keep up all connections are taken: then requests leave late through no fault of ours.
-    if late and not saturated:
-        against.append(f"client-bound: 1% of the requests left {lag / 1e6:.1f} ms late or more")
-    if not warmed_up:
-        against.append("not steady: latency was still moving when the warm-up ended")
-    return Verdict(steady=not against, reasons=(*against, *undersampled(response, turns)))
+    samples = {
+        key: loaded.response_ns, key + STARTS: loaded.due_ns, key + SERVICE: service, key + EARLIER: earlier
+    }  # fmt: skip
+    return row, samples, loaded
 
 
 def _attempted(loaded: OpenLoaded) -> OpenLoaded:
@@ -125,10 +101,3 @@ def _attempted(loaded: OpenLoaded) -> OpenLoaded:
         return loaded
     sent = np.flatnonzero(loaded.sent_ns >= 0)
     return loaded.between(0, int(loaded.due_ns[sent[-1]]) + 1)
-
-
-def _throughput(whole: OpenLoaded, schedule: Schedule, batch: int) -> Interval:
-    """Of all answers that came within the kept time, whenever they were asked for."""
-    edges = np.linspace(schedule.lead_in_ns, schedule.end_ns, stats.STRETCHES + 1)
-    counts, _ = np.histogram(whole.arrived_ns[whole.succeeded], bins=edges)
-    return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)

@@ -15,11 +15,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from dlops.bench.dependence import resemblance
+
 # More stretches would resemble their neighbours, fewer would cost a wide t.
 STRETCHES = 12
 # Of fewer, the spread says nothing.
 MIN_STRETCHES = 5
-_MOST_ALIKE = 0.9
 # A factor beyond this is no change of one program: an interval's end that lies further out is not given.
 _FURTHEST = math.log(100)
 # Halvings of that range: the end is right to a millionth.
@@ -236,12 +237,7 @@ def _variance_of_sum(parts: Floats) -> float:
     squares = float(np.sum(centred**2))
     if squares == 0:
         return 0.0
-    # As if each stretch followed the one before it (an autoregression of order 1), never the other way. The estimate
-    # of such a correlation r is (1 + 4r)/n too low on average (Marriott and Pope 1954).
-    neighbours = float(np.sum(centred[1:] * centred[:-1])) / squares
-    neighbours += (1 + 4 * max(0.0, neighbours)) / n
-    neighbours = min(_MOST_ALIKE, max(0.0, neighbours))
-    return n / (n - 1) * squares * (1 + neighbours) / (1 - neighbours)
+    return n / (n - 1) * squares * resemblance(centred)[1]
 
 
 def two_sided_p(t: float, degrees: int) -> float:

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from dlops.bench.render import render_html
 from dlops.directory import DirectoryWriter, write_json
-from dlops.report import SERVICE, STARTS, TURNS, Measurement, Report
+from dlops.report import SUFFIXES, Measurement, Objective, Report
 
 HTML_NAME = "report.html"
 
@@ -49,22 +49,28 @@ def merge(first: Measured, *others: Measured) -> Measured:
     numbers = itertools.count()
     rows: list[Measurement] = []
     samples: dict[str, NDArray[np.int64]] = {}
+    objectives: dict[str, Objective] = {}
     for part in parts:
+        keys = {row.samples: row_key(next(numbers)) for row in part.report.measurements}
         for row in part.report.measurements:
-            key = row_key(next(numbers))
-            for suffix in ("", STARTS, TURNS, SERVICE):
+            key = keys[row.samples]
+            for suffix in SUFFIXES:
                 if row.samples + suffix in part.samples:
                     samples[key + suffix] = part.samples[row.samples + suffix]
-            rows.append(row.model_copy(update={"samples": key}))
+            paired_with = keys[row.paired_with] if row.paired_with else None
+            rows.append(row.model_copy(update={"samples": key, "paired_with": paired_with}))
+        for target, one in part.report.objectives.items():
+            objectives[target] = one.model_copy(update={"tried": tuple(keys[key] for key in one.tried)})
     reports = [part.report for part in parts]
     chosen = next((report for report in reports if report.chosen), first.report)
     report = first.report.model_copy(
         update={
             "measurements": tuple(rows),
-            "objectives": {target: one for report in reports for target, one in report.objectives.items()},
+            "objectives": objectives,
             "baseline": next((report.baseline for report in reports if report.baseline), None),
             "chosen": chosen.chosen,
             "chosen_because": chosen.chosen_because,
+            "max_drop": chosen.max_drop,
             "notes": tuple(dict.fromkeys(note for report in reports for note in report.notes)),
             "partial": any(report.partial for report in reports),
         }
@@ -85,7 +91,7 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
     kept = [row for row in candidates if row.drop_points is not None and row.drop_points <= max_drop]
     rest = _what_the_rest_lose(candidates, kept)
     if not kept:
-        return _with_choice(measured, None, f"no variant is known to lose {_at_most(max_drop)}: {rest}")
+        return _with_choice(measured, max_drop, None, f"no variant is known to lose {_at_most(max_drop)}: {rest}")
     certified = [row for row in kept if row.latency.p50_ns is not None]
     best = min(certified or kept, key=lambda row: float(np.median(measured.samples[row.samples])))
     if len(candidates) == 1:
@@ -100,7 +106,7 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
         because += "; too few calls were made to be sure of any median"
     elif len(certified) < len(kept):
         because += f"; too few calls were made to be sure of the median of {len(kept) - len(certified)} more"
-    return _with_choice(measured, best.target, because)
+    return _with_choice(measured, max_drop, best.target, because)
 
 
 def save_report(measured: Measured, directory: Path | str | None = None) -> Report:
@@ -135,8 +141,8 @@ def _what_the_rest_lose(candidates: Sequence[Measurement], kept: Sequence[Measur
     return ", and ".join(parts)
 
 
-def _with_choice(measured: Measured, chosen: str | None, because: str) -> Measured:
-    report = measured.report.model_copy(update={"chosen": chosen, "chosen_because": because})
+def _with_choice(measured: Measured, max_drop: float, chosen: str | None, because: str) -> Measured:
+    report = measured.report.model_copy(update={"chosen": chosen, "chosen_because": because, "max_drop": max_drop})
     return Measured(report=report, samples=measured.samples)
 
 

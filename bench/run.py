@@ -176,11 +176,11 @@ class _Bench:
                     f"loading {endpoint.url}: batch {batch}, {calls} in flight, {self.duration_s:g} s after the warm-up"
                 )
                 key = row_key(len(self.rows))
-                row, loaded = measure_endpoint(
+                row, samples, loaded = measure_endpoint(
                     endpoint, sent, batch=batch, concurrency=calls, duration_s=self.duration_s, key=key
                 )
                 self.rows.append(row)
-                self.samples |= {key: loaded.latencies_ns, key + STARTS: loaded.starts_ns}
+                self.samples |= samples
                 if loaded.interrupted:
                     raise KeyboardInterrupt
             if offered is not None:
@@ -231,9 +231,11 @@ class _Bench:
         first = len(self.rows)
         # Far enough below what one caller gets that the first try is likely to be kept.
         found = search(probe, start=warm.rate / 4, least=wanted / (_SEARCH_STRETCH * self.duration_s))
+        tried = tuple(row.samples for row in self.rows[first:])
         self.rows[first:] = sorted(self.rows[first:], key=lambda row: row.load.rate or 0.0)
         key = endpoint.url if batch == 1 else f"{endpoint.url} at batch {batch}"
-        self.objectives[key] = objective.model_copy(update={"rate": found.met, "missed": found.missed})
+        update = {"rate": found.met, "missed": found.missed, "tried": tried}
+        self.objectives[key] = objective.model_copy(update=update)
 
     def note(self, text: str) -> None:
         if text not in self.notes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -60,7 +60,7 @@ def judge(row: Measurement, response_ns: Integers, due_ns: Integers, objective: 
     if any(reason.startswith("saturated") for reason in row.verdict.reasons):
         return "missed"
     late = response_ns > objective.limit_ns
-    turns = stats.stretches(due_ns, (int(due_ns[-1]) + 1) / 1e9)
+    turns = stats.stretches(due_ns, int(due_ns[-1]) + 1)
     worth = stats.effective_share_samples(late, turns)
     allowed = 1 - _QUANTILES[objective.quantile]
     low, high = stats.share_bounds(float(late.mean()), worth)
@@ -68,6 +68,21 @@ def judge(row: Measurement, response_ns: Integers, due_ns: Integers, objective: 
         return "met"
     late_ourselves = any(reason.startswith("client-bound") for reason in row.verdict.reasons)
     return "missed" if low > allowed and not late_ourselves else "unsure"
+
+
+def found_among(outcomes: Sequence[tuple[float, Outcome]]) -> Found:
+    """What a search found that offered these rates, in the order it did: what `search` returns, from its outcomes.
+
+    outcomes: rate in requests a second and what became of it. A rate met where it was met at once or, the first time
+    unsure, at the second; otherwise it missed.
+    """
+    by_rate: dict[float, list[Outcome]] = {}
+    for rate, outcome in outcomes:
+        by_rate.setdefault(rate, []).append(outcome)
+    certain = {rate: next((one for one in tries[:2] if one != "unsure"), "missed") for rate, tries in by_rate.items()}
+    met = max((rate for rate, outcome in certain.items() if outcome == "met"), default=None)
+    missed = (rate for rate, outcome in certain.items() if outcome == "missed" and (met is None or rate > met))
+    return Found(met=met, missed=min(missed, default=None))
 
 
 def search(

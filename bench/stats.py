@@ -15,13 +15,13 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from dlops.bench.dependence import STRETCHES, effective_pairs, joined, resemblance
+from dlops.bench.ratios import student_t
 from dlops.report import Interval, Latency
 
 CONFIDENCE = 0.95
 # Below this many blocks their spread says nothing about dependence: each turn then counts as one sample.
 _MIN_BLOCKS = 5
-# A run is cut into this many stretches of equal time, which are taken as independent of one another.
-STRETCHES = 30
 # A run whose median moved by more than this is not quoted; chance alone does it in one run of a hundred.
 MAX_DRIFT = 0.05
 _DRIFT_SIGNIFICANCE = 0.01
@@ -84,18 +84,17 @@ def quantile_interval(
     ranks = interval_ranks(independent, q, confidence)
     if ranks.low is None or ranks.high is None:
         return None
-    # The ranks hold for `independent` samples: laid over all n, they are rounded outwards.
-    low = max(1, math.floor((ranks.low - 1) * n / independent) + 1)
-    high = min(n, math.ceil(ranks.high * n / independent))
-    return Interval(value=_quantile(ordered, q), low=float(ordered[low - 1]), high=float(ordered[high - 1]))
+    low, high = _laid_over(ordered, ranks.low, ranks.high, independent)
+    return Interval(value=_quantile(ordered, q), low=low, high=high)
 
 
 def effective_samples(samples: NDArray[np.number], q: float, *, turns: Integers | None = None) -> int:
     """How many independent samples would give the q-quantile the same precision, from 1 to len(samples).
 
     The variance of "is at most the quantile" over blocks against the binomial one (the design effect of a cluster
-    sample), with Student's correction for the number of blocks. Without `turns` the samples are cut into 30 stretches.
-    Fewer than five turns cannot show how alike their calls are: then it is the number of turns.
+    sample), widened where neighbouring blocks resemble one another. More than 30 turns are joined into at most 30
+    blocks, for slow spells last many turns; without `turns` the samples are cut into 30. Fewer than five turns cannot
+    show how alike their calls are: then it is the number of turns.
     """
     values = np.asarray(samples, np.float64)
     n = len(values)
@@ -112,23 +111,22 @@ def effective_share_samples(inside: NDArray[np.number] | NDArray[np.bool_], turn
     inside, turns: (n,). The same correction as effective_samples. Where all are alike none shows dependence: it is n.
     """
     n = len(inside)
-    _, block = np.unique(turns, return_inverse=True)
-    count = int(block.max()) + 1
+    _, turn = np.unique(turns, return_inverse=True)
+    count = int(turn.max()) + 1
     if count < _MIN_BLOCKS:
         return count
     share = float(np.mean(inside))
     if share in (0.0, 1.0):
         return n
-    sizes = np.bincount(block, minlength=count).astype(np.float64)
-    deviation = np.bincount(block, weights=np.asarray(inside, np.float64), minlength=count) - share * sizes
-    variance = count / (count - 1) * float(np.sum(deviation**2)) / n**2
-    effect = variance / (share * (1 - share) / n) * (student_t(count - 1) / _z(CONFIDENCE)) ** 2
+    sizes = np.bincount(turn, minlength=count).astype(np.float64)
+    deviations = np.bincount(turn, weights=np.asarray(inside, np.float64), minlength=count) - share * sizes
+    effect = (_half_width(deviations) / _z(CONFIDENCE)) ** 2 / (share * (1 - share) * n)
     return max(1, math.floor(n / max(1.0, effect)))
 
 
-def stretches(times_ns: Integers, duration_s: float) -> Integers:
+def stretches(times_ns: Integers, duration_ns: int) -> Integers:
     """For each time from a run's begin the stretch that it falls into, the last one for what comes later: (n,)."""
-    return np.asarray(np.minimum(times_ns * STRETCHES // max(1, round(duration_s * 1e9)), STRETCHES - 1), np.int64)
+    return np.asarray(np.minimum(times_ns * STRETCHES // max(1, duration_ns), STRETCHES - 1), np.int64)
 
 
 def share_bounds(share: float, n: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -167,23 +165,27 @@ def summarize(latencies_ns: Integers, *, turns: Integers | None = None) -> Laten
 def ratio_interval(numerator: Sequence[Integers], denominator: Sequence[Integers]) -> Interval | None:
     """The median over pairs of turns of median(numerator) / median(denominator), with its order-statistic interval.
 
-    Turn i of one and turn i of the other were made in the same round, so a slow spell of the machine cancels out.
+    Turn i of one and turn i of the other were made in the same round, so a slow spell of the machine cancels out. Where
+    ratios resemble their neighbours all the same they count for fewer, at the least for six: then it is their range.
     None below six pairs, which have no such interval: a ratio that nobody can say how sure it is invites quoting.
     """
     pairs = list(zip(numerator, denominator, strict=True))
-    ranks = interval_ranks(len(pairs), 0.5)
-    if ranks.low is None or ranks.high is None:
+    if len(pairs) < fewest_samples(0.5):
         return None
-    ratios = np.sort([float(np.median(top)) / float(np.median(bottom)) for top, bottom in pairs])
-    return Interval(
-        value=float(np.median(ratios)), low=float(ratios[ranks.low - 1]), high=float(ratios[ranks.high - 1])
-    )
+    ratios = np.array([float(np.median(top)) / float(np.median(bottom)) for top, bottom in pairs])
+    independent = max(fewest_samples(0.5), effective_pairs(ratios))
+    ranks = interval_ranks(independent, 0.5)
+    assert ranks.low is not None
+    assert ranks.high is not None
+    low, high = _laid_over(np.sort(ratios), ranks.low, ranks.high, independent)
+    return Interval(value=float(np.median(ratios)), low=low, high=high)
 
 
 def rate_interval(counts: NDArray[np.number], durations_s: Floats) -> Interval:
     """Sum of counts over sum of durations, one of each a block, with the ratio estimator's t interval.
 
-    The ends are null below five blocks. Cochran 1977, eq. 6.13, the blocks as clusters.
+    The ends are null below five blocks. Cochran 1977, eq. 6.13, the blocks as clusters, at most 30 of them, and widened
+    where neighbours resemble one another.
     """
     counted, lasted = np.asarray(counts, np.float64), np.asarray(durations_s, np.float64)
     total = float(lasted.sum())
@@ -191,8 +193,7 @@ def rate_interval(counts: NDArray[np.number], durations_s: Floats) -> Interval:
     blocks = len(counted)
     if blocks < _MIN_BLOCKS or total <= 0:
         return Interval(value=rate, low=None, high=None)
-    variance = blocks / (blocks - 1) * float(np.sum((counted - rate * lasted) ** 2)) / total**2
-    half = student_t(blocks - 1) * math.sqrt(variance)
+    half = _half_width(counted - rate * lasted) / total
     return Interval(value=rate, low=max(0.0, rate - half), high=rate + half)
 
 
@@ -225,22 +226,36 @@ def proportion_interval(share: float, n: int) -> Interval:
     return Interval(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
-def student_t(degrees: int, *, confidence: float = CONFIDENCE) -> float:
-    """The two-sided quantile of Student's t, by Hill's expansion: within 0.1 % from 4 degrees of freedom on."""
-    z, v = _z(confidence), float(degrees)
-    terms = (
-        z,
-        (z**3 + z) / (4 * v),
-        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2),
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3),
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4),
-    )
-    return sum(terms)
+def _half_width(deviations: Floats) -> float:
+    """Half the 95 % interval of a sum, from what each of five or more turns in order adds to it, less what it should.
+
+    The wider of two: of the turns, as if each stood alone, which is the more exact; and of the turns joined into
+    blocks, which sees spells that last many turns. Blocks that resemble one another also say less of their own spread:
+    Student's t gets fewer degrees of freedom.
+    """
+    alone = _t_times_deviation(deviations, effect=1.0, degrees=len(deviations) - 1)
+    blocks = joined(deviations)
+    seen, effect = resemblance(blocks)
+    degrees = (len(blocks) - 1) * (1 - max(0.0, seen)) / (1 + max(0.0, seen))
+    return max(alone, _t_times_deviation(blocks, effect=effect, degrees=degrees))
+
+
+def _t_times_deviation(blocks: Floats, *, effect: float, degrees: float) -> float:
+    variance = len(blocks) / (len(blocks) - 1) * float(np.sum(blocks**2)) * effect
+    return student_t(CONFIDENCE, max(1, math.floor(degrees + 1e-9))) * math.sqrt(variance)
 
 
 @lru_cache(maxsize=8)
 def _z(confidence: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def _laid_over(ordered: Floats, low: int, high: int, independent: int) -> tuple[float, float]:
+    """The samples at two ranks, which hold for `independent` samples: laid over all, they are rounded outwards."""
+    n = len(ordered)
+    first = max(1, math.floor((low - 1) * n / independent) + 1)
+    last = min(n, math.ceil(high * n / independent))
+    return float(ordered[first - 1]), float(ordered[last - 1])
 
 
 def _quantile(ordered: Floats, q: float) -> float:

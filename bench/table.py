@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlops.bench import cells
-from dlops.report import Measurement, Report
+from dlops.report import Interval, Latency, Measurement, Report
 
 _COLUMNS = 80
 
@@ -44,6 +44,15 @@ def render_table(report: Report) -> RenderableType:
         lines += ["@500: at 500 requests a second"] if any(row.load.rate is not None for row in network) else []
     lines += cells.explanations(report)
     return Group(table, *[Text(line) for line in ("", *lines)])
+
+
+def _ends(*intervals: Interval | None) -> list[float | None]:
+    """Each value with its two ends, for CSV."""
+    return [value for one in intervals for value in ((one.value, one.low, one.high) if one else (None, None, None))]
+
+
+def _quantiles(latency: Latency | None) -> list[float | None]:
+    return _ends(*((latency.p50_ns, latency.p90_ns, latency.p99_ns) if latency else (None, None, None)))
 
 
 def _mark(row: Measurement) -> str:
@@ -87,26 +96,28 @@ def to_csv(report: Report) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     quantiles = [f"{q}_ns{end}" for q in ("p50", "p90", "p99") for end in ("", "_low", "_high")]
+    service = [f"service_{name}" for name in quantiles]
     writer.writerow(
         [
             "target", "artifact", "runtime", "provider", "device", "precision", "threads", "boundary", "scenario",
-            "batch", "concurrency", "samples", "effective_samples", *quantiles, "throughput", "throughput_low",
-            "throughput_high", "speedup", "speedup_low", "speedup_high", "errors", "model_bytes",
-            "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", "accuracy",
-            "drop_points", "flips", "steady", "reasons",
+            "batch", "concurrency", "rate", "samples", "effective_samples", *quantiles, *service, "lag_p99_ns",
+            "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low", "speedup_high", "errors",
+            "model_bytes", "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", "accuracy", "drop_points",
+            "flips", "steady", "reasons",
         ]
     )  # fmt: skip
     for row in report.measurements:
         latency, start = row.latency, row.cold_start
-        intervals = (latency.p50_ns, latency.p90_ns, latency.p99_ns, row.throughput, row.speedup)
-        ends = [value for one in intervals for value in ((one.value, one.low, one.high) if one else (None,) * 3)]
         writer.writerow(
             [
                 row.target, row.artifact, row.runtime, row.provider, row.device, row.precision, row.threads,
-                row.boundary, row.load.scenario, row.load.batch, row.load.concurrency, latency.samples,
-                latency.effective_samples, *ends, row.error_count, row.model_bytes, row.peak_memory_bytes,
-                *((start.total_ns, start.load_ns, start.first_call_ns) if start else (None, None, None)), row.accuracy,
-                row.drop_points, row.flips, row.verdict.steady, "; ".join(row.verdict.reasons),
+                row.boundary, row.load.scenario, row.load.batch, row.load.concurrency, row.load.rate,
+                latency.samples, latency.effective_samples, *_quantiles(latency), *_quantiles(row.service),
+                row.lag_p99_ns, *_ends(row.throughput, row.speedup), row.error_count, row.model_bytes,
+                row.peak_memory_bytes,
+                *((start.total_ns, start.load_ns, start.first_call_ns) if start else (None, None, None)),
+                row.accuracy, row.drop_points, row.flips, row.verdict.steady,
+                "; ".join(row.verdict.reasons),
             ]
         )  # fmt: skip
     return buffer.getvalue()

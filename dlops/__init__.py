@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dlops.artifact import Artifact, Variant, newest_artifact, open_artifact
+    from dlops.bench.reanalysis import reanalyse
     from dlops.bench.run import measure
     from dlops.checkpoint import Checkpoint, load_checkpoint
     from dlops.errors import DlopsError
@@ -38,6 +39,7 @@ _HOMES = {
     "open_artifact": "dlops.artifact",
     "open_session": "dlops.runtimes",
     "read_report": "dlops.report",
+    "reanalyse": "dlops.bench.reanalysis",
     "save_checkpoint": "dlops.saving",
     "verify_artifact": "dlops.export.verify",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "open_artifact",
     "open_session",
     "read_report",
+    "reanalyse",
     "save_checkpoint",
     "verify_artifact",
 ]

@@ -160,6 +160,7 @@ def serve(
 
 @app.command()
 def bench(
+    context: typer.Context,
     target: Annotated[
         list[str] | None, typer.Argument(help="Artifact folders and URLs; the newest if left out.")
     ] = None,
@@ -194,11 +195,23 @@ def bench(
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Copy of report.json; - for stdout.")
     ] = None,
+    markdown: Annotated[str | None, typer.Option(metavar="FILE", help="Table as Markdown; - for stdout.")] = None,
+    csv: Annotated[str | None, typer.Option(metavar="FILE", help="Every number as CSV; - for stdout.")] = None,
     html: Annotated[Path | None, typer.Option(help="Copy of report.html.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="REPORT", help="Measure nothing: work a kept report out again.")
+    ] = None,
 ) -> None:
     """Measure artifacts in process and services over HTTP."""
     from dlops.workflows.benchmark import benchmark, offer
+    from dlops.workflows.publish import Outputs
 
+    outputs = Outputs(directory=out, json=json, markdown=markdown, csv=csv, html=html)
+    if from_ is not None:
+        from dlops.workflows.reanalyse import reanalyse_report
+
+        also_given = _given(context, but={"from_", "out", "json", "markdown", "csv", "html"})
+        raise typer.Exit(reanalyse_report(from_, outputs, also_given=also_given))
     offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, slo=slo, senders=senders)
     targets: list[Artifact | str] = [name if "://" in name else _artifact(Path(name)) for name in target or []] or [
         _artifact(None)
@@ -216,9 +229,7 @@ def bench(
         duration_s=duration,
         payload=_artifact(payload) if payload else None,
         model=model,
-        out_dir=out,
-        json=json,
-        html=html,
+        outputs=outputs,
         command=_command(),
     )
     raise typer.Exit(status)
@@ -386,6 +397,16 @@ def _usage(message: str, hint: str) -> NoReturn:
     from dlops.errors import UsageError
 
     raise UsageError(message, hint=hint)
+
+
+def _given(context: typer.Context, *, but: set[str]) -> list[str]:
+    """What the command line gives beside the parameters of those names: `TARGET`, `--duration`."""
+    return [
+        one.opts[0] if one.param_type_name == "option" else one.opts[0].upper()
+        for one in context.command.params
+        if one.name is not None and one.name not in but
+        and (source := context.get_parameter_source(one.name)) is not None and source.name == "COMMANDLINE"
+    ]  # fmt: skip
 
 
 def _command() -> tuple[str, ...]:

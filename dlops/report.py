@@ -17,8 +17,9 @@ from dlops.version import __version__
 Boundary = Literal["device", "host", "preprocessing", "network"]
 Scenario = Literal["single_stream", "multi_stream", "server", "offline"]
 # Beside the latencies under "<key>", the samples file holds when each call began (under a rate: was due), in which
-# turn, and under a rate its service time, -1 where it failed.
-STARTS, TURNS, SERVICE = ".starts", ".turns", ".service"
+# turn, under a rate its service time, -1 where it failed, and when calls that began before the row were answered.
+STARTS, TURNS, SERVICE, EARLIER = ".starts", ".turns", ".service", ".earlier"
+SUFFIXES = ("", STARTS, TURNS, SERVICE, EARLIER)
 
 
 class Interval(Record):
@@ -62,10 +63,14 @@ class Load(Record):
 
 
 class Verdict(Record):
-    """steady: the row can be quoted. reasons: what stands against it, or against one of its numbers."""
+    """steady: the row can be quoted. reasons: what stands against it, or against one of its numbers.
+
+    observed: those of the reasons that its samples do not show (failed calls, a warm-up cut short, Ctrl-C).
+    """
 
     steady: bool
     reasons: tuple[str, ...] = ()
+    observed: tuple[str, ...] | None = None
 
 
 class ColdStart(Record):
@@ -86,6 +91,8 @@ class Measurement(Record):
     target: what was measured ("digits/onnx-int8", "eager", a URL). artifact: its slug where it is one.
     runtime, provider, device, precision: what truly ran; "unknown" where a server does not say.
     boundary: what the latency includes. samples: the key of the raw latencies in the report's samples file.
+    paired_with: the key of the row that its turns are paired with, which the speed-up is over.
+    duration_ns: how long a row over the network lasted, after the warm-up; null where targets took turns.
     throughput: items a second. errors: calls that failed, by kind; in a closed loop they are in no latency, in an open
     loop each counts as the worst latency. speedup: over the report's baseline under the same load, from paired turns.
     latency: under a rate, response time: from when a call was due to its answer. service, null without a rate: from its
@@ -105,6 +112,8 @@ class Measurement(Record):
     boundary: Boundary
     load: Load
     samples: str
+    paired_with: str | None = None
+    duration_ns: int | None = None
     latency: Latency
     service: Latency | None = None
     lag_p99_ns: float | None = None
@@ -139,20 +148,23 @@ class Objective(Record):
     """What a service has to keep: a quantile of the response time within a limit.
 
     rate: the highest rate tried that certainly kept it, null where none did or none was tried; missed: the lowest above
-    it that did not, null where all did. Both in requests a second.
+    it that did not, null where all did. Both in requests a second. tried: the keys of the rows that it was looked for
+    with, in order.
     """
 
     quantile: Literal["p50", "p90", "p99"]
     limit_ns: float = Field(gt=0)
     rate: float | None = None
     missed: float | None = None
+    tried: tuple[str, ...] = ()
 
 
 class Report(Manifest):
     """report.json: files hold the role samples, a safetensors file of int64 nanoseconds by measurement key.
 
     objectives: by target, where a highest rate was looked for.
-    baseline: the target that speed-ups are counted from. chosen: the target to deploy, chosen_because in words.
+    baseline: the target that speed-ups are counted from. chosen: the target to deploy, chosen_because in words, of
+    those that lose at most max_drop percentage points.
     notes: what a reader must know about all of it. partial: it was interrupted.
     """
 
@@ -169,6 +181,7 @@ class Report(Manifest):
     baseline: str | None = None
     chosen: str | None = None
     chosen_because: str | None = None
+    max_drop: float | None = None
     notes: tuple[str, ...] = ()
     partial: bool = False
 
@@ -176,8 +189,9 @@ class Report(Manifest):
         """Every latency that was measured, in order, in nanoseconds, by measurement key.
 
         Beside "<key>" lie "<key>.starts" (when the call began or was due, from the row's start), where targets took
-        turns "<key>.turns" (the round of each call), and under a rate "<key>.service" (from the send; -1 where the call
-        failed). Raises CorruptError where a row's latencies are missing.
+        turns "<key>.turns" (the round of each call), under a rate "<key>.service" (from the send; -1 where the call
+        failed), and over the network "<key>.earlier" (when calls that began before the row were answered within it).
+        Raises CorruptError where a row's latencies are missing.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file

@@ -98,10 +98,7 @@ class Timed:
 
     def by_turn(self) -> list[Samples]:
         """The latencies of each turn, in order."""
-        if not len(self.turns):
-            return []
-        edges = np.flatnonzero(np.diff(self.turns)) + 1
-        return list(np.split(self.latencies_ns, edges))
+        return by_turn(self.latencies_ns, self.turns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +235,13 @@ def collector_off() -> Iterator[None]:
         gc.unfreeze()
         if was_on:
             gc.enable()
+
+
+def by_turn(samples: Samples, turns: Samples) -> list[Samples]:
+    """samples, turns: (n,), turns ascending. The samples of each turn, in order."""
+    if not len(turns):
+        return []
+    return list(np.split(samples, np.flatnonzero(np.diff(turns)) + 1))
 
 
 def drifted(before: Samples, after: Samples, *, tolerance: float = DRIFT_TOLERANCE) -> bool:

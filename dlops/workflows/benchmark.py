@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dlops.artifact import Artifact
 from dlops.bench.arrivals import Arrivals, Offered, read_trace
-from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.slo import parse_objective
-from dlops.bench.table import render_table
 from dlops.checkpoint import Checkpoint
-from dlops.console import out, say
-from dlops.directory import write_json
+from dlops.console import say
 from dlops.errors import UsageError
-from dlops.report import Boundary, Report
+from dlops.report import Boundary
 from dlops.runtimes.session import Device
+from dlops.workflows.publish import Outputs, exit_status, publish
 
-_DONE, _MISSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
+_INTERRUPTED = 130
 
 
 def benchmark(
@@ -37,17 +33,15 @@ def benchmark(
     duration_s: float,
     payload: Artifact | None,
     model: str | None,
-    out_dir: Path | None,
-    json: str | None,
-    html: Path | None,
+    outputs: Outputs,
     command: Sequence[str],
 ) -> int:
-    """Write and print a report; json, html: where copies go ("-" prints the JSON instead of the table).
+    """Write and print a report.
 
     Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
     what was measured until then written and marked partial.
     """
-    status = _DONE
+    status = None
     try:
         measured = measure(
             targets,
@@ -67,19 +61,8 @@ def benchmark(
     except MeasureInterrupted as interruption:
         measured, status = interruption.measured, _INTERRUPTED
         say("interrupted: writing what was measured so far, marked partial")
-    report = _write(measured, out_dir, json=json, html=html)
-    if json == "-":
-        sys.stdout.write(report.to_json())
-    else:
-        out.print(render_table(report))
-    say(f"report: {report.directory / HTML_NAME}")
-    if status == _DONE and any(objective.rate is None for objective in report.objectives.values()):
-        say("no rate kept the objective")
-        status = _MISSED
-    if status == _DONE and not any(row.verdict.steady for row in report.measurements):
-        say("no verdict: no row is steady enough to quote; its reasons are in the report")
-        status = _NO_VERDICT
-    return status
+    report = publish(measured, outputs)
+    return exit_status(report) if status is None else status
 
 
 def offer(
@@ -112,13 +95,3 @@ def _pauses(text: str) -> tuple[float, float]:
             f"--pauses {text!r}: expected BUSY:IDLE, two numbers of seconds", hint="such as 5:10"
         ) from None
     return busy, idle
-
-
-def _write(measured: Measured, directory: Path | None, *, json: str | None, html: Path | None) -> Report:
-    report = save_report(measured, directory)
-    if json not in (None, "-"):
-        write_json(Path(json), report.to_json())
-    if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(report.directory / HTML_NAME, html)
-    return report

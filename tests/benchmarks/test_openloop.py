@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlops.bench import stats
+from dlops.bench import ratios
 from dlops.bench.arrivals import constant, poisson
 from dlops.bench.load import closed_loop
 from dlops.bench.openloop import OpenLoaded, open_loop
@@ -68,7 +68,7 @@ def mean_interval(values: np.ndarray, blocks: int = 12) -> tuple[float, float]:
     A queue at 0.8 forgets its length in about a hundred service times: a block lasts five times as long.
     """
     means = np.array([float(np.mean(part)) for part in np.array_split(values, blocks)])
-    half = stats.student_t(blocks - 1) * float(np.std(means, ddof=1)) / blocks**0.5
+    half = ratios.student_t(0.95, blocks - 1) * float(np.std(means, ddof=1)) / blocks**0.5
     return float(np.mean(means)) - half, float(np.mean(means)) + half
 
 

@@ -1,0 +1,180 @@
+"""A row's numbers from its samples: one pure function a kind of row, for measuring and for re-analysing alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from dlops.bench import stats
+from dlops.bench.dependence import STRETCHES
+from dlops.bench.stats import Integers
+from dlops.report import Interval, Latency, Verdict
+from dlops.timing import MIN_ROUNDS, by_turn
+
+# Requests that left this much too late (p99) say more about us than about the service.
+_MAX_LAG_NS = 1_000_000
+_MAX_LAG_SHARE = 0.1
+# A service that answers less than this share of what was offered has no steady state under it.
+_KEEPS_UP = 0.98
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What follows from a row's samples, under the names of Measurement's fields."""
+
+    latency: Latency
+    service: Latency | None = None
+    throughput: Interval
+    speedup: Interval | None = None
+    verdict: Verdict
+
+    def as_fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def analyse_turns(
+    latencies_ns: Integers, turns: Integers, *, batch: int, baseline: Sequence[Integers] | None, observed: Sequence[str]
+) -> Figures:
+    """A target that took turns in one run with others.
+
+    latencies_ns, turns: (n,), the round of each call. baseline: by turn, the latencies of the row that speed-ups are
+    counted from, of the same run; None gives no speed-up. observed: what stands against the row that no sample shows.
+    """
+    own = by_turn(latencies_ns, turns)
+    counts = np.array([batch * len(turn) for turn in own], np.int64)
+    medians = [float(np.median(turn)) for turn in own]
+    against = [*observed]
+    if len(own) < MIN_ROUNDS:
+        against.append(f"only {len(own)} rounds: fewer than {MIN_ROUNDS} show neither drift nor spread")
+    against += _unsteady(medians, "the medians of turns vary by {:.0%}; something else used the machine")
+    return Figures(
+        latency=stats.summarize(latencies_ns, turns=turns),
+        throughput=stats.rate_interval(counts, np.array([turn.sum() / 1e9 for turn in own])),
+        speedup=None if baseline is None else stats.ratio_interval(baseline, own),
+        verdict=_verdict(against, observed, latencies_ns, turns),
+    )
+
+
+def analyse_closed_loop(
+    latencies_ns: Integers, starts_ns: Integers, earlier_ns: Integers, *, duration_ns: int, batch: int,
+    observed: Sequence[str],
+) -> Figures:  # fmt: skip
+    """A service with a fixed number of calls in flight.
+
+    latencies_ns, starts_ns: (n,), from the run's begin. earlier_ns: (m,), when calls were answered that began before.
+    """
+    turns = stats.stretches(starts_ns, duration_ns)
+    medians = _medians(latencies_ns, turns)
+    varying = "the median varies by {:.0%} within the run; something else used the machine"
+    against = [*observed, *_unsteady(medians, varying)]
+    return Figures(
+        latency=stats.summarize(latencies_ns, turns=turns),
+        throughput=_answered(np.concatenate([starts_ns + latencies_ns, earlier_ns]), duration_ns, batch),
+        verdict=_verdict(against, observed, latencies_ns, turns),
+    )
+
+
+def analyse_rate(
+    response_ns: Integers, due_ns: Integers, service_ns: Integers, earlier_ns: Integers, *, duration_ns: int,
+    lag_p99_ns: float, batch: int, observed: Sequence[str],
+) -> Figures:  # fmt: skip
+    """A service under a rate: above all, whether the rate was truly offered and truly served.
+
+    response_ns, due_ns, service_ns: (n,), from the run's begin; service_ns is -1 where a request failed. earlier_ns:
+    (m,), when requests were answered that came due before. lag_p99_ns: how late requests left.
+    """
+    turns = stats.stretches(due_ns, duration_ns)
+    succeeded = service_ns >= 0
+    arrived = (due_ns + response_ns)[succeeded]
+    against = [*observed]
+    answered = int((arrived <= duration_ns).sum())
+    trend = stats.drift(_medians(response_ns, turns))
+    saturated = answered < _KEEPS_UP * len(response_ns) and trend.change > 0 and trend.matters
+    if saturated:
+        against.append(f"saturated: {answered} of {len(response_ns)} requests were answered in time, and the wait grew")
+    elif trend.matters:
+        against.append(f"not steady: the median moved by {trend.change:+.0%} over the run")
+    late = max(_MAX_LAG_NS, _MAX_LAG_SHARE * float(np.quantile(response_ns, 0.99, method="higher")))
+    # Under a server that does not keep up all connections are taken: then requests leave late through no fault of ours.
+    if lag_p99_ns > late and not saturated:
+        against.append(f"client-bound: 1% of the requests left {lag_p99_ns / 1e6:.1f} ms late or more")
+    return Figures(
+        latency=stats.summarize(response_ns, turns=turns),
+        service=stats.summarize(service_ns[succeeded], turns=turns[succeeded]),
+        throughput=_answered(np.concatenate([arrived, earlier_ns]), duration_ns, batch),
+        verdict=_verdict(against, observed, response_ns, turns),
+    )
+
+
+def shortcomings(
+    *,
+    warmed_up: bool,
+    warmup_calls: int | None = None,
+    interrupted: bool = False,
+    errors: Mapping[str, int] | None = None,
+    calls: int = 0,
+    stopped: str | None = None,
+) -> tuple[str, ...]:
+    """What stands against a row that its samples do not show: it is kept with the row, as `Verdict.observed`.
+
+    errors: failed calls by kind, of `calls` in all. stopped: why the run ended early.
+    """
+    against = []
+    if errors:
+        against.append(f"{sum(errors.values())} of {calls} calls failed: {listed(errors)}")
+    if stopped:
+        against.append(stopped)
+    if interrupted:
+        against.append("interrupted")
+    if not warmed_up:
+        made = "" if warmup_calls is None else f" ({warmup_calls} calls)"
+        against.append(f"not steady: latency was still moving when the warm-up ended{made}")
+    return tuple(against)
+
+
+def listed(errors: Mapping[str, int]) -> str:
+    """Errors by kind, the most frequent first: `HTTP 503 ×2, timed out ×1`."""
+    return ", ".join(f"{kind} ×{count}" for kind, count in sorted(errors.items(), key=lambda item: -item[1])) or "none"
+
+
+def _answered(arrived_ns: Integers, duration_ns: int, batch: int) -> Interval:
+    """From all that was answered within the run, whenever it was asked: what a slow server owes at one end of the run
+    it is paid at the other."""
+    edges = np.linspace(0, duration_ns, STRETCHES + 1)
+    counts, _ = np.histogram(arrived_ns, bins=edges)
+    return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)
+
+
+def _medians(samples: Integers, turns: Integers) -> list[float]:
+    return [float(np.median(samples[turns == turn])) for turn in np.unique(turns)]
+
+
+def _unsteady(medians: Sequence[float], varying: str) -> list[str]:
+    """A trend in medians taken in order, and their spread, where they are too large to quote the row."""
+    against = []
+    trend = stats.drift(medians)
+    if trend.matters:
+        against.append(f"not steady: the median moved by {trend.change:+.0%} over the run")
+    wide = stats.spread(medians)
+    if wide > stats.MAX_SPREAD:
+        against.append("not steady: " + varying.format(wide))
+    return against
+
+
+def _verdict(against: Sequence[str], observed: Sequence[str], samples: Integers, turns: Integers) -> Verdict:
+    """Steady where nothing stands against it; quantiles that are not certified are said and do not count."""
+    reasons = (*against, *undersampled(samples, turns))
+    return Verdict(steady=not against, reasons=reasons, observed=tuple(observed))
+
+
+def undersampled(samples: Integers, turns: Integers) -> list[str]:
+    """Which quantiles the sample does not certify, with what it would need."""
+    reasons = []
+    for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        if stats.quantile_interval(samples, q, turns=turns) is None:
+            have, need = stats.effective_samples(samples, q, turns=turns), stats.fewest_samples(q)
+            reasons.append(f"{name} is not certified: {have} effective samples of {len(samples)}, it needs {need}")
+    return reasons

@@ -1,0 +1,64 @@
+"""A bench report given out: its folder, the copies that were asked for, the table, and what it comes to."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlops.bench.results import HTML_NAME, Measured, save_report
+from dlops.bench.table import render_table, to_csv, to_markdown
+from dlops.console import out, say
+from dlops.directory import write_json
+from dlops.errors import UsageError
+from dlops.report import Report
+
+_DONE, _MISSED, _NO_VERDICT = 0, 1, 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """directory: of the report, by default reports/<time>. json, markdown, csv, html: where copies go; "-" prints one
+    of the first three instead of the table. Raises UsageError where two want that."""
+
+    directory: Path | None = None
+    json: str | None = None
+    markdown: str | None = None
+    csv: str | None = None
+    html: Path | None = None
+
+    def __post_init__(self) -> None:
+        texts = {"--json": self.json, "--markdown": self.markdown, "--csv": self.csv}
+        printed = [f"{name} -" for name, value in texts.items() if value == "-"]
+        if len(printed) > 1:
+            raise UsageError(f"{' and '.join(printed)} both want stdout", hint="give one of them a file")
+
+
+def publish(measured: Measured, outputs: Outputs) -> Report:
+    """Write the report and its copies, print the table or the one copy that is for stdout, and say where it lies."""
+    report = save_report(measured, outputs.directory)
+    texts = ((outputs.json, Report.to_json), (outputs.markdown, to_markdown), (outputs.csv, to_csv))
+    for name, write in texts:
+        if name == "-":
+            sys.stdout.write(write(report))
+        elif name is not None:
+            write_json(Path(name), write(report))
+    if outputs.html is not None:
+        outputs.html.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(report.directory / HTML_NAME, outputs.html)
+    if all(name != "-" for name, _ in texts):
+        out.print(render_table(report))
+    say(f"report: {report.directory / HTML_NAME}")
+    return report
+
+
+def exit_status(report: Report) -> int:
+    """0, 1 where no rate kept an objective, 3 where no row is steady enough to quote; a line says why."""
+    if any(objective.rate is None for objective in report.objectives.values()):
+        say("no rate kept the objective")
+        return _MISSED
+    if not any(row.verdict.steady for row in report.measurements):
+        say("no verdict: no row is steady enough to quote; its reasons are in the report")
+        return _NO_VERDICT
+    return _DONE
