@@ -10,9 +10,10 @@ from dlops.bench import stats
 from dlops.bench.arrivals import Integers, Schedule
 from dlops.bench.inprocess import undersampled
 from dlops.bench.load import closed_loop
-from dlops.bench.network import Payload, encoded, listed, served_fields
+from dlops.bench.network import Payload, encoded, listed, served_fields, watch_server
 from dlops.bench.oip import Endpoint
 from dlops.bench.openloop import OpenLoaded, open_loop
+from dlops.bench.server_time import Sent
 from dlops.errors import MachineError
 from dlops.report import SERVICE, STARTS, Interval, Load, Measurement, Verdict
 
@@ -38,8 +39,9 @@ def warm_up(endpoint: Endpoint, payload: Payload) -> Warm:
     What is left to warm up under load falls into each schedule's lead-in. Raises MachineError where no call succeeds.
     """
     loaded = closed_loop(
-        endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=1, duration_s=0.1, max_warmup_s=3.0
-    )
+        endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=1, duration_s=0.1, max_warmup_s=3.0,
+        transport=endpoint.client.transport,
+    )  # fmt: skip
     if loaded.interrupted:
         raise KeyboardInterrupt
     if not len(loaded.latencies_ns):
@@ -62,7 +64,12 @@ def measure_rate(
 ) -> tuple[Measurement, dict[str, Integers], OpenLoaded]:
     """One row, its samples by name, and the run itself. Raises MachineError where no request succeeded."""
     requests = encoded(endpoint, payload)
-    whole = open_loop(endpoint.host, endpoint.port, requests, schedule.due_ns, senders=senders, title=title)
+    watch = watch_server(endpoint, payload)
+    watch.before()
+    whole = open_loop(
+        endpoint.host, endpoint.port, requests, schedule.due_ns, senders=senders, title=title,
+        transport=endpoint.client.transport,
+    )  # fmt: skip
     loaded = whole.between(schedule.lead_in_ns, schedule.end_ns)
     if not loaded.succeeded.any():
         if loaded.interrupted:
@@ -71,6 +78,15 @@ def measure_rate(
             f"{endpoint.url}: no request succeeded at {schedule.rate:g} a second ({listed(loaded.errors)})",
             hint="the server's log says why",
         )
+    # Both means are of the whole schedule, its lead-in included: so the server is asked only when it is idle.
+    accounted = watch.end(
+        Sent(
+            attempts=int((whole.sent_ns >= 0).sum()),
+            answered=int(whole.succeeded.sum()),
+            in_flight=1,
+            client_ns=float(whole.service_ns.mean()),
+        )
+    )
     loaded = _attempted(loaded)
     duration_s = schedule.duration_s
     response, turns = loaded.response_ns, stats.stretches(loaded.due_ns, duration_s)
@@ -80,11 +96,12 @@ def measure_rate(
         samples=key,
         latency=stats.summarize(response, turns=turns),
         service=stats.summarize(loaded.service_ns, turns=served),
+        server=accounted.server,
         lag_p99_ns=float(np.quantile(loaded.lag_ns, 0.99, method="higher")),
         throughput=_throughput(whole, schedule, batch),
         errors=loaded.errors,
         warmup_calls=warm.calls + int((whole.due_ns < schedule.lead_in_ns).sum()),
-        verdict=judge(loaded, warmed_up=warm.steady, turns=turns, duration_s=duration_s),
+        verdict=accounted.added_to(judge(loaded, warmed_up=warm.steady, turns=turns, duration_s=duration_s)),
         **served_fields(endpoint, payload),
     )
     service = np.where(loaded.succeeded, loaded.arrived_ns - loaded.sent_ns, -1)

@@ -172,7 +172,7 @@ def bench(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Copy of report.html.")] = None,
 ) -> None:
-    """Measure artifacts in process and services over HTTP."""
+    """Measure artifacts in process and services over HTTP or gRPC."""
     from dlops.workflows.benchmark import benchmark, offer
 
     offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, slo=slo, senders=senders)

@@ -68,6 +68,36 @@ class Verdict(Record):
     reasons: tuple[str, ...] = ()
 
 
+class ServerTime(Record):
+    """Where a request's time went, by the server's own counts: means over `requests`, in nanoseconds.
+
+    items: rows of the requests that the model ran; executions: its runs. queue_ns: waiting for a run; compute_*_ns:
+    preparing the inputs, the model, preparing the outputs; cache_ns: looking up and storing answers. client_ns: what
+    the same requests took at the client, from the send.
+    """
+
+    requests: int = Field(ge=1)
+    items: int
+    executions: int
+    queue_ns: float
+    compute_input_ns: float
+    compute_infer_ns: float
+    compute_output_ns: float
+    cache_ns: float = 0.0
+    client_ns: float
+
+    @property
+    def outside_ns(self) -> float:
+        """Network and framework: what the client saw beyond the parts that the server counts; at least 0."""
+        inside = self.queue_ns + self.compute_input_ns + self.compute_infer_ns + self.compute_output_ns + self.cache_ns
+        return max(0.0, self.client_ns - inside)
+
+    @property
+    def mean_batch(self) -> float | None:
+        """Items a run; None where nothing was run."""
+        return self.items / self.executions if self.executions else None
+
+
 class Measurement(Record):
     """One target under one load.
 
@@ -78,6 +108,7 @@ class Measurement(Record):
     loop each counts as the worst latency. speedup: over the report's baseline under the same load, from paired turns.
     latency: under a rate, response time: from when a call was due to its answer. service, null without a rate: from its
     send, of the calls that succeeded; what a closed loop would have shown. lag_p99_ns: how late calls left.
+    server: where the time went inside a service, null where it does not say.
     peak_memory_bytes: most that a fresh process held that loaded and ran it, interpreter and runtime included.
     accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
     """
@@ -95,6 +126,7 @@ class Measurement(Record):
     latency: Latency
     service: Latency | None = None
     lag_p99_ns: float | None = None
+    server: ServerTime | None = None
     throughput: Interval
     speedup: Interval | None = None
     errors: dict[str, int] = {}
