@@ -60,7 +60,7 @@ def analyse_turns(
 
 def analyse_closed_loop(
     latencies_ns: Integers, starts_ns: Integers, earlier_ns: Integers, *, duration_ns: int, batch: int,
-    observed: Sequence[str],
+    observed: Sequence[str], remarks: Sequence[str] = (),
 ) -> Figures:  # fmt: skip
     """A service with a fixed number of calls in flight.
 
@@ -73,13 +73,13 @@ def analyse_closed_loop(
     return Figures(
         latency=stats.summarize(latencies_ns, turns=turns),
         throughput=_answered(np.concatenate([starts_ns + latencies_ns, earlier_ns]), duration_ns, batch),
-        verdict=_verdict(against, observed, latencies_ns, turns),
+        verdict=_verdict(against, observed, latencies_ns, turns, remarks),
     )
 
 
 def analyse_rate(
     response_ns: Integers, due_ns: Integers, service_ns: Integers, earlier_ns: Integers, *, duration_ns: int,
-    lag_p99_ns: float, batch: int, observed: Sequence[str],
+    lag_p99_ns: float, batch: int, observed: Sequence[str], remarks: Sequence[str] = (),
 ) -> Figures:  # fmt: skip
     """A service under a rate: above all, whether the rate was truly offered and truly served.
 
@@ -105,7 +105,7 @@ def analyse_rate(
         latency=stats.summarize(response_ns, turns=turns),
         service=stats.summarize(service_ns[succeeded], turns=turns[succeeded]),
         throughput=_answered(np.concatenate([arrived, earlier_ns]), duration_ns, batch),
-        verdict=_verdict(against, observed, response_ns, turns),
+        verdict=_verdict(against, observed, response_ns, turns, remarks),
     )
 
 
@@ -164,10 +164,15 @@ def _unsteady(medians: Sequence[float], varying: str) -> list[str]:
     return against
 
 
-def _verdict(against: Sequence[str], observed: Sequence[str], samples: Integers, turns: Integers) -> Verdict:
-    """Steady where nothing stands against it; quantiles that are not certified are said and do not count."""
-    reasons = (*against, *undersampled(samples, turns))
-    return Verdict(steady=not against, reasons=reasons, observed=tuple(observed))
+def _verdict(
+    against: Sequence[str], observed: Sequence[str], samples: Integers, turns: Integers, remarks: Sequence[str] = ()
+) -> Verdict:
+    """Steady where nothing stands against it; quantiles that are not certified, and remarks, are said and do not count.
+
+    remarks: what no sample shows and does not stand against the row.
+    """
+    reasons = (*against, *undersampled(samples, turns), *remarks)
+    return Verdict(steady=not against, reasons=reasons, observed=tuple(observed), remarks=tuple(remarks))
 
 
 def undersampled(samples: Integers, turns: Integers) -> list[str]:

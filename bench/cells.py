@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dlops.report import Interval, Measurement, Report
+from dlops.report import Interval, Measurement, Report, ServerTime
 
 NONE = "–"
+# The part of a request's time at the client that the server does not count.
+OUTSIDE = "network and framework"
 _NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:\.\d+)?%?")
 COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory")
 # A dash in these is a finding, in the others only what does not apply.
@@ -33,14 +35,15 @@ class Group:
 def groups(report: Report) -> list[Group]:
     """The rows by boundary, batch and, where a target ran with several, by threads and device, in the order measured.
 
-    Network rows of all concurrencies and rates are together.
+    Network rows of one transport are together, whatever their concurrencies and rates.
     """
     local = [row for row in report.measurements if row.boundary != "network"]
     threads_vary = _vary((row.target, row.threads) for row in local)
     devices_vary = _vary((row.target, row.device) for row in local)
 
     def under(row: Measurement) -> str:
-        title = f"{_BOUNDARIES[row.boundary]}, batch {row.load.batch}"
+        over_grpc = row.boundary == "network" and row.target.startswith("oip+grpc://")
+        title = f"{'over gRPC' if over_grpc else _BOUNDARIES[row.boundary]}, batch {row.load.batch}"
         if row.boundary == "network":
             return title
         title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
@@ -206,8 +209,34 @@ def objectives(report: Report) -> list[str]:
     return lines
 
 
+def parts(server: ServerTime) -> dict[str, float]:
+    """The parts of a request's mean time at the client, in ns, in the order that it goes through them; the cache only
+    where there is one."""
+    cache = {"cache": server.cache_ns} if server.cache_ns else {}
+    return {
+        "queue": server.queue_ns, "input": server.compute_input_ns, **cache, "model": server.compute_infer_ns,
+        "output": server.compute_output_ns, OUTSIDE: server.outside_ns,
+    }  # fmt: skip
+
+
+def waterfalls(report: Report) -> list[str]:
+    """Where a request's time went, a line for each row whose server says so."""
+    lines = []
+    for group in groups(report):
+        for row in group.rows:
+            if row.server is None:
+                continue
+            times = ", ".join(f"{part} {significant(ns / 1e6)}" for part, ns in parts(row.server).items())
+            batch = row.server.mean_batch
+            formed = "" if batch is None else f"; {significant(batch)} items a run of the model"
+            whole = significant(row.server.client_ns / 1e6)
+            lines.append(f"{group.title}: {name(row)}: a mean request's {whole} ms: {times}{formed}")
+    return lines
+
+
 def explanations(report: Report) -> list[str]:
-    """What was found of the objectives, what the columns and marks mean here, then the footnotes."""
+    """What was found of the objectives, what the columns and marks mean here, where time went in
+    servers, then the footnotes."""
     lines = objectives(report)
     if report.baseline:
         lines.append(f"speed: how many times faster than {report.baseline}, from turns taken in the same run")
@@ -215,6 +244,7 @@ def explanations(report: Report) -> list[str]:
         lines.append("at a rate, p50 and p99 are of the response time, from when a request was due to its answer")
     if any(row.service is not None and row.service.p99_ns is not None for row in report.measurements):
         lines.append("service p99: in ms, from a request's send to its answer")
+    lines += waterfalls(report)
     if any(not row.verdict.steady for row in report.measurements):
         lines.append("*: not to be quoted, for the reason below")
     return [*lines, *footnotes(report)]

@@ -7,20 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+
+from dlops.bench import pacing
+from dlops.bench.transport import Answer, Listener, TransportName
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 1024 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """arrived_ns: perf_counter_ns when its last byte was read. headers: lower-case names."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-    arrived_ns: int
 
 
 class AnswerParser:
@@ -100,6 +92,9 @@ class Connection(asyncio.Protocol):
                 # An answer may still come for a request that was given up: it must not be taken for the next one's.
                 self.close()
 
+    async def aclose(self) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
@@ -130,6 +125,67 @@ class Connection(asyncio.Protocol):
     def _fail(self, error: Exception) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(error)
+
+
+class HttpWire(asyncio.Protocol):
+    """One connection, one request in flight on it at a time."""
+
+    timed_out = pacing.TIMED_OUT
+
+    def __init__(self, *, number: int, listener: Listener) -> None:
+        self._listener, self.number = listener, number
+        self._parser = AnswerParser()
+        self._transport: asyncio.Transport
+
+    def send(self, request: bytes) -> None:
+        self._transport.write(request)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            answer = self._parser.feed(data)
+        except ValueError:
+            self._listener.lost(self, pacing.NOT_HTTP)
+            return
+        if answer is not None:
+            self._listener.answered(self, answer.arrived_ns, answer.status, keep=not self._parser.closes)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._listener.lost(self, pacing.LOST)
+
+
+class HttpTransport:
+    """rate_a_sender: see docs/benchmarks/sender.md."""
+
+    name: TransportName = "HTTP"
+    rate_a_sender = 4000.0
+
+    def ask(self, host: str, port: int, request: bytes, *, timeout_s: float) -> Answer:
+        return asyncio.run(self._ask(host, port, request, timeout_s))
+
+    async def connect(self, host: str, port: int) -> Connection:
+        return await Connection.open(host, port)
+
+    async def open_wire(self, host: str, port: int, *, number: int, listener: Listener, timeout_s: float) -> HttpWire:
+        loop = asyncio.get_running_loop()
+        _, wire = await loop.create_connection(lambda: HttpWire(number=number, listener=listener), host, port)
+        return wire
+
+    async def aclose(self) -> None:
+        pass  # its wires share nothing
+
+    async def _ask(self, host: str, port: int, request: bytes, timeout_s: float) -> Answer:
+        connection = await Connection.open(host, port)
+        try:
+            return await connection.send(request, timeout_s=timeout_s)
+        finally:
+            connection.close()
 
 
 def _unchunked(buffer: bytearray, start: int) -> bytes | None:

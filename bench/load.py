@@ -6,14 +6,16 @@ import asyncio
 import gc
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.bench.http import Connection
+from dlops.bench import pacing
+from dlops.bench.http import HttpTransport
+from dlops.bench.transport import Connection, Transport
 from dlops.timing import steady
 
 TIMEOUT_S = 30.0
@@ -36,13 +38,16 @@ class Loaded:
 
     latencies_ns, starts_ns: (n,), the successful calls that began in the run, by start, the last of which end after it.
     earlier_ns: (m,), when calls succeeded in the run that began in the warm-up: they count in the throughput.
-    errors: failed calls by kind, after the warm-up. stopped: why it ended early, or None. interrupted: by Ctrl-C.
+    errors: failed calls by kind, after the warm-up. attempts, answered: all calls ever sent, and those that succeeded,
+    the warm-up's included. stopped: why it ended early, or None. interrupted: by Ctrl-C.
     """
 
     latencies_ns: Integers
     starts_ns: Integers
     earlier_ns: Integers
     errors: dict[str, int]
+    attempts: int
+    answered: int
     duration_ns: int
     warmup_calls: int
     warmed_up: bool
@@ -96,12 +101,15 @@ def closed_loop(
     duration_s: float,
     max_warmup_s: float = 3.0,
     timeout_s: float = TIMEOUT_S,
+    transport: Transport | None = None,
+    on_warm: Callable[[], None] | None = None,
 ) -> Loaded:
     """Keep `concurrency` calls in flight for `duration_s` after a warm-up that ends when latency has settled.
 
-    requests: whole HTTP requests, sent in turn. It goes on to twice the time where there are fewer than 368 answers.
-    Any status but 200, a broken connection and a time-out are errors; the call is not repeated. Ctrl-C ends it and
-    keeps what was measured.
+    requests: whole, as `transport` sends them (HTTP where it is None), in turn. on_warm: called in a thread when the
+    warm-up has ended; the calls meanwhile still belong to it. It goes on to twice the time where there are fewer than
+    368 answers. Any status but success, a broken connection and a time-out are errors; the call is not repeated.
+    Ctrl-C ends it and keeps what was measured.
     """
     recorder = _Recorder()
     interrupted = False
@@ -109,7 +117,8 @@ def closed_loop(
     gc.collect()
     gc.disable()
     try:
-        asyncio.run(_drive(host, port, requests, recorder, concurrency, duration_s, max_warmup_s, timeout_s))
+        caller = _Caller(transport=transport or HttpTransport(), host=host, port=port, timeout_s=timeout_s)
+        asyncio.run(_drive(caller, requests, recorder, concurrency, duration_s, max_warmup_s, on_warm))
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -117,6 +126,7 @@ def closed_loop(
             gc.enable()
     began = recorder.began_ns or time.perf_counter_ns()
     ended = recorder.ended_ns or time.perf_counter_ns()
+    answered = recorder.warmup_calls + len(recorder.earlier) + len(recorder.latencies)
     order = np.argsort(np.array(recorder.starts, np.int64), kind="stable")
     # Where nothing ever succeeded, the failures of the warm-up are what there is to say.
     errors = recorder.errors if recorder.latencies else recorder.errors + recorder.warmup_errors
@@ -125,6 +135,8 @@ def closed_loop(
         starts_ns=np.array(recorder.starts, np.int64)[order],
         earlier_ns=np.array(recorder.earlier, np.int64),
         errors=dict(errors),
+        attempts=answered + sum(recorder.errors.values()) + sum(recorder.warmup_errors.values()),
+        answered=answered,
         duration_ns=ended - began,
         warmup_calls=recorder.warmup_calls,
         warmed_up=recorder.warmed_up,
@@ -133,18 +145,33 @@ def closed_loop(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Caller:
+    transport: Transport
+    host: str
+    port: int
+    timeout_s: float
+
+    async def connect(self, *, instead_of: Connection | None) -> Connection:
+        if instead_of is not None:
+            await instead_of.aclose()
+        return await asyncio.wait_for(self.transport.connect(self.host, self.port), self.timeout_s)
+
+
 async def _drive(
-    host: str, port: int, requests: Sequence[bytes], recorder: _Recorder, concurrency: int, duration_s: float,
-    max_warmup_s: float, timeout_s: float,
+    caller: _Caller, requests: Sequence[bytes], recorder: _Recorder, concurrency: int, duration_s: float,
+    max_warmup_s: float, on_warm: Callable[[], None] | None,
 ) -> None:  # fmt: skip
     stop = asyncio.Event()
     workers = []
     for index in range(concurrency):
         # Each worker begins elsewhere in the list, so that not all send the same at the same time.
         own = [requests[(index + offset) % len(requests)] for offset in range(len(requests))]
-        workers.append(asyncio.create_task(_worker(host, port, own, recorder, stop, timeout_s)))
+        workers.append(asyncio.create_task(_worker(caller, own, recorder, stop)))
     try:
         await _warm_up(recorder, max_warmup_s)
+        if on_warm is not None:
+            await asyncio.to_thread(on_warm)
         recorder.began_ns = time.perf_counter_ns()
         while recorder.stopped is None and not _enough(recorder, duration_s):
             await asyncio.sleep(min(_WINDOW_S, duration_s / 10))
@@ -153,13 +180,11 @@ async def _drive(
         recorder.ended_ns = time.perf_counter_ns()
         stop.set()
         # Calls that are in flight began within the run: they are waited for and counted.
-        for worker in asyncio.as_completed(workers, timeout=timeout_s + 1):
+        for worker in asyncio.as_completed(workers, timeout=caller.timeout_s + 1):
             await worker
 
 
-async def _worker(
-    host: str, port: int, requests: Sequence[bytes], recorder: _Recorder, stop: asyncio.Event, timeout_s: float
-) -> None:
+async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorder, stop: asyncio.Event) -> None:
     connection: Connection | None = None
     for request in cycle(requests):
         if stop.is_set():
@@ -167,20 +192,19 @@ async def _worker(
         start = time.perf_counter_ns()
         try:
             if connection is None or not connection.is_open:
-                connection = await asyncio.wait_for(Connection.open(host, port), timeout_s)
+                connection = await caller.connect(instead_of=connection)
                 start = time.perf_counter_ns()
-            answer = await connection.send(request, timeout_s=timeout_s)
+            answer = await connection.send(request, timeout_s=caller.timeout_s)
         except (OSError, ValueError) as error:
             recorder.failure(start, _kind(error))
-            connection = None
             await asyncio.sleep(_RECONNECT_PAUSE_S)
             continue
-        if answer.status == 200:
+        if answer.status == pacing.ANSWERED:
             recorder.success(start, answer.arrived_ns)
         else:
-            recorder.failure(start, f"HTTP {answer.status}")
+            recorder.failure(start, pacing.outcome_name(answer.status))
     if connection is not None:
-        connection.close()
+        await connection.aclose()
 
 
 async def _warm_up(recorder: _Recorder, limit_s: float) -> None:

@@ -1,20 +1,20 @@
-"""A service measured over HTTP: what is sent to it, whether it answers right, and its rows."""
+"""A service measured over HTTP or gRPC: what is sent to it, whether it answers right, and its rows."""
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dlops.artifact import Artifact
+from dlops.bench import pacing
 from dlops.bench.analysis import analyse_closed_loop, listed, shortcomings
-from dlops.bench.http import Answer, Connection
 from dlops.bench.inprocess import accuracy_fields
 from dlops.bench.load import TIMEOUT_S, Loaded, closed_loop
-from dlops.bench.oip import Endpoint, decode_outputs, encode_request
+from dlops.bench.oip import Endpoint, encode_request
 from dlops.bench.payload import artifact_feeds, check_fits, random_feed
+from dlops.bench.server_time import NoStatisticsError, Sent, Watch
 from dlops.bench.stats import Integers
 from dlops.errors import GateError, MachineError, UsageError
 from dlops.parity import compare, shortfalls
@@ -23,15 +23,24 @@ from dlops.signature import Feed
 from dlops.tasks import open_task
 
 _UNKNOWN = "unknown"
+# Statuses that say that the request was wrong.
+_OUR_MISTAKES = {
+    *range(400, 500),
+    *(pacing.GRPC + pacing.GRPC_STATUSES.index(name) for name in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED")),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payload:
-    """What is sent. artifact: the one that the service was found to serve, or None; note: what to tell the reader."""
+    """What is sent. artifact: the one that the service was found to serve, or None; notes: what to tell the reader.
+
+    has_statistics: the server says where its time goes.
+    """
 
     feeds: list[Feed]
     artifact: Artifact | None
-    note: str | None
+    notes: tuple[str, ...]
+    has_statistics: bool
 
 
 def prepare(endpoint: Endpoint, artifact: Artifact | None, *, batch: int) -> Payload:
@@ -39,19 +48,26 @@ def prepare(endpoint: Endpoint, artifact: Artifact | None, *, batch: int) -> Pay
 
     Raises UsageError where the service does not take it, MachineError where it does not answer.
     """
+    notes = []
+    served = None
     if artifact is None:
         feeds: list[Feed] = [random_feed(endpoint.signature, batch)]
         _check_answer(endpoint, _ask(endpoint, feeds[0]), batch)
-        note = f"{endpoint.url} was sent random numbers: no artifact's samples were given (--payload)"
-        return Payload(feeds=feeds, artifact=None, note=note)
-    feeds = artifact_feeds(artifact, batch)
-    check_fits(feeds, endpoint.signature, where=endpoint.url)
-    _check_answer(endpoint, _ask(endpoint, feeds[0]), batch)
-    difference = _difference(endpoint, artifact)
-    if difference is None:
-        return Payload(feeds=feeds, artifact=artifact, note=None)
-    note = f"{endpoint.url} does not answer as {artifact.title} does ({difference}): its accuracy is not quoted here"
-    return Payload(feeds=feeds, artifact=None, note=note)
+        notes.append(f"{endpoint.url} was sent random numbers: no artifact's samples were given (--payload)")
+    else:
+        feeds = artifact_feeds(artifact, batch)
+        check_fits(feeds, endpoint.signature, where=endpoint.url)
+        _check_answer(endpoint, _ask(endpoint, feeds[0]), batch)
+        difference = _difference(endpoint, artifact)
+        if difference is None:
+            served = artifact
+        else:
+            how = f"does not answer as {artifact.title} does ({difference})"
+            notes.append(f"{endpoint.url} {how}: its accuracy is not quoted here")
+    missing = _missing_statistics(endpoint)
+    if missing is not None:
+        notes.append(f"{endpoint.url} does not say where its time goes: {missing}")
+    return Payload(feeds=feeds, artifact=served, notes=tuple(notes), has_statistics=missing is None)
 
 
 def measure_endpoint(
@@ -61,9 +77,11 @@ def measure_endpoint(
 
     Raises MachineError, naming the errors, where no call succeeded.
     """
+    watch = watch_server(endpoint, payload)
+    watch.before()
     loaded = closed_loop(
         endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=concurrency, duration_s=duration_s,
-        max_warmup_s=max(3.0, duration_s),
+        max_warmup_s=max(3.0, duration_s), transport=endpoint.client.transport, on_warm=watch.start,
     )  # fmt: skip
     if not len(loaded.latencies_ns):
         if loaded.interrupted:
@@ -72,12 +90,19 @@ def measure_endpoint(
             f"{endpoint.url}: no call succeeded at {concurrency} in flight ({listed(loaded.errors)})",
             hint="the server's log says why",
         )
+    accounted = watch.end(
+        Sent(
+            attempts=loaded.attempts, answered=loaded.answered, in_flight=concurrency,
+            client_ns=float(loaded.latencies_ns.mean()),
+        )
+    )  # fmt: skip
+    seen = shortcomings(
+        errors=loaded.errors, calls=len(loaded.latencies_ns) + sum(loaded.errors.values()), stopped=loaded.stopped,
+        interrupted=loaded.interrupted, warmed_up=loaded.warmed_up, warmup_calls=loaded.warmup_calls,
+    )  # fmt: skip
     figures = analyse_closed_loop(
         loaded.latencies_ns, loaded.starts_ns, loaded.earlier_ns, duration_ns=loaded.duration_ns, batch=batch,
-        observed=shortcomings(
-            errors=loaded.errors, calls=len(loaded.latencies_ns) + sum(loaded.errors.values()), stopped=loaded.stopped,
-            interrupted=loaded.interrupted, warmed_up=loaded.warmed_up, warmup_calls=loaded.warmup_calls,
-        ),
+        observed=(*seen, *accounted.against), remarks=accounted.remarks,
     )  # fmt: skip
     row = Measurement(
         load=Load(
@@ -85,6 +110,7 @@ def measure_endpoint(
         ),
         samples=key,
         duration_ns=loaded.duration_ns,
+        server=accounted.server,
         errors=loaded.errors,
         warmup_calls=loaded.warmup_calls,
         **figures.as_fields(),
@@ -112,29 +138,35 @@ def encoded(endpoint: Endpoint, payload: Payload) -> list[bytes]:
     return [encode_request(endpoint, feed) for feed in payload.feeds]
 
 
+def watch_server(endpoint: Endpoint, payload: Payload) -> Watch:
+    return Watch(endpoint.client.statistics if payload.has_statistics else None)
+
+
 def _ask(endpoint: Endpoint, feed: Feed) -> Feed:
     """The decoded answer to one request."""
+    client = endpoint.client
     try:
-        answer = asyncio.run(_send_once(endpoint, encode_request(endpoint, feed)))
+        answer = client.transport.ask(endpoint.host, endpoint.port, client.encode(feed), timeout_s=TIMEOUT_S)
     except (OSError, ValueError) as error:
         raise MachineError(f"{endpoint.url}: the first request failed: {error or type(error).__name__}") from None
-    if answer.status != 200:
+    if answer.status != pacing.ANSWERED:
         text = answer.body[:300].decode("utf-8", "replace").strip()
-        kind = UsageError if 400 <= answer.status < 500 else MachineError
-        raise kind(f"{endpoint.url}: the first request was answered {answer.status}: {text}")
-    length = answer.headers.get("inference-header-content-length")
+        kind = UsageError if answer.status in _OUR_MISTAKES else MachineError
+        name = pacing.outcome_name(answer.status).removeprefix("HTTP ")
+        raise kind(f"{endpoint.url}: the first request was answered {name}: {text}")
     try:
-        return decode_outputs(answer.body, None if length is None else int(length))
+        return client.decode(answer)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{endpoint.url}: the first answer is not the Open Inference Protocol's ({error})") from None
 
 
-async def _send_once(endpoint: Endpoint, request: bytes) -> Answer:
-    connection = await Connection.open(endpoint.host, endpoint.port)
+def _missing_statistics(endpoint: Endpoint) -> str | None:
+    """Why the server gives no statistics; None where it does."""
     try:
-        return await connection.send(request, timeout_s=TIMEOUT_S)
-    finally:
-        connection.close()
+        endpoint.client.statistics()
+    except NoStatisticsError as error:
+        return str(error)
+    return None
 
 
 def _check_answer(endpoint: Endpoint, outputs: Feed, batch: int) -> None:

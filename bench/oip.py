@@ -1,37 +1,74 @@
-"""The client's side of the Open Inference Protocol over REST: metadata, and requests with binary tensors."""
+"""The client's side of the Open Inference Protocol: what a server serves, and the words around the tensors."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import httpx
-import numpy as np
+from dlops.bench.server_time import Counts
+from dlops.bench.transport import Answer, Transport
+from dlops.errors import UsageError
+from dlops.signature import DimRange, DType, Feed, Signature, TensorSpec
 
-from dlops.errors import MachineError, UsageError
-from dlops.signature import Array, DimRange, DType, Feed, Signature, TensorSpec
-
-_DATATYPES: Mapping[str, DType] = {
+DTYPES: Mapping[str, DType] = {
     "FP32": "float32", "FP16": "float16", "FP64": "float64", "INT64": "int64", "INT32": "int32", "INT16": "int16",
     "INT8": "int8", "UINT8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DATATYPES.items()}
+DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in DTYPES.items()}
+ASK_TIMEOUT_S = 10.0
+MODEL_PATH = "/v2/models/"
 # Metadata gives a free dim as -1 and no range.
 _UNKNOWN_MAX = 1_000_000
-_TIMEOUT_S = 10.0
-_MODEL_PATH = "/v2/models/"
+_SCHEMES = {"http": "REST", "oip+http": "REST", "oip+grpc": "gRPC"}
+_FORMS = "http://HOST:PORT, oip+http://HOST:PORT or oip+grpc://HOST:PORT"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """A target's URL in parts. model: None where the URL names none."""
+
+    url: str
+    host: str
+    port: int
+    model: str | None
+
+
+class Client(Protocol):
+    """One model of one server, over REST or gRPC."""
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def encode(self, feed: Feed) -> bytes:
+        """One whole request as the transport sends it, with raw tensors in and, where the server can, out."""
+        ...
+
+    def decode(self, answer: Answer) -> Feed:
+        """The named outputs of a successful answer. Raises KeyError, TypeError or ValueError where it is none."""
+        ...
+
+    def statistics(self) -> Counts:
+        """What the server has counted of this model since it started. Raises NoStatisticsError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What a server says of itself. server: its name and version. metadata: the model's, as REST words it."""
+
+    client: Client
+    model: str
+    server: str
+    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a model is served. signature: as its metadata gives it; base: scheme, host and port."""
+    """Where a model is served. signature: as its metadata gives it."""
 
     url: str
-    base: str
     host: str
     port: int
     model: str
@@ -39,37 +76,31 @@ class Endpoint:
     platform: str
     server: str
     signature: Signature
-
-    @property
-    def infer_path(self) -> str:
-        return f"{_MODEL_PATH}{self.model}/infer"
+    client: Client
 
 
 def find_endpoint(url: str, *, model: str | None) -> Endpoint:
     """Ask the server at `url` what it serves.
 
-    url: `http://HOST:PORT`, or with `/v2/models/NAME` behind it; model: the name where the URL has none; without
-    either, the server's repository index decides. Raises UsageError for a URL that is none or a server that does not
-    speak the protocol, MachineError where nothing answers.
+    url: `http://HOST:PORT` or `oip+http://HOST:PORT`, or with `/v2/models/NAME` behind it; `oip+grpc://HOST:PORT`, or
+    with `/NAME`. model: the name where the URL has none; without either, the server's repository index decides. Raises
+    UsageError for a URL that is none or a server that does not speak the protocol, MachineError where nothing answers
+    or a package is missing.
     """
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise UsageError(f"target {url!r} is no http://HOST:PORT", hint="an artifact is named by its folder")
-    try:
-        port = parts.port or 80
-    except ValueError:
-        raise UsageError(f"target {url!r}: the port is no number from 0 to 65535") from None
-    if parts.path.startswith(_MODEL_PATH):
-        model = parts.path.removeprefix(_MODEL_PATH).split("/", 1)[0]
-    elif parts.path not in ("", "/"):
-        raise UsageError(f"target {url!r}: unknown path {parts.path}", hint=f"http://HOST:PORT[{_MODEL_PATH}NAME]")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    base = f"http://{host}:{port}"
-    # Proxies of the environment would be measured instead of the server.
-    with httpx.Client(base_url=base, timeout=_TIMEOUT_S, trust_env=False) as client:
-        server = _get(client, "/v2", url)
-        name = model or _only_model(client, url)
-        metadata = _get(client, f"{_MODEL_PATH}{name}", url)
+    scheme = urlsplit(url).scheme
+    if _SCHEMES.get(scheme) == "gRPC":
+        from dlops.bench.oip_grpc import describe as describe_over_grpc
+
+        address = _parse(url, prefix="/", default_port=None)
+        described = describe_over_grpc(address, model=address.model or model)
+    elif _SCHEMES.get(scheme) == "REST":
+        from dlops.bench.oip_rest import describe as describe_over_rest
+
+        address = _parse(url, prefix=MODEL_PATH, default_port=80)
+        described = describe_over_rest(address, model=address.model or model)
+    else:
+        raise UsageError(f"target {url!r} is no {_FORMS}", hint="an artifact is named by its folder")
+    metadata, name = described.metadata, described.model
     try:
         signature = _signature(metadata)
         versions = metadata.get("versions") or [None]
@@ -77,82 +108,43 @@ def find_endpoint(url: str, *, model: str | None) -> Endpoint:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{url}: metadata of model {name!r} is not the Open Inference Protocol's ({error})") from None
     return Endpoint(
-        url=url, base=base, host=parts.hostname, port=port, model=name, version=versions[-1], platform=platform,
-        server=f"{server.get('name', 'unknown')} {server.get('version', '')}".strip(), signature=signature,
+        url=url, host=address.host, port=address.port, model=name, version=versions[-1], platform=platform,
+        server=described.server, signature=signature, client=described.client,
     )  # fmt: skip
 
 
 def encode_request(endpoint: Endpoint, feed: Feed) -> bytes:
-    """One whole HTTP/1.1 request, head and body, with binary tensors in and out."""
-    inputs, chunks = [], []
-    for name, array in feed.items():
-        chunks.append(np.ascontiguousarray(array).tobytes())
-        inputs.append(
-            {
-                "name": name,
-                "datatype": _NAMES[array.dtype.name],  # type: ignore[index]
-                "shape": list(array.shape),
-                "parameters": {"binary_data_size": len(chunks[-1])},
-            }
-        )
-    header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
-    body = b"".join((header, *chunks))
-    head = (
-        f"POST {endpoint.infer_path} HTTP/1.1\r\n"
-        f"Host: {endpoint.base.removeprefix('http://')}\r\n"
-        "Content-Type: application/octet-stream\r\n"
-        f"Inference-Header-Content-Length: {len(header)}\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    """One whole request, as the endpoint's transport sends it."""
+    return endpoint.client.encode(feed)
 
 
-def decode_outputs(body: bytes, header_length: int | None) -> dict[str, Array]:
-    """The named outputs of an answer. Raises ValueError where it is none."""
-    document = json.loads(body if header_length is None else body[:header_length])
-    offset, outputs = header_length or 0, {}
-    for entry in document["outputs"]:
-        dtype, shape = np.dtype(_DATATYPES[entry["datatype"]]), [int(size) for size in entry["shape"]]
-        size = entry.get("parameters", {}).get("binary_data_size")
-        if size is None:
-            outputs[entry["name"]] = np.array(entry["data"], dtype).reshape(shape)
-            continue
-        if offset + size > len(body) or size != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"output {entry['name']}: {size} bytes for shape {shape}")
-        outputs[entry["name"]] = np.frombuffer(body[offset : offset + size], dtype).reshape(shape)
-        offset += size
-    return outputs
+def only_model(url: str, names: list[str], *, form: str) -> str:
+    """The one that a server lists. Raises UsageError for none and for several. form: a URL that says which."""
+    if len(set(names)) != 1:
+        listed = ", ".join(sorted(set(names))) or "no models"
+        raise UsageError(f"{url}: it lists {listed}", hint=f"say which: --payload ARTIFACT, or {form}")
+    return names[0]
 
 
-def _get(client: httpx.Client, path: str, url: str) -> dict[str, Any]:
+def _parse(url: str, *, prefix: str, default_port: int | None) -> Address:
+    """prefix: what stands before the model's name in the path."""
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise UsageError(f"target {url!r} is no {_FORMS}", hint="an artifact is named by its folder")
     try:
-        response = client.get(path)
-    except httpx.TransportError as error:
-        raise MachineError(
-            f"{url}: no answer ({error or type(error).__name__})", hint="is the service up? dlops serve ARTIFACT"
-        ) from None
-    hint = "it must speak the Open Inference Protocol (GET /v2/models/NAME), as dlops serve does"
-    if response.status_code != 200:
-        raise UsageError(f"{url}: GET {path} answered {response.status_code}: {response.text[:200].strip()}", hint=hint)
-    try:
-        document = response.json()
+        port = parts.port or default_port
     except ValueError:
-        raise UsageError(f"{url}: GET {path} answered no JSON", hint=hint) from None
-    if not isinstance(document, dict):
-        raise UsageError(f"{url}: GET {path} answered no JSON object", hint=hint)
-    return document
-
-
-def _only_model(client: httpx.Client, url: str) -> str:
-    hint = f"say which: --payload ARTIFACT, or {url.rstrip('/')}{_MODEL_PATH}NAME"
-    try:
-        response = client.post("/v2/repository/index", json={})
-        models = sorted({str(entry["name"]) for entry in response.json()}) if response.status_code == 200 else []
-    except (httpx.TransportError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{url}: it does not list its models ({error})", hint=hint) from None
-    if len(models) != 1:
-        raise UsageError(f"{url}: it lists {', '.join(models) if models else 'no models'}", hint=hint)
-    return models[0]
+        raise UsageError(f"target {url!r}: the port is no number from 0 to 65535") from None
+    if port is None:
+        raise UsageError(f"target {url!r} has no port", hint="Triton's port for gRPC is 8001")
+    model = None
+    if parts.path not in ("", "/"):
+        model, _, rest = parts.path.removeprefix(prefix).partition("/")
+        # Behind NAME, REST has /versions/VERSION, /infer and the like.
+        if not parts.path.startswith(prefix) or not model or (rest and prefix == "/"):
+            form = f"{parts.scheme}://HOST:PORT[{prefix}NAME]"
+            raise UsageError(f"target {url!r}: unknown path {parts.path}", hint=form)
+    return Address(url=url, host=parts.hostname, port=port, model=model)
 
 
 def _signature(metadata: dict[str, Any]) -> Signature:
@@ -165,7 +157,7 @@ def _signature(metadata: dict[str, Any]) -> Signature:
             if isinstance(dim, str):
                 dims[dim] = DimRange(min=1, max=_UNKNOWN_MAX)
             shape.append(dim)
-        return TensorSpec(name=entry["name"], dtype=_DATATYPES[entry["datatype"]], shape=tuple(shape))
+        return TensorSpec(name=entry["name"], dtype=DTYPES[entry["datatype"]], shape=tuple(shape))
 
     inputs = tuple(spec(entry) for entry in metadata["inputs"])
     outputs = tuple(spec(entry) for entry in metadata["outputs"])

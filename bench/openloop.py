@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.bench import pacing
+from dlops.bench.http import HttpTransport
 from dlops.bench.load import TIMEOUT_S
+from dlops.bench.transport import Transport
 from dlops.console import progress_bar
 from dlops.errors import MachineError
 
 Integers = NDArray[np.int64]
 
-# What one process is trusted to send with its schedule kept; see docs/benchmarks/openloop.md.
-RATE_A_SENDER = 4000.0
 _MAX_SENDERS = 8
 # Senders have this long to see the start line before the schedule begins.
 _START_NS = 50_000_000
@@ -41,8 +41,8 @@ _STEPS = 100
 class OpenLoaded:
     """Every request of a schedule, in the order they came due; times in nanoseconds from its start.
 
-    due_ns, sent_ns, arrived_ns, outcome: (n,). sent_ns and arrived_ns are -1 where it was not; outcome is an HTTP
-    status or one of `pacing.OUTCOMES`. timeout_s: how long a request was waited for. stopped: why it ended early.
+    due_ns, sent_ns, arrived_ns, outcome: (n,). sent_ns and arrived_ns are -1 where it was not; outcome is as
+    `pacing` has it. timeout_s: how long a request was waited for. stopped: why it ended early.
     """
 
     due_ns: Integers
@@ -56,7 +56,7 @@ class OpenLoaded:
 
     @property
     def succeeded(self) -> NDArray[np.bool_]:
-        return np.asarray(self.outcome == 200, np.bool_)
+        return np.asarray(self.outcome == pacing.ANSWERED, np.bool_)
 
     @property
     def response_ns(self) -> Integers:
@@ -83,7 +83,7 @@ class OpenLoaded:
     def errors(self) -> dict[str, int]:
         """Failed requests by kind."""
         failed = Counter(self.outcome[~self.succeeded].tolist())
-        return {pacing.OUTCOMES.get(code, f"HTTP {code}"): count for code, count in failed.most_common()}
+        return {pacing.outcome_name(code): count for code, count in failed.most_common()}
 
     def between(self, begin_ns: int, end_ns: int) -> OpenLoaded:
         """The requests that came due in [begin, end), their times counted from the begin."""
@@ -113,18 +113,21 @@ def open_loop(
     senders: int | None = None,
     timeout_s: float = TIMEOUT_S,
     title: str = "",
+    transport: Transport | None = None,
 ) -> OpenLoaded:
     """Send `requests` in turn as `due_ns` says, from `senders` processes, and wait for all answers.
 
-    requests: whole HTTP requests. due_ns: (n,), ascending, from the start. senders: as many as the rate needs where it
-    is None. title: of the progress bar. Any status but 200, a broken connection and a time-out are failures; nothing
-    is repeated. Where the server is gone for two seconds the rest is not sent. Ctrl-C ends it and keeps what was done.
-    Raises MachineError where a sender does not start or ends before its time.
+    requests: whole, as `transport` sends them; HTTP where it is None. due_ns: (n,), ascending, from the start. senders:
+    as many as the rate needs where it is None. title: of the progress bar. Any status but success, a broken connection
+    and a time-out are failures; nothing is repeated. Where the server is gone for two seconds the rest is not sent.
+    Ctrl-C ends it and keeps what was done. Raises MachineError where a sender does not start or ends before its time.
     """
-    count = senders or _senders_for(due_ns)
+    transport = transport or HttpTransport()
+    count = senders or _senders_for(due_ns, transport.rate_a_sender)
+    where = {"transport": transport.name, "host": host, "port": port, "timeout_s": timeout_s}
     shares = [np.arange(first, len(due_ns), count) for first in range(count)]
     interrupted = False
-    with _started(host, port, requests, [due_ns[share] for share in shares], timeout_s) as processes:
+    with _started(where, requests, [due_ns[share] for share in shares]) as processes:
         start_ns = time.perf_counter_ns() + _START_NS
         for one in processes:
             one.begin(start_ns)
@@ -161,7 +164,7 @@ class _Outcome:
 class _Process:
     """A running `dlops.bench.sender`."""
 
-    def __init__(self, host: str, port: int, requests: Sequence[bytes], due_ns: Integers, timeout_s: float) -> None:
+    def __init__(self, where: dict[str, object], requests: Sequence[bytes], due_ns: Integers) -> None:
         self._count = len(due_ns)
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "dlops.bench.sender"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -171,10 +174,7 @@ class _Process:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._ready = threading.Event()
         self._reader.start()
-        task = {
-            "host": host, "port": port, "timeout_s": timeout_s,
-            "due_bytes": due_ns.nbytes, "request_bytes": [len(request) for request in requests],
-        }  # fmt: skip
+        task = where | {"due_bytes": due_ns.nbytes, "request_bytes": [len(request) for request in requests]}
         self._say(json.dumps(task).encode() + b"\n" + due_ns.tobytes() + b"".join(requests))
 
     def wait_until_ready(self) -> None:
@@ -236,12 +236,12 @@ class _Process:
 
 @contextmanager
 def _started(
-    host: str, port: int, requests: Sequence[bytes], shares: Sequence[Integers], timeout_s: float
+    where: dict[str, object], requests: Sequence[bytes], shares: Sequence[Integers]
 ) -> Iterator[list[_Process]]:
     processes: list[_Process] = []
     try:
         for share in shares:
-            processes.append(_Process(host, port, requests, share, timeout_s))
+            processes.append(_Process(where, requests, share))
         for one in processes:
             one.wait_until_ready()
         yield processes
@@ -262,7 +262,7 @@ def _watch(processes: Sequence[_Process], last_due_ns: int, start_ns: int, title
             bar.advance(steps)
 
 
-def _senders_for(due_ns: Integers) -> int:
-    """One process for every RATE_A_SENDER requests a second of the schedule's busiest second."""
+def _senders_for(due_ns: Integers, rate_a_sender: float) -> int:
+    """One process for every `rate_a_sender` requests a second of the schedule's busiest second."""
     busiest = int(np.bincount(due_ns // 1_000_000_000).max()) if len(due_ns) else 0
-    return min(_MAX_SENDERS, max(1, math.ceil(busiest / RATE_A_SENDER)))
+    return min(_MAX_SENDERS, max(1, math.ceil(busiest / rate_a_sender)))

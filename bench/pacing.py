@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# What became of a request, where it is not an HTTP status.
+# A request that was answered. Over HTTP what became of it is the status; gRPC's statuses are counted on from GRPC.
+ANSWERED, GRPC = 200, 1000
+# By number, as the gRPC specification has them.
+GRPC_STATUSES = (
+    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+    "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+    "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+)  # fmt: skip
+# What became of a request, where it is no status.
 PENDING, TIMED_OUT, REFUSED, LOST, NOT_HTTP, NOT_SENT = 0, -1, -2, -3, -4, -5
 OUTCOMES = {
     TIMED_OUT: "timed out",
@@ -18,11 +26,17 @@ OUTCOMES = {
 }
 
 
+def outcome_name(outcome: int) -> str:
+    """What became of a request, in words: `HTTP 503`, `gRPC UNAVAILABLE`, `timed out`."""
+    if outcome >= GRPC:
+        return f"gRPC {GRPC_STATUSES[outcome - GRPC]}"
+    return OUTCOMES.get(outcome, f"HTTP {outcome}")
+
+
 class Pacer:
     """Requests 0 to n-1 in the order they come due; connections are numbers that the caller gives.
 
-    due_ns: ascending. sent_ns, arrived_ns: by request, -1 where it was not. outcome: an HTTP status, or one of those
-    above.
+    due_ns: ascending. sent_ns, arrived_ns: by request, -1 where it was not. outcome: a status, or one of those above.
     """
 
     def __init__(self, due_ns: Sequence[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -12,13 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.bench import cells
+from dlops.bench.plots_frame import (
+    WIDE,
+    Frame,
+    line_between,
+    linear_ticks,
+    log_scale,
+    log_ticks,
+    make_frame,
+    percent_of,
+    svg_of,
+    text_at,
+    tick_limit,
+    x_grid,
+    y_grid,
+)
 from dlops.bench.plots_labels import Box, Label, Point, Segment, place_labels, shorten, text_width
 from dlops.bench.stats import proportion_interval
 from dlops.report import Interval, Measurement
 
 SERIES_COLOURS = 8
-# Every plot is drawn twice, and the style sheet shows the one that fits: scaled down, text could not be read.
-WIDE, NARROW = 840, 420
 # What lies beyond in the tails is in the samples file; drawn, it would squeeze the rest of the plot.
 _TAIL = 0.005
 _CURVE_POINTS = 160
@@ -42,27 +55,13 @@ class Series:
         return f"s{self.number % SERIES_COLOURS}" + (" again" if self.number >= SERIES_COLOURS else "")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Frame:
-    """A plotting area inside its margins, and how values become places in it."""
-
-    width: int
-    height: int
-    x: Callable[[float], float]
-    y: Callable[[float], float]
-    left: int = 64
-    right: int = 24
-    top: int = 16
-    bottom: int = 48
-
-
 def latency_curves(series: Sequence[Series], width: int) -> str:
     """Share of calls that were at least as fast, against latency on a log axis; a dot with its interval at p50."""
     low = min(float(np.quantile(one.latencies_ns, _TAIL)) for one in series) * 0.95 / 1e6
     high = max(float(np.quantile(one.latencies_ns, 1 - _TAIL)) for one in series) * 1.05 / 1e6
-    frame = _frame(320, width, x=_log_scale(low, high), y_range=(0.0, 1.0))
-    parts = [*_y_grid(frame, [0, 0.25, 0.5, 0.75, 1], lambda share: f"{share:.0%}")]
-    parts += _x_grid(frame, _log_ticks(low, high, _tick_limit(frame)), "latency of a call, ms (log scale)")
+    frame = make_frame(320, width, x=log_scale(low, high), y_range=(0.0, 1.0))
+    parts = [*y_grid(frame, [0, 0.25, 0.5, 0.75, 1], lambda share: f"{share:.0%}")]
+    parts += x_grid(frame, log_ticks(low, high, tick_limit(frame)), "latency of a call, ms (log scale)")
     for one in series:
         shares = np.linspace(_TAIL, 1 - _TAIL, _CURVE_POINTS)
         points = np.quantile(one.latencies_ns, shares) / 1e6
@@ -74,7 +73,7 @@ def latency_curves(series: Sequence[Series], width: int) -> str:
             parts += _error_bar(frame, median, 0.5, one)
             label = f"{one.name}: median {cells.milliseconds(median)} ms"
             parts.append(_dot(frame.x(median.value / 1e6), frame.y(0.5), one, label))
-    return _svg(frame, parts, "Latency distributions")
+    return svg_of(frame, parts, "Latency distributions")
 
 
 def comparable(series: Sequence[Series]) -> list[Series]:
@@ -102,9 +101,9 @@ def accuracy_against_latency(series: Sequence[Series], width: int) -> str:
     low, high = min(medians) / 1.3, max(medians) * 1.3
     y_range = (max(0.0, bottom - room), min(1.0, top + room))
 
-    frame = _frame(360, width, x=_log_scale(low, high), y_range=y_range)
-    parts = _y_grid(frame, _linear_ticks(*y_range), _percent_of(y_range))
-    parts += _x_grid(frame, _log_ticks(low, high, _tick_limit(frame)), "median latency of a call, ms (log scale)")
+    frame = make_frame(360, width, x=log_scale(low, high), y_range=y_range)
+    parts = y_grid(frame, linear_ticks(*y_range), percent_of(y_range))
+    parts += x_grid(frame, log_ticks(low, high, tick_limit(frame)), "median latency of a call, ms (log scale)")
     points = [_point(frame, one, accuracy) for one, accuracy in zip(series, accuracies, strict=True)]
     by_series = {id(one): point for one, point in zip(series, points, strict=True)}
     front = [(by_series[id(one)].x, by_series[id(one)].y) for one in pareto_front(series)]
@@ -115,17 +114,17 @@ def accuracy_against_latency(series: Sequence[Series], width: int) -> str:
     area = Box(frame.left + 4, frame.top, width - 6, frame.height - frame.bottom - 4)
     labels = place_labels(points, steps, area)
     for one, point in zip(series, points, strict=True):
-        parts += [_line(bar.x1, bar.y1, bar.x2, bar.y2, f"bar {one.look}") for bar in point.bars]
+        parts += [line_between(bar.x1, bar.y1, bar.x2, bar.y2, f"bar {one.look}") for bar in point.bars]
     for one, label in zip(series, labels, strict=True):
         if label.leader:
             line = label.leader
-            parts.append(_line(line.x1, line.y1, line.x2, line.y2, f"leader {one.look}"))
+            parts.append(line_between(line.x1, line.y1, line.x2, line.y2, f"leader {one.look}"))
     for one, accuracy, point in zip(series, accuracies, points, strict=True):
         title = f"{one.name}: {cells.percent(accuracy.value)} % at {cells.milliseconds(_median(one))} ms"
         parts.append(_dot(point.x, point.y, one, title))
     parts += [_label(label) for label in labels]
     headroom = max(0.0, 4 - min(label.box.top for label in labels))
-    return _svg(frame, parts, "Accuracy against latency", headroom=math.ceil(headroom))
+    return svg_of(frame, parts, "Accuracy against latency", headroom=math.ceil(headroom))
 
 
 def latency_against_rate(series: Sequence[Series], width: int) -> str:
@@ -144,12 +143,12 @@ def latency_against_rate(series: Sequence[Series], width: int) -> str:
     rates = [rate for _, _, rate, _ in drawn]
     low, high = min(rates) / 1.15, max(rates) * 1.15
     y_range = (math.log10(min(times) / 1.2), math.log10(max(times) * 1.2))
-    frame = _frame(340, width, x=_log_scale(low, high), y_range=y_range)
-    parts = _y_grid(
-        frame, [math.log10(tick) for tick in _log_ticks(10 ** y_range[0], 10 ** y_range[1], 7)],
+    frame = make_frame(340, width, x=log_scale(low, high), y_range=y_range)
+    parts = y_grid(
+        frame, [math.log10(tick) for tick in log_ticks(10 ** y_range[0], 10 ** y_range[1], 7)],
         lambda tick: f"{10**tick:,.0f} ms" if tick >= 2 else f"{10**tick:.3g} ms",
     )  # fmt: skip
-    parts += _x_grid(frame, _log_ticks(low, high, _tick_limit(frame)), "requests offered a second (log scale)")
+    parts += x_grid(frame, log_ticks(low, high, tick_limit(frame)), "requests offered a second (log scale)")
     for model in dict.fromkeys(cells.model(one.row) for one in offered):
         look = next(one for one in offered if cells.model(one.row) == model).look
         for kind in ("p50", "p99"):
@@ -165,10 +164,10 @@ def latency_against_rate(series: Sequence[Series], width: int) -> str:
         x = frame.x(rate)
         if interval.low is not None and interval.high is not None:
             ends = (frame.y(math.log10(end / 1e6)) for end in (interval.low, interval.high))
-            parts.append(_line(x, next(ends), x, next(ends), f"bar {one.look}"))
+            parts.append(line_between(x, next(ends), x, next(ends), f"bar {one.look}"))
         title = f"{one.name}: {kind} {cells.milliseconds(interval)} ms"
         parts.append(_dot(x, frame.y(math.log10(interval.value / 1e6)), one, title))
-    return _svg(frame, parts, "Response time against rate")
+    return svg_of(frame, parts, "Response time against rate")
 
 
 def throughput_bars(series: Sequence[Series], width: int) -> str:
@@ -185,8 +184,8 @@ def throughput_bars(series: Sequence[Series], width: int) -> str:
         return left + value / high * (width - left - right)
 
     height = 16 + 48 + len(series) * pitch
-    frame = _Frame(width=width, height=height, x=x, y=lambda value: value, left=left, right=right)
-    parts = _x_grid(frame, _linear_ticks(0, high, _tick_limit(frame)), "items a second")
+    frame = Frame(width=width, height=height, x=x, y=lambda value: value, left=left, right=right)
+    parts = x_grid(frame, linear_ticks(0, high, tick_limit(frame)), "items a second")
     for index, (one, rate, text) in enumerate(zip(series, rates, texts, strict=True)):
         bottom = frame.top + (index + 1) * pitch - 6
         middle = bottom - bar / 2
@@ -196,16 +195,16 @@ def throughput_bars(series: Sequence[Series], width: int) -> str:
         )
         name = shorten(one.name, left - 14 if beside else width - 24)
         if beside:
-            parts.append(_text("name", left - 10, middle + 4, name, one.name, anchor="end"))
+            parts.append(text_at("name", left - 10, middle + 4, name, one.name, anchor="end"))
         else:
-            parts.append(_text("name", left, bottom - bar - 6, name, one.name))
+            parts.append(text_at("name", left, bottom - bar - 6, name, one.name))
         end = x(rate.value)
         if rate.low is not None and rate.high is not None:
             end = x(rate.high)
-            parts += [_line(x(rate.low), middle, end, middle, "whisker")]
-            parts += [_line(place, middle - 4, place, middle + 4, "whisker") for place in (x(rate.low), end)]
-        parts.append(_text("value", end + 8, middle + 4, text))
-    return _svg(frame, parts, "Throughput")
+            parts += [line_between(x(rate.low), middle, end, middle, "whisker")]
+            parts += [line_between(place, middle - 4, place, middle + 4, "whisker") for place in (x(rate.low), end)]
+        parts.append(text_at("value", end + 8, middle + 4, text))
+    return svg_of(frame, parts, "Throughput")
 
 
 def accuracy_interval(row: Measurement) -> Interval:
@@ -225,7 +224,7 @@ def _median(one: Series) -> Interval:
     return one.row.latency.p50_ns
 
 
-def _point(frame: _Frame, one: Series, accuracy: Interval) -> Point:
+def _point(frame: Frame, one: Series, accuracy: Interval) -> Point:
     median = _median(one)
     x, y = frame.x(median.value / 1e6), frame.y(accuracy.value)
     bars = [Segment(x, frame.y(accuracy.low or 0.0), x, frame.y(accuracy.high or 1.0))]
@@ -234,84 +233,11 @@ def _point(frame: _Frame, one: Series, accuracy: Interval) -> Point:
     return Point(x=x, y=y, name=one.name, bars=tuple(bars))
 
 
-def _frame(height: int, width: int, *, x: Callable[[float, int, int], float], y_range: tuple[float, float]) -> _Frame:
-    left, right, top, bottom = 64, 24, 16, 48
-    low, high = y_range
-
-    def place(value: float) -> float:
-        return top + (1 - (value - low) / (high - low)) * (height - top - bottom)
-
-    return _Frame(
-        width=width, height=height, x=lambda value: x(value, left, width - right), y=place,
-        left=left, right=right, top=top, bottom=bottom,
-    )  # fmt: skip
-
-
-def _log_scale(low: float, high: float) -> Callable[[float, int, int], float]:
-    reach = math.log(high / low) or 1.0
-    return lambda value, left, right: left + math.log(value / low) / reach * (right - left)
-
-
-def _tick_limit(frame: _Frame) -> int:
-    """How many numbers fit the axis without touching."""
-    return max(3, (frame.width - frame.left - frame.right) // 70)
-
-
-def _log_ticks(low: float, high: float, limit: int) -> list[float]:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(n / 10 for n in range(10, 100))):
-        ticks = [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high]
-        if len(ticks) >= 4:
-            return ticks[:: math.ceil(len(ticks) / limit)]
-    return [low, high]
-
-
-def _linear_ticks(low: float, high: float, limit: int = 7) -> list[float]:
-    rough = (high - low) / (limit - 1)
-    scale = 10 ** math.floor(math.log10(rough))
-    step = next(scale * nice for nice in (1, 2, 2.5, 5, 10) if scale * nice >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [round(step * number, 10) for number in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _percent_of(y_range: tuple[float, float]) -> Callable[[float], str]:
-    """With as many decimals as ticks over this range need to differ."""
-    decimals = 2 if y_range[1] - y_range[0] < 0.005 else 1 if y_range[1] - y_range[0] < 0.05 else 0
-    return lambda share: f"{share * 100:.{decimals}f}%"
-
-
-def _y_grid(frame: _Frame, ticks: Sequence[float], text: Callable[[float], str]) -> list[str]:
-    parts = []
-    for tick in ticks:
-        y = frame.y(tick)
-        parts.append(_line(frame.left, y, frame.width - frame.right, y, "grid"))
-        parts.append(_text("tick", frame.left - 8, y + 4, text(tick), anchor="end"))
-    return parts
-
-
-def _x_grid(frame: _Frame, ticks: Sequence[float], title: str) -> list[str]:
-    base = frame.height - frame.bottom
-    parts = []
-    for tick in ticks:
-        x = frame.x(tick)
-        parts.append(_line(x, frame.top, x, base, "grid"))
-        parts.append(_text("tick", x, base + 18, f"{tick:,.0f}" if tick >= 1000 else f"{tick:.3g}", anchor="middle"))
-    middle = (frame.left + frame.width - frame.right) / 2
-    parts.append(_text("axis", middle, frame.height - 8, title, anchor="middle"))
-    return parts
-
-
-def _error_bar(frame: _Frame, latency_ns: Interval, height: float, one: Series) -> list[str]:
+def _error_bar(frame: Frame, latency_ns: Interval, height: float, one: Series) -> list[str]:
     if latency_ns.low is None or latency_ns.high is None:
         return []
     y = frame.y(height)
-    return [_line(frame.x(latency_ns.low / 1e6), y, frame.x(latency_ns.high / 1e6), y, f"bar {one.look}")]
-
-
-def _text(kind: str, x: float, y: float, text: str, whole: str = "", *, anchor: str = "start") -> str:
-    """whole: what the text is short for, shown where the pointer rests on it."""
-    title = f"<title>{escape(whole)}</title>" if whole not in ("", text) else ""
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}{title}</text>'
+    return [line_between(frame.x(latency_ns.low / 1e6), y, frame.x(latency_ns.high / 1e6), y, f"bar {one.look}")]
 
 
 def _label(label: Label) -> str:
@@ -321,21 +247,8 @@ def _label(label: Label) -> str:
         place, anchor = (box.left + box.right) / 2, "middle"
     else:
         place, anchor = (box.left, "start") if x < box.left else (box.right, "end")
-    return _text("name label", place, box.bottom - 3, label.text, label.point.name, anchor=anchor)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+    return text_at("name label", place, box.bottom - 3, label.text, label.point.name, anchor=anchor)
 
 
 def _dot(x: float, y: float, one: Series, title: str) -> str:
     return f'<circle class="dot {one.look}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(title)}</title></circle>'
-
-
-def _svg(frame: _Frame, parts: Sequence[str], title: str, *, headroom: int = 0) -> str:
-    """headroom: what the plot needs above its frame."""
-    size = "wide" if frame.width >= WIDE else "narrow"
-    return (
-        f'<svg class="{size}" viewBox="0 {-headroom} {frame.width} {frame.height + headroom}" role="img" '
-        f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
-    )

@@ -9,9 +9,10 @@ import numpy as np
 from dlops.bench.analysis import analyse_rate, listed, shortcomings
 from dlops.bench.arrivals import Integers, Schedule
 from dlops.bench.load import closed_loop
-from dlops.bench.network import Payload, encoded, served_fields
+from dlops.bench.network import Payload, encoded, served_fields, watch_server
 from dlops.bench.oip import Endpoint
 from dlops.bench.openloop import OpenLoaded, open_loop
+from dlops.bench.server_time import Sent
 from dlops.errors import MachineError
 from dlops.report import EARLIER, SERVICE, STARTS, Load, Measurement
 
@@ -31,8 +32,9 @@ def warm_up(endpoint: Endpoint, payload: Payload) -> Warm:
     What is left to warm up under load falls into each schedule's lead-in. Raises MachineError where no call succeeds.
     """
     loaded = closed_loop(
-        endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=1, duration_s=0.1, max_warmup_s=3.0
-    )
+        endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=1, duration_s=0.1, max_warmup_s=3.0,
+        transport=endpoint.client.transport,
+    )  # fmt: skip
     if loaded.interrupted:
         raise KeyboardInterrupt
     if not len(loaded.latencies_ns):
@@ -55,7 +57,12 @@ def measure_rate(
 ) -> tuple[Measurement, dict[str, Integers], OpenLoaded]:
     """One row, its samples by name, and the run itself. Raises MachineError where no request succeeded."""
     requests = encoded(endpoint, payload)
-    whole = open_loop(endpoint.host, endpoint.port, requests, schedule.due_ns, senders=senders, title=title)
+    watch = watch_server(endpoint, payload)
+    watch.before()
+    whole = open_loop(
+        endpoint.host, endpoint.port, requests, schedule.due_ns, senders=senders, title=title,
+        transport=endpoint.client.transport,
+    )  # fmt: skip
     loaded = whole.between(schedule.lead_in_ns, schedule.end_ns)
     if not loaded.succeeded.any():
         if loaded.interrupted:
@@ -64,6 +71,15 @@ def measure_rate(
             f"{endpoint.url}: no request succeeded at {schedule.rate:g} a second ({listed(loaded.errors)})",
             hint="the server's log says why",
         )
+    # Both means are of the whole schedule, its lead-in included: so the server is asked only when it is idle.
+    accounted = watch.end(
+        Sent(
+            attempts=int((whole.sent_ns >= 0).sum()),
+            answered=int(whole.succeeded.sum()),
+            in_flight=1,
+            client_ns=float(whole.service_ns.mean()),
+        )
+    )
     loaded = _attempted(loaded)
     service = np.where(loaded.succeeded, loaded.arrived_ns - loaded.sent_ns, -1)
     lag_p99_ns = float(np.quantile(loaded.lag_ns, 0.99, method="higher"))
@@ -71,18 +87,20 @@ def measure_rate(
     earlier = whole.arrived_ns[lead_in] - schedule.lead_in_ns
     earlier = earlier[earlier >= 0]
     duration_ns = schedule.end_ns - schedule.lead_in_ns
+    seen = shortcomings(
+        errors=loaded.errors, calls=len(service), stopped=loaded.stopped, interrupted=loaded.interrupted,
+        warmed_up=warm.steady,
+    )  # fmt: skip
     figures = analyse_rate(
         loaded.response_ns, loaded.due_ns, service, earlier, duration_ns=duration_ns, lag_p99_ns=lag_p99_ns,
         batch=batch,
-        observed=shortcomings(
-            errors=loaded.errors, calls=len(service), stopped=loaded.stopped, interrupted=loaded.interrupted,
-            warmed_up=warm.steady,
-        ),
+        observed=(*seen, *accounted.against), remarks=accounted.remarks,
     )  # fmt: skip
     row = Measurement(
         load=Load(scenario="server", batch=batch, concurrency=1, rate=schedule.rate),
         samples=key,
         duration_ns=duration_ns,
+        server=accounted.server,
         lag_p99_ns=lag_p99_ns,
         errors=loaded.errors,
         warmup_calls=warm.calls + int((whole.due_ns < schedule.lead_in_ns).sum()),

@@ -55,14 +55,15 @@ def _figures(report: Report, row: Measurement, rows: Mapping[str, Measurement], 
         (earlier,) = _arrays(report, row, samples, EARLIER, aligned=False)
         return analyse_rate(
             response, due, service, earlier, duration_ns=row.duration_ns, lag_p99_ns=row.lag_p99_ns, batch=batch,
-            observed=observed,
+            observed=observed, remarks=row.verdict.remarks,
         )  # fmt: skip
     if row.duration_ns is not None:
         latencies, starts = _arrays(report, row, samples, "", STARTS)
         (earlier,) = _arrays(report, row, samples, EARLIER, aligned=False)
         return analyse_closed_loop(
-            latencies, starts, earlier, duration_ns=row.duration_ns, batch=batch, observed=observed
-        )
+            latencies, starts, earlier, duration_ns=row.duration_ns, batch=batch, observed=observed,
+            remarks=row.verdict.remarks,
+        )  # fmt: skip
     latencies, turns = _arrays(report, row, samples, "", TURNS)
     return analyse_turns(
         latencies, turns, batch=batch, baseline=_baseline(report, row, rows, samples), observed=observed

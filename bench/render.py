@@ -10,13 +10,14 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.bench import cells, plots
+from dlops.bench import cells, plots, plots_waterfall
+from dlops.bench.plots_frame import NARROW, WIDE
 from dlops.report import Measurement, Report
 
 _METHOD = (
     "Latency is what one call took at the boundary that the table names. In process: from numpy arrays to numpy "
-    "arrays, each target in a process of its own, the targets taking turns within one run. Over HTTP: from the send to "
-    "the last byte of the answer.",
+    "arrays, each target in a process of its own, the targets taking turns within one run. Over HTTP and gRPC: from "
+    "the send to the last byte of the answer.",
     "Small figures are 95 % intervals from order statistics, with as many independent samples as the run is worth. "
     f"{cells.NONE} stands where there are too few to give one: p99 needs 368.",
     "Throughput is items a second under that load. Memory is the most that a fresh process held that loaded the "
@@ -187,7 +188,20 @@ def _plots(group: cells.Group, series: Sequence[plots.Series]) -> str:
             "Items finished a second. Further right is better. Whiskers are 95 % intervals.",
         )
     )
+    if plots_waterfall.shown(series):
+        figures.append(_waterfall(series))
     return f"<section><h2>{escape(_capital(group.title))}</h2>{''.join(figures)}</section>"
+
+
+def _waterfall(series: Sequence[plots.Series]) -> str:
+    parts = plots_waterfall.looks(series).items()
+    legend = "".join(f'<li><i class="part {look}"></i>{escape(part)}</li>' for part, look in parts)
+    return _figure(
+        "Where a request&#x27;s time goes",
+        f'<ul class="legend">{legend}</ul>{_both_widths(plots_waterfall.waterfall_bars, series)}',
+        "Mean of a request, from the send. Queue, input, model and output are what the server counts of itself; "
+        f"{cells.OUTSIDE} is the rest of what the client saw.",
+    )
 
 
 def _figure(title: str, content: str, caption: str) -> str:
@@ -195,7 +209,7 @@ def _figure(title: str, content: str, caption: str) -> str:
 
 
 def _both_widths(draw: Callable[[Sequence[plots.Series], int], str], series: Sequence[plots.Series]) -> str:
-    return draw(series, plots.WIDE) + draw(series, plots.NARROW)
+    return draw(series, WIDE) + draw(series, NARROW)
 
 
 def _accuracy_caption(series: Sequence[plots.Series]) -> str:

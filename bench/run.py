@@ -1,4 +1,4 @@
-"""The bench stage's door: measure artifacts in process and services over HTTP, as one report."""
+"""The bench stage's door: measure artifacts in process and services over HTTP or gRPC, as one report."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def measure(
 ) -> Measured:
     """Measure every target at every batch, and every URL at every concurrency and rate too; `save_report` writes it.
 
-    targets: artifacts or their folders, each run in a fresh process; `http://HOST:PORT`, a service of the Open
-    Inference Protocol. checkpoint: adds its eager module as the row that speed-ups are counted from (without it, the
-    first of several artifacts is), with `compiled` through torch.compile, too; model: what builds the module where the
-    checkpoint names no builder, best as "python:package.module:function": a module or a function keeps the two in this
-    process. batch, boundary, threads and device are axes: for each combination all targets take turns within one run.
-    boundary "preprocessing": from the raw input, decoding included. concurrency: calls kept in flight at URLs, by
-    default 1 unless `offered` is given. offered: requests at rates or from a trace, whether or not earlier ones are
-    answered. duration_s: for each row, on the clock: the waits between turns count, the warm-up does not. payload:
-    whose samples are sent to URLs; without it the first artifact among the targets, else random numbers within the
-    signature.
+    targets: artifacts or their folders, each run in a fresh process; `http://HOST:PORT`, `oip+http://HOST:PORT` or
+    `oip+grpc://HOST:PORT`, a service of the Open Inference Protocol. checkpoint: adds its eager module as the row that
+    speed-ups are counted from (without it, the first of several artifacts is), with `compiled` through torch.compile,
+    too; model: what builds the module where the checkpoint names no builder, best as "python:package.module:function":
+    a module or a function keeps the two in this process. batch, boundary, threads and device are axes: for each
+    combination all targets take turns within one run. boundary "preprocessing": from the raw input, decoding included.
+    concurrency: calls kept in flight at URLs, by default 1 unless `offered` is given. offered: requests at rates or
+    from a trace, whether or not earlier ones are answered. duration_s: for each row, on the clock: the waits between
+    turns count, the warm-up does not. payload: whose samples are sent to URLs; without it the first artifact among the
+    targets, else random numbers within the signature.
 
     Raises UsageError and MachineError before anything is timed where a target is not there or cannot run what is
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
@@ -169,8 +169,8 @@ class _Bench:
 
         try:
             sent = prepare(endpoint, artifact, batch=batch)
-            if sent.note:
-                self.note(sent.note)
+            for note in sent.notes:
+                self.note(note)
             for calls in concurrency:
                 say(
                     f"loading {endpoint.url}: batch {batch}, {calls} in flight, {self.duration_s:g} s after the warm-up"
@@ -305,14 +305,8 @@ def _conditions(
 def _find_endpoints(urls: Sequence[str], artifact: Artifact | None) -> list[Endpoint]:
     if not urls:
         return []
-    from dlops.errors import missing_package
+    from dlops.bench.oip import find_endpoint
 
-    try:
-        from dlops.bench.oip import find_endpoint
-    except ModuleNotFoundError as error:
-        if error.name != "httpx":
-            raise
-        raise missing_package("httpx", extra="bench", needed_for="measuring a URL") from None
     return [find_endpoint(url, model=artifact.name if artifact else None) for url in urls]
 
 

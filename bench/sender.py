@@ -20,8 +20,8 @@ from typing import BinaryIO
 import numpy as np
 
 from dlops.bench import pacing
-from dlops.bench.http import AnswerParser
 from dlops.bench.pacing import Pacer
+from dlops.bench.transport import Transport, Wire, open_transport
 
 # select(2) takes no descriptor above 1023.
 MAX_CONNECTIONS = 900
@@ -33,36 +33,13 @@ _DEAD_AFTER_NS = 2_000_000_000
 _PR_SET_TIMERSLACK = 29
 
 
-class Wire(asyncio.Protocol):
-    """One connection, one request in flight on it at a time."""
-
-    def __init__(self, sender: Sender, number: int) -> None:
-        self._sender, self.number = sender, number
-        self._parser = AnswerParser()
-        self.transport: asyncio.Transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            answer = self._parser.feed(data)
-        except ValueError:
-            self._sender.lost(self, pacing.NOT_HTTP)
-            return
-        if answer is not None:
-            self._sender.answered(self, answer.arrived_ns, answer.status, keep=not self._parser.closes)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._sender.lost(self, pacing.LOST)
-
-
 class Sender:
     """Keeps a schedule. start_ns: when it begins, on perf_counter_ns; set before `run`."""
 
-    def __init__(self, host: str, port: int, requests: list[bytes], due_ns: list[int], *, timeout_s: float) -> None:
-        self._host, self._port, self._requests = host, port, requests
+    def __init__(
+        self, transport: Transport, host: str, port: int, requests: list[bytes], due_ns: list[int], *, timeout_s: float
+    ) -> None:
+        self._transport, self._host, self._port, self._requests = transport, host, port, requests
         self._timeout_s = timeout_s
         self.pacer = Pacer(due_ns)
         self._wires: dict[int, Wire] = {}
@@ -93,7 +70,8 @@ class Sender:
             except TimeoutError:
                 self._sweep()
         for wire in list(self._wires.values()):
-            wire.transport.abort()
+            wire.abort()
+        await self._transport.aclose()
 
     def stop(self) -> None:
         """Send no more; what is in flight is waited for."""
@@ -102,7 +80,7 @@ class Sender:
 
     def answered(self, wire: Wire, arrived_ns: int, status: int, *, keep: bool) -> None:
         self.pacer.answered(wire.number, arrived_ns - self._start_ns, status)
-        if status == 200:
+        if status == pacing.ANSWERED:
             self._last_success_ns = arrived_ns
         else:
             self._failures += 1
@@ -130,7 +108,7 @@ class Sender:
         now = time.perf_counter_ns() - self._start_ns
         while (taken := self.pacer.take(now)) is not None:
             connection, request = taken
-            self._wires[connection].transport.write(self._requests[request % len(self._requests)])
+            self._wires[connection].send(self._requests[request % len(self._requests)])
             now = time.perf_counter_ns() - self._start_ns
         room = MAX_CONNECTIONS - len(self._wires) - self._opening
         short = self.pacer.waiting(now, at_most=self._opening + room) - self._opening
@@ -149,12 +127,13 @@ class Sender:
         self._pump()
 
     async def _open(self) -> None:
-        loop = asyncio.get_running_loop()
         self._numbers += 1
         number = self._numbers
         try:
-            connecting = loop.create_connection(lambda: Wire(self, number), self._host, self._port)
-            _, wire = await asyncio.wait_for(connecting, self._timeout_s)
+            opening = self._transport.open_wire(
+                self._host, self._port, number=number, listener=self, timeout_s=self._timeout_s
+            )
+            wire = await asyncio.wait_for(opening, self._timeout_s)
         except OSError as error:
             self._failures += 1
             if self._start_ns:
@@ -169,12 +148,13 @@ class Sender:
 
     def _drop(self, wire: Wire) -> None:
         self._wires.pop(wire.number, None)
-        wire.transport.abort()
+        wire.abort()
 
     def _sweep(self) -> None:
         now = time.perf_counter_ns()
         for number in self.pacer.overdue(now - self._start_ns - round(self._timeout_s * 1e9)):
-            self.lost(self._wires[number], pacing.TIMED_OUT)
+            wire = self._wires[number]
+            self.lost(wire, wire.timed_out)
         if self._failures and now - self._last_success_ns > _DEAD_AFTER_NS and not self.stopped:
             self.stopped = True
             self.pacer.give_up()
@@ -209,9 +189,9 @@ def main() -> None:
 
 
 async def _keep(task: dict[str, object], requests: list[bytes], due_ns: list[int]) -> Sender:
-    sender = Sender(
-        str(task["host"]), int(str(task["port"])), requests, due_ns, timeout_s=float(str(task["timeout_s"]))
-    )
+    transport = open_transport("gRPC" if task["transport"] == "gRPC" else "HTTP")
+    host, port, timeout_s = str(task["host"]), int(str(task["port"])), float(str(task["timeout_s"]))
+    sender = Sender(transport, host, port, requests, due_ns, timeout_s=timeout_s)
     await sender.connect()
     sys.stdout.write("ready\n")
     sys.stdout.flush()

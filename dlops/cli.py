@@ -202,7 +202,7 @@ def bench(
         Path | None, typer.Option("--from", metavar="REPORT", help="Measure nothing: work a kept report out again.")
     ] = None,
 ) -> None:
-    """Measure artifacts in process and services over HTTP."""
+    """Measure artifacts in process and services over HTTP or gRPC."""
     from dlops.workflows.benchmark import benchmark, offer
     from dlops.workflows.publish import Outputs
 

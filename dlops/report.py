@@ -65,12 +65,14 @@ class Load(Record):
 class Verdict(Record):
     """steady: the row can be quoted. reasons: what stands against it, or against one of its numbers.
 
-    observed: those of the reasons that its samples do not show (failed calls, a warm-up cut short, Ctrl-C).
+    observed: those of the reasons that its samples do not show (failed calls, a warm-up cut short, Ctrl-C). remarks:
+    those that they do not show and that do not stand against the row.
     """
 
     steady: bool
     reasons: tuple[str, ...] = ()
     observed: tuple[str, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class ColdStart(Record):
@@ -85,6 +87,36 @@ class ColdStart(Record):
     first_call_ns: int
 
 
+class ServerTime(Record):
+    """Where a request's time went, by the server's own counts: means over `requests`, in nanoseconds.
+
+    items: rows of the requests that the model ran; executions: its runs. queue_ns: waiting for a run; compute_*_ns:
+    preparing the inputs, the model, preparing the outputs; cache_ns: looking up and storing answers. client_ns: what
+    the same requests took at the client, from the send.
+    """
+
+    requests: int = Field(ge=1)
+    items: int
+    executions: int
+    queue_ns: float
+    compute_input_ns: float
+    compute_infer_ns: float
+    compute_output_ns: float
+    cache_ns: float = 0.0
+    client_ns: float
+
+    @property
+    def outside_ns(self) -> float:
+        """Network and framework: what the client saw beyond the parts that the server counts; at least 0."""
+        inside = self.queue_ns + self.compute_input_ns + self.compute_infer_ns + self.compute_output_ns + self.cache_ns
+        return max(0.0, self.client_ns - inside)
+
+    @property
+    def mean_batch(self) -> float | None:
+        """Items a run; None where nothing was run."""
+        return self.items / self.executions if self.executions else None
+
+
 class Measurement(Record):
     """One target under one load.
 
@@ -97,6 +129,7 @@ class Measurement(Record):
     loop each counts as the worst latency. speedup: over the report's baseline under the same load, from paired turns.
     latency: under a rate, response time: from when a call was due to its answer. service, null without a rate: from its
     send, of the calls that succeeded; what a closed loop would have shown. lag_p99_ns: how late calls left.
+    server: where the time went inside a service, null where it does not say.
     peak_memory_bytes: most that a fresh process held that loaded and ran it, interpreter and runtime included.
     cold_start: of that process; null where a service or this very process ran it.
     accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
@@ -117,6 +150,7 @@ class Measurement(Record):
     latency: Latency
     service: Latency | None = None
     lag_p99_ns: float | None = None
+    server: ServerTime | None = None
     throughput: Interval
     speedup: Interval | None = None
     errors: dict[str, int] = {}

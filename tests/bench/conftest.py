@@ -129,13 +129,17 @@ class QuietServer(ThreadingHTTPServer):
 
 
 class OipServer:
-    """A real server of one ONNX artifact; `behave` may answer a request itself by returning (status, body)."""
+    """A real server of one ONNX artifact; `behave` may answer a request itself by returning (status, body).
+
+    statistics: what it answers to GET .../stats; None for a server without that extension.
+    """
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.requests = 0
         self.connections: list[socket.socket] = []
         self.behave: Callable[[int], tuple[int, bytes] | None] = lambda count: None
+        self.statistics: Callable[[], object] | None = None
         session = ort.InferenceSession(str(artifact.path("model")), providers=["CPUExecutionProvider"])
         lock = threading.Lock()
         outer = self
@@ -166,6 +170,8 @@ class OipServer:
                     self.answer(200, json.dumps({"name": "toy-server", "version": "1"}).encode())
                 elif self.path == f"/v2/models/{artifact.name}":
                     self.answer(200, json.dumps(metadata(artifact)).encode())
+                elif self.path == f"/v2/models/{artifact.name}/stats" and outer.statistics is not None:
+                    self.answer(200, json.dumps(outer.statistics()).encode())
                 else:
                     self.answer(404, b'{"error": "no such model"}')
 
@@ -245,6 +251,14 @@ def serve() -> Iterator[Callable[[Artifact], OipServer]]:
     yield start
     for server in running:
         server.close()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 MACHINE = Environment(

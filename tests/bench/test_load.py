@@ -16,7 +16,8 @@ from dlops.bench import network
 from dlops.bench.http import Connection
 from dlops.bench.load import closed_loop
 from dlops.bench.network import measure_endpoint, prepare
-from dlops.bench.oip import decode_outputs, encode_request, find_endpoint
+from dlops.bench.oip import encode_request, find_endpoint
+from dlops.bench.oip_rest import decode_outputs
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.errors import MachineError, UsageError
 
@@ -202,7 +203,7 @@ def test_requests_are_what_the_protocol_says(make_artifact, serve) -> None:
     }  # fmt: skip
     assert rest[length:] == feed["input"].tobytes()
     assert len(rest) == int(headers["Content-Length"])
-    response = httpx.post(f"{server.url}{endpoint.infer_path}", content=rest, headers=headers)
+    response = httpx.post(f"{server.url}/v2/models/{artifact.name}/infer", content=rest, headers=headers)
     outputs = decode_outputs(response.content, int(response.headers["inference-header-content-length"]))
     assert outputs["logits"].shape == (2, 10)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import socketserver
 import subprocess
 import sys
@@ -25,14 +24,6 @@ from dlops.bench.table import table_text
 from dlops.errors import MachineError, UsageError
 
 BODY = json.dumps({"error": "busy"}).encode()
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port of 127.0.0.1 on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def requests_for(artifact, server) -> list[bytes]:

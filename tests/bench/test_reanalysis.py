@@ -95,6 +95,18 @@ def test_a_call_under_way_when_the_row_begins_is_kept_and_counts(make_artifact, 
     assert new.notes[-1].endswith("changed are row00 (throughput)")
 
 
+def test_what_the_server_counted_of_a_row_stays_as_it_was(make_artifact, serve, tmp_path) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    stats = {"success": 3, "queue": 3, "compute_infer": 3}
+    # Counts that never move: a process beside the one that answers.
+    entry = {"inference_stats": {name: {"count": n, "ns": n} for name, n in stats.items()}}
+    server.statistics = lambda: {"model_stats": [entry | {"inference_count": 3, "execution_count": 3}]}
+    report, new = again(measure([server.url], payload=artifact, duration_s=0.3), tmp_path / "report")
+    assert any("no server times: it counted 0 of" in reason for reason in new.measurements[0].verdict.reasons)
+    assert new.measurements == report.measurements
+
+
 @pytest.fixture
 def interrupting(monkeypatch) -> None:
     def interrupted(runs, *, on_progress, **options):

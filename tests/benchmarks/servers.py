@@ -1,7 +1,8 @@
 """Servers whose behaviour is known exactly, each in a process of its own: `python servers.py KIND [SECONDS...]`.
 
 null: answers at once. parallel D: each request after D. queue D: one request at a time, D each. frozen D BEGIN LENGTH:
-like parallel, but from BEGIN seconds after the first request on it stands still for LENGTH. Prints its port.
+like parallel, but from BEGIN seconds after the first request on it stands still for LENGTH. grpc: over gRPC, answers
+every call at once with what it was sent. Prints its port.
 """
 
 from __future__ import annotations
@@ -81,7 +82,26 @@ async def serve(rule: Rule) -> None:
     await server.serve_forever()
 
 
+async def serve_grpc() -> None:
+    import grpc.aio
+
+    class Echo(grpc.GenericRpcHandler):
+        def service(self, details: object) -> object:
+            async def answer(request: bytes, context: object) -> bytes:
+                return request
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Echo(),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await server.wait_for_termination()
+
+
 if __name__ == "__main__":
     # epoll's timeouts are whole milliseconds, which a queue of two milliseconds would not be one with.
     loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
-    loop.run_until_complete(serve(KINDS[sys.argv[1]](*map(float, sys.argv[2:]))))
+    loop.run_until_complete(
+        serve_grpc() if sys.argv[1] == "grpc" else serve(KINDS[sys.argv[1]](*map(float, sys.argv[2:])))
+    )

@@ -1,0 +1,145 @@
+"""gRPC for load: requests and answers are bytes, and a request is encoded before it is timed.
+
+Nothing is tried again and no proxy of the environment is used: either would be measured instead of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from dlops.bench import pacing
+from dlops.bench.transport import Answer, Listener, TransportName
+
+_METHOD = "/inference.GRPCInferenceService/ModelInfer"
+# Calls on schedule share so many connections, as the calls of one gRPC client do.
+_CHANNELS = 8
+# What tells one channel from the other: equal ones would share a connection.
+_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+)
+# A server that is back is found at once; by default the pauses between tries grow to two minutes.
+_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 100))
+
+
+def address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def open_channel(host: str, port: int) -> Any:
+    """A blocking channel with a connection of its own, a context manager."""
+    return grpc.insecure_channel(address(host, port), options=_OPTIONS)
+
+
+class GrpcConnection:
+    """One channel, and with it one HTTP/2 connection."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self._call = channel.unary_unary(_METHOD)
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._channel.get_state() is grpc.ChannelConnectivity.READY)
+
+    async def send(self, request: bytes, *, timeout_s: float) -> Answer:
+        """Never raises for what the server did: that is in the status."""
+        return await _answer(self._call(request, timeout=timeout_s))
+
+    async def aclose(self) -> None:
+        await self._channel.close()
+
+
+class GrpcWire:
+    """One call at a time on a channel that other wires use too."""
+
+    timed_out = pacing.GRPC + pacing.GRPC_STATUSES.index("DEADLINE_EXCEEDED")
+
+    def __init__(self, call: Any, *, number: int, listener: Listener, timeout_s: float) -> None:
+        self._call, self._listener, self._timeout_s = call, listener, timeout_s
+        self.number = number
+        self._task: asyncio.Task[None] | None = None
+
+    def send(self, request: bytes) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._send(request))
+
+    def abort(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _send(self, request: bytes) -> None:
+        answer = await _answer(self._call(request, timeout=self._timeout_s))
+        # The channel mends itself, so the wire takes another call whatever became of this one.
+        self._listener.answered(self, answer.arrived_ns, answer.status, keep=True)
+
+
+class GrpcTransport:
+    """rate_a_sender: see docs/bench.md; a call costs this client several times what one over HTTP does."""
+
+    name: TransportName = "gRPC"
+    rate_a_sender = 1000.0
+
+    def __init__(self) -> None:
+        self._channels: list[Any] = []
+
+    def ask(self, host: str, port: int, request: bytes, *, timeout_s: float) -> Answer:
+        with open_channel(host, port) as channel:
+            try:
+                body = channel.unary_unary(_METHOD)(request, timeout=timeout_s)
+            except grpc.RpcError as error:
+                return _failed(error)
+        return Answer(status=pacing.ANSWERED, headers={}, body=body, arrived_ns=time.perf_counter_ns())
+
+    async def connect(self, host: str, port: int) -> GrpcConnection:
+        channel = grpc.aio.insecure_channel(address(host, port), options=[*_OPTIONS, *_RECONNECT])
+        try:
+            await _until_ready(channel)
+        except (OSError, asyncio.CancelledError):
+            await channel.close()
+            raise
+        return GrpcConnection(channel)
+
+    async def open_wire(self, host: str, port: int, *, number: int, listener: Listener, timeout_s: float) -> GrpcWire:
+        while len(self._channels) < _CHANNELS:
+            self._channels.append(grpc.aio.insecure_channel(address(host, port), options=[*_OPTIONS, *_RECONNECT]))
+        channel = self._channels[number % _CHANNELS]
+        await _until_ready(channel)
+        return GrpcWire(channel.unary_unary(_METHOD), number=number, listener=listener, timeout_s=timeout_s)
+
+    async def aclose(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+        self._channels.clear()
+
+
+async def _until_ready(channel: Any) -> None:
+    """Raises ConnectionRefusedError where the first try fails, for whatever reason: gRPC does not say which."""
+    state = channel.get_state(try_to_connect=True)
+    while state is not grpc.ChannelConnectivity.READY:
+        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+            raise ConnectionRefusedError("no gRPC connection could be made")
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+
+
+async def _answer(call: Any) -> Answer:
+    try:
+        body = await call
+    except grpc.aio.AioRpcError as error:
+        return _failed(error)
+    return Answer(status=pacing.ANSWERED, headers={}, body=body, arrived_ns=time.perf_counter_ns())
+
+
+def _failed(error: Any) -> Answer:
+    """error: an RpcError of a call, with its code and details."""
+    text = (error.details() or "").encode()
+    return Answer(status=pacing.GRPC + error.code().value[0], headers={}, body=text, arrived_ns=time.perf_counter_ns())
