@@ -28,13 +28,18 @@ from dlops.errors import MachineError
 
 Integers = NDArray[np.int64]
 
-# What one process is trusted to send with its schedule kept; see docs/benchmarks/openloop.md.
+# What one process is trusted to send with its schedule kept; see docs/benchmarks/sender.md.
 RATE_A_SENDER = 4000.0
 _MAX_SENDERS = 8
 # Senders have this long to see the start line before the schedule begins.
 _START_NS = 50_000_000
 _STARTING_S = 30.0
 _STEPS = 100
+
+
+def senders_for(rate: float) -> int:
+    """One process for every RATE_A_SENDER requests a second, at most eight."""
+    return min(_MAX_SENDERS, max(1, math.ceil(rate / RATE_A_SENDER)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +268,5 @@ def _watch(processes: Sequence[_Process], last_due_ns: int, start_ns: int, title
 
 
 def _senders_for(due_ns: Integers) -> int:
-    """One process for every RATE_A_SENDER requests a second of the schedule's busiest second."""
-    busiest = int(np.bincount(due_ns // 1_000_000_000).max()) if len(due_ns) else 0
-    return min(_MAX_SENDERS, max(1, math.ceil(busiest / RATE_A_SENDER)))
+    """As many as the schedule's busiest second needs."""
+    return senders_for(int(np.bincount(due_ns // 1_000_000_000).max()) if len(due_ns) else 0)

@@ -170,14 +170,17 @@ def ratio_interval(numerator: Sequence[Integers], denominator: Sequence[Integers
     Turn i of one and turn i of the other were made in the same round, so a slow spell of the machine cancels out.
     None below six pairs, which have no such interval: a ratio that nobody can say how sure it is invites quoting.
     """
-    pairs = list(zip(numerator, denominator, strict=True))
-    ranks = interval_ranks(len(pairs), 0.5)
+    pairs = zip(numerator, denominator, strict=True)
+    return median_interval([float(np.median(top)) / float(np.median(bottom)) for top, bottom in pairs])
+
+
+def median_interval(values: Sequence[float]) -> Interval | None:
+    """The median of independent values with its order-statistic interval; None below six, which have none."""
+    ranks = interval_ranks(len(values), 0.5)
     if ranks.low is None or ranks.high is None:
         return None
-    ratios = np.sort([float(np.median(top)) / float(np.median(bottom)) for top, bottom in pairs])
-    return Interval(
-        value=float(np.median(ratios)), low=float(ratios[ranks.low - 1]), high=float(ratios[ranks.high - 1])
-    )
+    ordered = sorted(values)
+    return Interval(value=float(np.median(ordered)), low=ordered[ranks.low - 1], high=ordered[ranks.high - 1])
 
 
 def rate_interval(counts: NDArray[np.number], durations_s: Floats) -> Interval:

@@ -171,8 +171,20 @@ def bench(
         str | None, typer.Option("--json", metavar="FILE", help="Copy of report.json; - for stdout.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Copy of report.html.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the harness itself and keep it; alone, or before the targets.")
+    ] = False,
 ) -> None:
     """Measure artifacts in process and services over HTTP."""
+    if calibrate and not target and checkpoint is None:
+        from dlops.workflows.calibration import calibrate_alone
+
+        given = {
+            "--batch": batch, "--concurrency": concurrency, "--rate": rate, "--pauses": pauses, "--trace": trace,
+            "--slo": slo, "--senders": senders, "--payload": payload, "--model": model, "--threads": threads,
+            "--out": out, "--html": html,
+        }  # fmt: skip
+        raise typer.Exit(calibrate_alone(json=json, given=given))
     from dlops.workflows.benchmark import benchmark, offer
 
     offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, slo=slo, senders=senders)
@@ -194,6 +206,7 @@ def bench(
         json=json,
         html=html,
         command=_command(),
+        calibrate=calibrate,
     )
     raise typer.Exit(status)
 

@@ -19,6 +19,7 @@ from dlops.directory import write_json
 from dlops.errors import UsageError
 from dlops.report import Report
 from dlops.runtimes.session import Device
+from dlops.workflows.calibration import calibrate_first, calibrated
 
 _DONE, _MISSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
 
@@ -39,13 +40,17 @@ def benchmark(
     json: str | None,
     html: Path | None,
     command: Sequence[str],
+    calibrate: bool = False,
 ) -> int:
     """Write and print a report; json, html: where copies go ("-" prints the JSON instead of the table).
+
+    calibrate: measure the harness in full first, and keep that.
 
     Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
     what was measured until then written and marked partial.
     """
     status = _DONE
+    calibration = calibrate_first() if calibrate else None
     try:
         measured = measure(
             targets,
@@ -63,6 +68,12 @@ def benchmark(
     except MeasureInterrupted as interruption:
         measured, status = interruption.measured, _INTERRUPTED
         say("interrupted: writing what was measured so far, marked partial")
+    senders = offered.senders if offered else None
+    try:
+        measured = calibrated(measured, calibration, senders=senders, may_measure=status != _INTERRUPTED)
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+        say("interrupted: the report goes without a calibration")
     report = _write(measured, out_dir, json=json, html=html)
     if json == "-":
         sys.stdout.write(report.to_json())
