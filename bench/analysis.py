@@ -72,7 +72,7 @@ def analyse_closed_loop(
     against = [*observed, *_unsteady(medians, varying)]
     return Figures(
         latency=stats.summarize(latencies_ns, turns=turns),
-        throughput=_answered(np.concatenate([starts_ns + latencies_ns, earlier_ns]), duration_ns, batch),
+        throughput=answered_rate(np.concatenate([starts_ns + latencies_ns, earlier_ns]), duration_ns, batch),
         verdict=_verdict(against, observed, latencies_ns, turns, remarks),
     )
 
@@ -104,7 +104,7 @@ def analyse_rate(
     return Figures(
         latency=stats.summarize(response_ns, turns=turns),
         service=stats.summarize(service_ns[succeeded], turns=turns[succeeded]),
-        throughput=_answered(np.concatenate([arrived, earlier_ns]), duration_ns, batch),
+        throughput=answered_rate(np.concatenate([arrived, earlier_ns]), duration_ns, batch),
         verdict=_verdict(against, observed, response_ns, turns, remarks),
     )
 
@@ -140,8 +140,8 @@ def listed(errors: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} ×{count}" for kind, count in sorted(errors.items(), key=lambda item: -item[1])) or "none"
 
 
-def _answered(arrived_ns: Integers, duration_ns: int, batch: int) -> Interval:
-    """From all that was answered within the run, whenever it was asked: what a slow server owes at one end of the run
+def answered_rate(arrived_ns: Integers, duration_ns: int, batch: int) -> Interval:
+    """Items a second, of all answered within the run, whenever asked: what a slow server owes at one end of the run
     it is paid at the other."""
     edges = np.linspace(0, duration_ns, STRETCHES + 1)
     counts, _ = np.histogram(arrived_ns, bins=edges)

@@ -42,14 +42,17 @@ def groups(report: Report) -> list[Group]:
     devices_vary = _vary((row.target, row.device) for row in local)
 
     def under(row: Measurement) -> str:
-        over_grpc = row.boundary == "network" and row.target.startswith("oip+grpc://")
-        title = f"{'over gRPC' if over_grpc else _BOUNDARIES[row.boundary]}, batch {row.load.batch}"
+        title = f"{'over gRPC' if over_grpc(row) else _BOUNDARIES[row.boundary]}, batch {row.load.batch}"
         if row.boundary == "network":
             return title
         title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
         return title + (f", on {row.device}" if devices_vary else "")
 
     return [Group(title=title, rows=tuple(rows)) for title, rows in itertools.groupby(report.measurements, key=under)]
+
+
+def over_grpc(row: Measurement) -> bool:
+    return row.boundary == "network" and row.target.startswith("oip+grpc://")
 
 
 def _vary(pairs: Iterable[tuple[str, object]]) -> bool:

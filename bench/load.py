@@ -74,7 +74,8 @@ class _Recorder:
 
     def success(self, start: int, arrived: int) -> None:
         self.last_success_ns = arrived
-        if self.began_ns is None:
+        # An answer may have been read just before the run began and be told of just after.
+        if self.began_ns is None or arrived < self.began_ns:
             self.warmup_calls += 1
             self.window.append(arrived - start)
             return

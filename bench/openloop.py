@@ -37,6 +37,11 @@ _STARTING_S = 30.0
 _STEPS = 100
 
 
+def senders_for(rate: float, rate_a_sender: float = HttpTransport.rate_a_sender) -> int:
+    """One process for every `rate_a_sender` requests a second, at most eight."""
+    return min(_MAX_SENDERS, max(1, math.ceil(rate / rate_a_sender)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenLoaded:
     """Every request of a schedule, in the order they came due; times in nanoseconds from its start.
@@ -263,6 +268,6 @@ def _watch(processes: Sequence[_Process], last_due_ns: int, start_ns: int, title
 
 
 def _senders_for(due_ns: Integers, rate_a_sender: float) -> int:
-    """One process for every `rate_a_sender` requests a second of the schedule's busiest second."""
+    """As many as the schedule's busiest second needs."""
     busiest = int(np.bincount(due_ns // 1_000_000_000).max()) if len(due_ns) else 0
-    return min(_MAX_SENDERS, max(1, math.ceil(busiest / rate_a_sender)))
+    return senders_for(busiest, rate_a_sender)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.bench import cells, plots, plots_waterfall
+from dlops.bench.calibration_text import facts
 from dlops.bench.plots_frame import NARROW, WIDE
 from dlops.report import Measurement, Report
 
@@ -38,7 +39,7 @@ def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str
             for row in group.rows
         ]
         body.append(_plots(group, series))
-    body += [_notes(report), _environment(report), _footer(report)]
+    body += [_notes(report), _calibration(report), _environment(report), _footer(report)]
     style = resources.files("dlops.bench").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -239,6 +240,16 @@ def _notes(report: Report) -> str:
     return (
         f'<section><h2>Verdicts and notes</h2><div class="card"><ul class="notes">{items}</ul></div></section>'
         f'<section><h2>How it was measured</h2><div class="card"><ul class="notes">{method}</ul></div></section>'
+    )
+
+
+def _calibration(report: Report) -> str:
+    if report.calibration is None:
+        return ""
+    rows = "".join(f"<dt>{escape(what)}</dt><dd>{escape(said)}</dd>" for what, said in facts(report.calibration))
+    return (
+        '<section><h2>Calibration</h2><div class="card"><p class="because">What the harness itself costs on this '
+        f"machine, with nothing behind it.</p><dl>{rows}</dl></div></section>"
     )
 
 

@@ -181,6 +181,15 @@ def ratio_interval(numerator: Sequence[Integers], denominator: Sequence[Integers
     return Interval(value=float(np.median(ratios)), low=low, high=high)
 
 
+def median_interval(values: Sequence[float]) -> Interval | None:
+    """The median of independent values with its order-statistic interval; None below six, which have none."""
+    ranks = interval_ranks(len(values), 0.5)
+    if ranks.low is None or ranks.high is None:
+        return None
+    ordered = sorted(values)
+    return Interval(value=float(np.median(ordered)), low=ordered[ranks.low - 1], high=ordered[ranks.high - 1])
+
+
 def rate_interval(counts: NDArray[np.number], durations_s: Floats) -> Interval:
     """Sum of counts over sum of durations, one of each a block, with the ratio estimator's t interval.
 

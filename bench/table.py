@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlops.bench import cells
+from dlops.bench.calibration_text import line
 from dlops.report import Interval, Latency, Measurement, Report
 
 _COLUMNS = 80
@@ -87,7 +88,9 @@ def to_markdown(report: Report) -> str:
             label = cells.name(row).replace("|", "\\|") + ("" if row.verdict.steady else " \\*")
             lines.append("| " + " | ".join((label, *[values[heading] for heading in headings[1:]])) + " |")
         lines.append("")
-    lines += [f"- {line}" for line in (*cells.placements(report.measurements), *cells.explanations(report))]
+    notes = [*cells.placements(report.measurements), *cells.explanations(report)]
+    notes += [line(report.calibration)] if report.calibration else []
+    lines += [f"- {note}" for note in notes]
     return "\n".join(lines) + "\n"
 
 

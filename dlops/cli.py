@@ -201,6 +201,9 @@ def bench(
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="REPORT", help="Measure nothing: work a kept report out again.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the harness itself and keep it; alone, or before the targets.")
+    ] = False,
 ) -> None:
     """Measure artifacts in process and services over HTTP or gRPC."""
     from dlops.workflows.benchmark import benchmark, offer
@@ -212,6 +215,10 @@ def bench(
 
         also_given = _given(context, but={"from_", "out", "json", "markdown", "csv", "html"})
         raise typer.Exit(reanalyse_report(from_, outputs, also_given=also_given))
+    if calibrate and not target and checkpoint is None:
+        from dlops.workflows.calibration import calibrate_alone
+
+        raise typer.Exit(calibrate_alone(json=json, also_given=_given(context, but={"calibrate", "json"})))
     offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, slo=slo, senders=senders)
     targets: list[Artifact | str] = [name if "://" in name else _artifact(Path(name)) for name in target or []] or [
         _artifact(None)
@@ -231,6 +238,7 @@ def bench(
         model=model,
         outputs=outputs,
         command=_command(),
+        calibrate=calibrate,
     )
     raise typer.Exit(status)
 

@@ -13,7 +13,7 @@ from dlops.artifact import Accuracy, Artifact, Parity
 from dlops.checkpoint import Checkpoint
 from dlops.errors import CorruptError, DlopsError, UsageError
 from dlops.manifest import Manifest, Record, check_payload, read_manifest
-from dlops.report import Measurement, Report
+from dlops.report import Calibration, Measurement, Report
 from dlops.signature import DimRange, Signature
 
 if TYPE_CHECKING:
@@ -267,7 +267,11 @@ def _facts(manifest: Manifest) -> dict[str, dict[str, str]]:
             return _checkpoint_facts(manifest)
         case Report():
             return {
-                "Report": {"command": " ".join(manifest.command), "made on": manifest.environment.cpu},
+                "Report": {
+                    "command": " ".join(manifest.command),
+                    "made on": manifest.environment.cpu,
+                    "calibration": _calibration_text(manifest.calibration),
+                },
                 "Measurements": {
                     f"{place}. {measurement.target}, batch {measurement.load.batch}": _measurement_text(measurement)
                     for place, measurement in enumerate(manifest.measurements, start=1)
@@ -379,6 +383,15 @@ def _measurement_text(measurement: Measurement) -> str:
     latency = f"median {median.value / 1e6:.3f} ms" if median else "too few samples for a median"
     verdict = "steady" if measurement.verdict.steady else "; ".join(measurement.verdict.reasons)
     return f"{latency}, {measurement.throughput.value:.1f} items/s, {measurement.boundary}; {verdict}"
+
+
+def _calibration_text(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return "none"
+    text = f"timing adds {calibration.timing.added_ns.value:.0f} ns to a call"
+    if calibration.network is not None and calibration.network.floor_ns is not None:
+        text += f", client and loopback take {calibration.network.floor_ns.value / 1e6:.3f} ms of a request"
+    return f"{text} (measured {_when(calibration.created)})"
 
 
 def _labels(labels: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from dlops.environment import Environment
 from dlops.errors import CorruptError
@@ -193,13 +193,73 @@ class Objective(Record):
     tried: tuple[str, ...] = ()
 
 
+class Machine(Record):
+    """What a calibration holds for: on another processor, kernel, Python or dlops it would come out otherwise."""
+
+    cpu: str
+    cores: int
+    system: str
+    python: str
+    dlops_version: str
+
+
+class TimingCost(Record):
+    """What timing costs in process.
+
+    added_ns: to each recorded latency, by the loop that records it. share_of_1_ms: how much longer than that a wait of
+    1 ms is recorded, as a fraction. clock_step_ns: the smallest difference that the clock shows; clock_read_ns: one
+    reading of it.
+    """
+
+    added_ns: Interval
+    share_of_1_ms: Interval
+    clock_step_ns: int
+    clock_read_ns: float
+
+
+class SendingCost(Record):
+    """What the client and the loopback cost: measured against a null server, which answers at once.
+
+    floor_ns: median round trip, one call in flight. closed_rate: requests a second with `closed_concurrency` in flight.
+    capacity: the highest rate tried at which 99 % of one sender's requests certainly leave within 1 ms of when they are
+    due; missed: the lowest above it that was not kept so. lag: how late requests leave at lag_rate. oversleep: how much
+    longer than asked a sleep of 1 ms lasts. Null: not measured, or not certified by the sample.
+    """
+
+    floor_ns: Interval | None
+    closed_concurrency: int
+    closed_rate: Interval | None
+    capacity: float | None
+    missed: float | None
+    lag_rate: float
+    lag_p50_ns: Interval | None
+    lag_p99_ns: Interval | None
+    oversleep_p50_ns: Interval | None
+    oversleep_p99_ns: Interval | None
+
+
+class Calibration(Record):
+    """The harness measured by itself. quick: made within a run; else by `dlops bench --calibrate`.
+
+    network: null where it was not asked for. reasons: what stands against its numbers.
+    """
+
+    created: AwareDatetime
+    machine: Machine
+    quick: bool
+    timing: TimingCost
+    network: SendingCost | None
+    reasons: tuple[str, ...] = ()
+
+
 class Report(Manifest):
     """report.json: files hold the role samples, a safetensors file of int64 nanoseconds by measurement key.
 
     objectives: by target, where a highest rate was looked for.
     baseline: the target that speed-ups are counted from. chosen: the target to deploy, chosen_because in words, of
     those that lose at most max_drop percentage points.
-    notes: what a reader must know about all of it. partial: it was interrupted.
+    notes: what a reader must know about all of it. partial: it was interrupted. calibration: what the harness itself
+    costs on this machine.
     """
 
     file_name: ClassVar[str] = "report.json"
@@ -218,6 +278,7 @@ class Report(Manifest):
     max_drop: float | None = None
     notes: tuple[str, ...] = ()
     partial: bool = False
+    calibration: Calibration | None = None
 
     def raw_samples(self) -> dict[str, NDArray[np.int64]]:
         """Every latency that was measured, in order, in nanoseconds, by measurement key.

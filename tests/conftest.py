@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,10 +16,51 @@ from dlops.artifact import Artifact, Parity, Precision, Provenance, Tolerance, V
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.preprocess import Decode, Preprocess, Resize, Scale
+from dlops.report import Calibration, Interval, Machine, SendingCost, TimingCost
 from dlops.samples import Samples
 from dlops.signature import DimRange, Signature, TensorSpec
 
 MakeArtifact = Callable[..., Artifact]
+
+
+def around(value: float) -> Interval:
+    return Interval(value=value, low=value * 0.9, high=value * 1.1)
+
+
+@pytest.fixture(scope="session")
+def calibration() -> Calibration:
+    """A full one for a machine of no such name: 0.1 µs a call, a floor of 0.1 ms, 10,000/s closed, 4,000/s a sender."""
+    return Calibration(
+        created=datetime(2026, 11, 20, 9, 30, tzinfo=UTC),
+        machine=Machine(cpu="Example 9000", cores=2, system="Linux 6.1", python="3.11.7", dlops_version="0.1.0"),
+        quick=False,
+        timing=TimingCost(
+            added_ns=around(100.0), share_of_1_ms=Interval(value=0.0005, low=0.0004, high=0.0006), clock_step_ns=50,
+            clock_read_ns=75.0,
+        ),
+        network=SendingCost(
+            floor_ns=around(100_000.0), closed_concurrency=8, closed_rate=around(10_000.0), capacity=4000.0,
+            missed=4400.0, lag_rate=500.0, lag_p50_ns=around(60_000.0), lag_p99_ns=around(240_000.0),
+            oversleep_p50_ns=around(70_000.0), oversleep_p99_ns=around(150_000.0),
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Commands keep nothing in the person's own cache, and find a calibration there instead of making one."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # Installers that tests run go on with the packages that they have.
+        for name, tool in (("UV_CACHE_DIR", "uv"), ("PIP_CACHE_DIR", "pip")):
+            patch.setenv(name, os.environ.get(name, str(own / tool)))
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        from dlops.bench.calibrate import this_machine
+        from dlops.bench.kept import keep
+
+        keep(calibration.model_copy(update={"machine": this_machine()}))
+        yield folder
 
 
 @pytest.fixture(scope="session")

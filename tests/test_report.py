@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +14,41 @@ from safetensors.numpy import save
 from dlops.directory import DirectoryWriter
 from dlops.environment import Environment
 from dlops.errors import CorruptError, UsageError
-from dlops.report import Interval, Latency, Load, Measurement, Report, Verdict, read_report
+from dlops.report import (
+    Calibration,
+    Interval,
+    Latency,
+    Load,
+    Machine,
+    Measurement,
+    Report,
+    SendingCost,
+    TimingCost,
+    Verdict,
+    read_report,
+)  # fmt: skip
 
 GOLDEN = Path(__file__).parent / "golden" / "report.json"
 
 
 def interval(value: float) -> Interval:
     return Interval(value=value, low=value * 0.9, high=value * 1.1)
+
+
+CALIBRATION = Calibration(
+    created=datetime(2026, 11, 20, tzinfo=UTC),
+    machine=Machine(cpu="Example", cores=2, system="Linux", python="3.11.7", dlops_version="0.1.0"),
+    quick=False,
+    timing=TimingCost(
+        added_ns=interval(100.0), share_of_1_ms=interval(0.0005), clock_step_ns=50, clock_read_ns=75.5
+    ),
+    network=SendingCost(
+        floor_ns=interval(1e5), closed_concurrency=8, closed_rate=interval(1e4), capacity=4000.0, missed=4400.0,
+        lag_rate=500.0, lag_p50_ns=interval(6e4), lag_p99_ns=None, oversleep_p50_ns=interval(7e4),
+        oversleep_p99_ns=interval(1.5e5),
+    ),
+    reasons=("a reason",),
+)  # fmt: skip
 
 
 def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Report:
@@ -68,6 +97,7 @@ def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Repo
             chosen="digits/onnx-int8",
             chosen_because="lowest median latency",
             notes=("a note",),
+            calibration=CALIBRATION,
             files={"samples": writer.add("samples.safetensors", save(arrays))},
         )  # fmt: skip
         return writer.commit(report)
@@ -84,6 +114,18 @@ def test_what_is_written_is_read_back(tmp_path) -> None:
     assert read_report(tmp_path / "r" / "report.json") == report
     assert report.raw_samples()["row00"].tolist() == [1_000_000, 1_100_000]
     assert report.measurements[0].error_count == 2
+
+
+def test_a_report_from_before_calibrations_is_read(tmp_path) -> None:
+    report = write(tmp_path / "r")
+    path = tmp_path / "r" / "report.json"
+    document = json.loads(path.read_text())
+    del document["calibration"], document["sha256"]
+    content = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    path.write_text(json.dumps(document | {"sha256": hashlib.sha256(content).hexdigest()}))
+    read = read_report(path)
+    assert read.calibration is None
+    assert read.measurements == report.measurements
 
 
 def test_a_newer_schema_is_refused_with_the_version_that_reads_it(tmp_path) -> None:

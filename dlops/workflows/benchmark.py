@@ -14,6 +14,7 @@ from dlops.console import say
 from dlops.errors import UsageError
 from dlops.report import Boundary
 from dlops.runtimes.session import Device
+from dlops.workflows.calibration import calibrate_first, calibrated
 from dlops.workflows.publish import Outputs, exit_status, publish
 
 _INTERRUPTED = 130
@@ -35,13 +36,17 @@ def benchmark(
     model: str | None,
     outputs: Outputs,
     command: Sequence[str],
+    calibrate: bool = False,
 ) -> int:
     """Write and print a report.
+
+    calibrate: measure the harness in full first, and keep that.
 
     Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
     what was measured until then written and marked partial.
     """
     status = None
+    calibration = calibrate_first() if calibrate else None
     try:
         measured = measure(
             targets,
@@ -61,6 +66,12 @@ def benchmark(
     except MeasureInterrupted as interruption:
         measured, status = interruption.measured, _INTERRUPTED
         say("interrupted: writing what was measured so far, marked partial")
+    senders = offered.senders if offered else None
+    try:
+        measured = calibrated(measured, calibration, senders=senders, may_measure=status is None)
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+        say("interrupted: the report goes without a calibration")
     report = publish(measured, outputs)
     return exit_status(report) if status is None else status
 

@@ -18,6 +18,7 @@ from dlops.directory import write_json
 from dlops.errors import UsageError
 from dlops.report import Report, read_report
 from dlops.runtimes.session import Device
+from dlops.workflows.calibration import calibrated
 
 DURATION_S = 5.0
 _SAME, _REGRESSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
@@ -72,7 +73,8 @@ def compare(
             artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S, threads=threads,
             device=device or "auto", command=command,
         )  # fmt: skip
-        report = save_report(measured, out_dir)
+        # The comparison is between turns of one run: whatever the harness adds, it adds to both.
+        report = save_report(calibrated(measured, may_measure=False), out_dir)
         say(f"report: {report.directory / HTML_NAME}")
         comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
     _show(comparison, markdown=markdown, json=json)

@@ -23,6 +23,7 @@ from dlops.runtimes.session import Device
 from dlops.serve.launch import ServerProcess
 from dlops.train.launch import configure, train_recipe
 from dlops.workflows.ask import Answers, ask_service
+from dlops.workflows.calibration import calibrated
 
 VARIANTS = (
     "torchscript-fp32",
@@ -116,7 +117,13 @@ def quickstart(
         raise
     say("the server has stopped")
 
-    report = save_report(merge(measured, network))
+    measured = merge(measured, network)
+    try:
+        measured = calibrated(measured)
+    except KeyboardInterrupt:
+        _save_partial(measured)
+        raise
+    report = save_report(measured)
     _conclude(report, chosen, checkpoint, answers, refused)
     return Outcome(checkpoint=checkpoint, artifacts=tuple(artifacts), refused=refused, answers=answers, report=report)
 
@@ -181,7 +188,8 @@ def _conclude(
 
 def _save_partial(measured: Measured) -> None:
     report = measured.report.model_copy(update={"partial": True})
-    directory = save_report(Measured(report=report, samples=measured.samples)).directory
+    kept = calibrated(Measured(report=report, samples=measured.samples), may_measure=False)
+    directory = save_report(kept).directory
     say(f"interrupted: what was measured so far is in {directory}, marked partial")
 
 

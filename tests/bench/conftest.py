@@ -23,7 +23,7 @@ from dlops.bench.results import Measured, choose_fastest
 from dlops.bench.stats import rate_interval, ratio_interval, summarize
 from dlops.directory import DirectoryWriter
 from dlops.environment import Environment, describe_environment
-from dlops.report import Load, Measurement, Report, Verdict
+from dlops.report import Calibration, Load, Measurement, Report, Verdict
 from dlops.samples import Samples
 from dlops.signature import DimRange, Signature, TensorSpec
 
@@ -357,6 +357,12 @@ def example_report(*, title: str = "digits") -> Measured:
 
 
 @pytest.fixture
-def example() -> Callable[..., Measured]:
-    """example(title=...) gives a report of every kind of row."""
-    return example_report
+def example(calibration: Calibration) -> Callable[..., Measured]:
+    """example(title=...) gives a report of every kind of row, with a calibration."""
+
+    def make(**options: str) -> Measured:
+        measured = example_report(**options)
+        report = measured.report.model_copy(update={"calibration": calibration})
+        return Measured(report=report, samples=measured.samples)
+
+    return make

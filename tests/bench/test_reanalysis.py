@@ -83,15 +83,12 @@ def test_rows_of_every_kind_come_out_the_same_to_the_last_bit(make_artifact, ser
 
 def test_a_call_under_way_when_the_row_begins_is_kept_and_counts(make_artifact, serve, tmp_path) -> None:
     artifact = make_artifact()
-    server = serve(artifact)
-    measured = measure([server.url], payload=artifact, concurrency=(4,), duration_s=0.3)
-    (row,) = measured.measurements
-    assert len(measured.samples[row.samples + EARLIER]) >= 1
-    without = Measured(
-        report=measured.report, samples=measured.samples | {row.samples + EARLIER: np.zeros(0, np.int64)}
-    )
-    report, new = again(without, tmp_path / "report")
-    assert new.measurements[0].throughput.value < report.measurements[0].throughput.value
+    measured = measure([serve(artifact).url], payload=artifact, concurrency=(4,), duration_s=0.3)
+    key = measured.measurements[0].samples + EARLIER
+    # Whether any call was under way when the row began is chance: here two more were.
+    more = np.sort(np.append(measured.samples[key], [1000, 2000]))
+    report, new = again(Measured(report=measured.report, samples=measured.samples | {key: more}), tmp_path / "report")
+    assert new.measurements[0].throughput.value > report.measurements[0].throughput.value
     assert new.notes[-1].endswith("changed are row00 (throughput)")
 
 

@@ -1,6 +1,6 @@
 """Servers whose behaviour is known exactly, each in a process of its own: `python servers.py KIND [SECONDS...]`.
 
-null: answers at once. parallel D: each request after D. queue D: one request at a time, D each. frozen D BEGIN LENGTH:
+parallel D: each request after D. queue D: one request at a time, D each. frozen D BEGIN LENGTH:
 like parallel, but from BEGIN seconds after the first request on it stands still for LENGTH. grpc: over gRPC, answers
 every call at once with what it was sent. Prints its port.
 """
@@ -12,7 +12,7 @@ import selectors
 import sys
 from collections.abc import Callable
 
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+from dlops.bench.nullserver import ANSWER
 
 # From when a request arrives to when it is answered, both on the loop's clock.
 Rule = Callable[[float], float]
@@ -46,7 +46,6 @@ def frozen(seconds: float, begin: float, length: float) -> Rule:
 
 
 KINDS: dict[str, Callable[..., Rule]] = {
-    "null": lambda: parallel(0),
     "parallel": parallel,
     "queue": queue,
     "frozen": frozen,

@@ -14,6 +14,7 @@ from dlops.bench import ratios
 from dlops.bench.arrivals import constant, poisson
 from dlops.bench.grpc import GrpcTransport
 from dlops.bench.load import closed_loop
+from dlops.bench.nullserver import null_server
 from dlops.bench.openloop import OpenLoaded, open_loop
 
 BODY = b"x" * 256
@@ -125,7 +126,7 @@ def test_a_queue_with_equal_service_times(write_page: Callable[..., Path]) -> No
 def test_what_one_sender_can_send(write_page: Callable[..., Path]) -> None:
     rows, lags = [], {}
     for rate in (1000, 2000, 4000, 5000, 6000):
-        with running("null") as port:
+        with null_server() as port:
             loaded = open_loop("127.0.0.1", port, [REQUEST], poisson(rate, duration_s=10), senders=1)
         lags[rate] = quantile_ms(loaded.lag_ns, 0.99)
         sent = len(loaded.due_ns) / (float(loaded.sent_ns.max()) / S)
