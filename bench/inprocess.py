@@ -51,7 +51,7 @@ def opened_targets(
     try:
         if checkpoint is not None:
             opened.append(Opened(target=EAGER, artifact=None, session=_open_eager(checkpoint, model, options)))
-        for name, artifact in zip(_distinct([artifact.title for artifact in artifacts]), artifacts, strict=True):
+        for name, artifact in zip(distinct([artifact.title for artifact in artifacts]), artifacts, strict=True):
             opened.append(Opened(target=name, artifact=artifact, session=open_session(artifact, options)))
         yield opened
     finally:
@@ -185,7 +185,7 @@ def _open_eager(checkpoint: Checkpoint, model: ModuleSource | None, options: Ses
     return open_eager(checkpoint.build_module(model), checkpoint.signature, options)
 
 
-def _distinct(titles: Sequence[str]) -> list[str]:
+def distinct(titles: Sequence[str]) -> list[str]:
     """The titles, a repeated one numbered: measuring one artifact twice shows what chance alone does."""
     seen: dict[str, int] = {}
     names = []

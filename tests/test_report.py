@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +14,36 @@ from safetensors.numpy import save
 from dlops.directory import DirectoryWriter
 from dlops.environment import Environment
 from dlops.errors import CorruptError, UsageError
-from dlops.report import Interval, Latency, Load, Measurement, Report, Verdict, read_report
+from dlops.report import (
+    Interval,
+    Latency,
+    Load,
+    Measurement,
+    Profile,
+    ProfiledOperator,
+    ProviderUse,
+    Report,
+    Verdict,
+    read_report,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "report.json"
 
 
 def interval(value: float) -> Interval:
     return Interval(value=value, low=value * 0.9, high=value * 1.1)
+
+
+def _profile() -> Profile:
+    conv = ProfiledOperator(
+        name="conv", op_type="QLinearConv", provider="CPUExecutionProvider", calls=100, total_ns=6_000_000, share=0.6
+    )
+    return Profile(
+        target="digits/onnx-int8", artifact="onnx-int8", runtime="onnxruntime", provider="CPUExecutionProvider",
+        threads=2, batch=1, calls=100, total_ns=10_000_000, operators=(conv,), others=3, others_share=0.1,
+        outside_share=0.3, op_types={"QLinearConv": 0.6, "QGemm": 0.1},
+        providers={"CPUExecutionProvider": ProviderUse(operators=4, share=0.7)}, trace="trace00", traced_calls=100,
+    )  # fmt: skip
 
 
 def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Report:
@@ -68,7 +92,11 @@ def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Repo
             chosen="digits/onnx-int8",
             chosen_because="lowest median latency",
             notes=("a note",),
-            files={"samples": writer.add("samples.safetensors", save(arrays))},
+            profiles=(_profile(),),
+            files={
+                "samples": writer.add("samples.safetensors", save(arrays)),
+                "trace00": writer.add("trace_onnx_int8_batch1.json.gz", b"a trace"),
+            },
         )  # fmt: skip
         return writer.commit(report)
 
@@ -84,6 +112,17 @@ def test_what_is_written_is_read_back(tmp_path) -> None:
     assert read_report(tmp_path / "r" / "report.json") == report
     assert report.raw_samples()["row00"].tolist() == [1_000_000, 1_100_000]
     assert report.measurements[0].error_count == 2
+
+
+def test_a_report_without_profiles_is_read(tmp_path) -> None:
+    report = write(tmp_path / "r")
+    document = json.loads(report.to_json())
+    del document["profiles"]
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    document["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / "r" / "report.json").write_text(json.dumps(document))
+    assert read_report(tmp_path / "r").profiles == ()
 
 
 def test_a_newer_schema_is_refused_with_the_version_that_reads_it(tmp_path) -> None:

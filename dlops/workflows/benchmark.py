@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dlops.artifact import Artifact
 from dlops.bench.arrivals import Arrivals, Offered, read_trace
+from dlops.bench.profile import add_profiles
 from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.slo import parse_objective
@@ -18,7 +19,7 @@ from dlops.console import out, say
 from dlops.directory import write_json
 from dlops.errors import UsageError
 from dlops.report import Report
-from dlops.runtimes.session import Device
+from dlops.runtimes.session import Device, SessionOptions
 
 _DONE, _MISSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
 
@@ -33,6 +34,7 @@ def benchmark(
     duration_s: float,
     payload: Artifact | None,
     model: str | None,
+    profile: bool,
     device: Device,
     threads: int | None,
     out_dir: Path | None,
@@ -42,10 +44,18 @@ def benchmark(
 ) -> int:
     """Write and print a report; json, html: where copies go ("-" prints the JSON instead of the table).
 
+    profile: run every target that is no URL once more under its runtime's profiler, after the timing.
+
     Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
     what was measured until then written and marked partial.
     """
     status = _DONE
+    artifacts = [target for target in targets if isinstance(target, Artifact)]
+    if profile and not artifacts and checkpoint is None:
+        raise UsageError(
+            "--profile is for artifacts: a service runs in a process of its own", hint="name the artifact's folder too"
+        )
+    source = import_model_source(model) if model else None
     try:
         measured = measure(
             targets,
@@ -57,9 +67,12 @@ def benchmark(
             threads=threads,
             device=device,
             payload=payload,
-            model=import_model_source(model) if model else None,
+            model=source,
             command=command,
         )
+        if profile:
+            options = SessionOptions(device=device, threads=threads)
+            measured = add_profiles(measured, artifacts, checkpoint=checkpoint, model=source, options=options)
     except MeasureInterrupted as interruption:
         measured, status = interruption.measured, _INTERRUPTED
         say("interrupted: writing what was measured so far, marked partial")
