@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dlops.bench.calibrate import MAX_LAG_NS
 from dlops.bench.cells import over_grpc, significant
 from dlops.bench.openloop import senders_for
@@ -23,7 +25,7 @@ def attach(measured: Measured, calibration: Calibration, *, senders: int | None 
     """
     rows = tuple(_judged(row, calibration, senders) for row in measured.measurements)
     report = measured.report.model_copy(update={"calibration": calibration, "measurements": rows})
-    return Measured(report=report, samples=measured.samples)
+    return replace(measured, report=report)
 
 
 def _judged(row: Measurement, calibration: Calibration, senders: int | None) -> Measurement:

@@ -53,11 +53,27 @@ class Subject:
     @property
     def note(self) -> str | None:
         """What a reader must know of how it is measured."""
-        return f"{self.target} {_NOTE}" if self._is_local else None
+        return f"{self.target} {_NOTE}" if self.is_local else None
 
     @property
-    def _is_local(self) -> bool:
+    def is_local(self) -> bool:
+        """Whether only this process can build it."""
         return self.model is not None and not isinstance(self.model, str)
+
+    def job(self, *, samples: Artifact | None, batch: int, boundary: Boundary, options: SessionOptions) -> Job:
+        """What a process of its own is told to do."""
+        assert self.model is None or isinstance(self.model, str)
+        return Job(
+            target=self.target,
+            kind=self.kind,
+            directory=str(self.source.directory.resolve()),
+            model=self.model,
+            samples=None if samples is None else str(samples.directory.resolve()),
+            batch=batch,
+            boundary=boundary,
+            device=options.device,
+            threads=options.threads,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +113,7 @@ def subjects(
         found.append(Subject(target=EAGER, kind="eager", source=checkpoint, model=model))
         if compiled:
             found.append(Subject(target=COMPILED, kind="compiled", source=checkpoint, model=model))
-    names = _distinct([artifact.title for artifact in artifacts])
+    names = distinct([artifact.title for artifact in artifacts])
     found += [
         Subject(target=name, kind="artifact", source=artifact) for name, artifact in zip(names, artifacts, strict=True)
     ]
@@ -203,22 +219,8 @@ def accuracy_fields(artifact: Artifact) -> dict[str, float | int]:
 
 
 def _start(stack: ExitStack, subject: Subject, samples: Artifact | None, conditions: Conditions) -> Started:
-    assert subject.model is None or isinstance(subject.model, str)
-    process = stack.enter_context(
-        Process(
-            Job(
-                target=subject.target,
-                kind=subject.kind,
-                directory=str(subject.source.directory.resolve()),
-                model=subject.model,
-                samples=None if samples is None else str(samples.directory.resolve()),
-                batch=conditions.batch,
-                boundary=conditions.boundary,
-                device=conditions.options.device,
-                threads=conditions.options.threads,
-            )
-        )
-    )
+    job = subject.job(samples=samples, batch=conditions.batch, boundary=conditions.boundary, options=conditions.options)
+    process = stack.enter_context(Process(job))
     ready = process.ready()
     return Started(
         subject=subject, arm=process, placement=ready.placement, cold_start=ready.cold_start,
@@ -244,7 +246,7 @@ def _plural(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
 
-def _distinct(titles: Sequence[str]) -> list[str]:
+def distinct(titles: Sequence[str]) -> list[str]:
     """The titles, a repeated one numbered: measuring one artifact twice shows what chance alone does."""
     seen: dict[str, int] = {}
     names = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +34,13 @@ def reanalyse(report: Report) -> Measured:
     new = {key: row.model_copy(update=_figures(report, row, rows, samples).as_fields()) for key, row in rows.items()}
     objectives = {target: _found_again(report, one, new, samples) for target, one in report.objectives.items()}
     update = {"measurements": tuple(new.values()), "objectives": objectives}
-    measured = Measured(report=report.model_copy(update=update), samples=samples)
+    traces = {one.trace: report.path(one.trace).read_bytes() for one in report.profiles}
+    measured = Measured(report=report.model_copy(update=update), samples=samples, traces=traces)
     if report.max_drop is not None:
         measured = choose_fastest(measured, max_drop=report.max_drop)
     note = f"worked out again from its samples by dlops {__version__}: {_what_changed(report, measured.report)}"
     notes = tuple(dict.fromkeys((*report.notes, note)))
-    return Measured(report=measured.report.model_copy(update={"notes": notes}), samples=samples)
+    return replace(measured, report=measured.report.model_copy(update={"notes": notes}))
 
 
 def _figures(report: Report, row: Measurement, rows: Mapping[str, Measurement], samples: Arrays) -> Figures:

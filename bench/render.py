@@ -10,7 +10,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.bench import cells, plots, plots_waterfall
+from dlops.bench import breakdown, cells, plots, plots_waterfall
 from dlops.bench.calibration_text import facts
 from dlops.bench.plots_frame import NARROW, WIDE
 from dlops.report import Measurement, Report
@@ -39,7 +39,8 @@ def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str
             for row in group.rows
         ]
         body.append(_plots(group, series))
-    body += [_notes(report), _calibration(report), _environment(report), _footer(report)]
+    body += [breakdown.render_section(report), _notes(report), _calibration(report), _environment(report)]
+    body.append(_footer(report))
     style = resources.files("dlops.bench").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -234,7 +235,7 @@ def _accuracy_caption(series: Sequence[plots.Series]) -> str:
 
 
 def _notes(report: Report) -> str:
-    lines = [*cells.explanations(report), *cells.placements(report.measurements)]
+    lines = [*cells.explanations(report), *cells.placements(report.measurements), *breakdown.placements(report)]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     method = "".join(f"<li>{escape(line)}</li>" for line in _METHOD)
     return (

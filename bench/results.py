@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -14,17 +15,21 @@ from safetensors.numpy import save
 
 from dlops.bench.render import render_html
 from dlops.directory import DirectoryWriter, write_json
-from dlops.report import SUFFIXES, Measurement, Objective, Report
+from dlops.report import SUFFIXES, Measurement, Objective, Profile, Report
 
 HTML_NAME = "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """report: not yet in a directory. samples: int64 arrays under the names that Report.raw_samples describes."""
+    """report: not yet in a directory. samples: int64 arrays under the names that Report.raw_samples describes.
+
+    traces: the files of the report's profiles by their role.
+    """
 
     report: Report
     samples: dict[str, NDArray[np.int64]]
+    traces: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -61,6 +66,14 @@ def merge(first: Measured, *others: Measured) -> Measured:
             rows.append(row.model_copy(update={"samples": key, "paired_with": paired_with}))
         for target, one in part.report.objectives.items():
             objectives[target] = one.model_copy(update={"tried": tuple(keys[key] for key in one.tried)})
+    numbers = itertools.count()
+    profiles: list[Profile] = []
+    traces: dict[str, bytes] = {}
+    for part in parts:
+        for profile in part.report.profiles:
+            role = trace_role(next(numbers))
+            traces[role] = part.traces[profile.trace]
+            profiles.append(profile.model_copy(update={"trace": role}))
     reports = [part.report for part in parts]
     chosen = next((report for report in reports if report.chosen), first.report)
     report = first.report.model_copy(
@@ -73,9 +86,10 @@ def merge(first: Measured, *others: Measured) -> Measured:
             "max_drop": chosen.max_drop,
             "notes": tuple(dict.fromkeys(note for report in reports for note in report.notes)),
             "partial": any(report.partial for report in reports),
+            "profiles": tuple(profiles),
         }
     )
-    return Measured(report=report, samples=samples)
+    return Measured(report=report, samples=samples, traces=traces)
 
 
 def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
@@ -110,20 +124,31 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
 
 
 def save_report(measured: Measured, directory: Path | str | None = None) -> Report:
-    """Write report.json, the samples beside it and report.html; a kill leaves the old report or the new one.
+    """Write report.json, samples and traces beside it and report.html; a kill leaves the old report or the new one.
 
     directory: by default reports/<time> in the working folder. Raises MachineError where it cannot be written.
     """
     directory = _fresh_directory() if directory is None else Path(directory)
     with DirectoryWriter(directory) as writer:
-        payload = writer.add("samples.safetensors", save(measured.samples))
-        report = writer.commit(measured.report.model_copy(update={"files": {"samples": payload}}))
+        files = {"samples": writer.add("samples.safetensors", save(measured.samples))}
+        for profile in measured.report.profiles:
+            files[profile.trace] = writer.add(_trace_name(profile), measured.traces[profile.trace])
+        report = writer.commit(measured.report.model_copy(update={"files": files}))
     write_json(directory / HTML_NAME, render_html(report, measured.samples))
     return report
 
 
 def row_key(number: int) -> str:
     return f"row{number:02d}"
+
+
+def trace_role(number: int) -> str:
+    return f"trace{number:02d}"
+
+
+def _trace_name(profile: Profile) -> str:
+    model = re.sub(r"[^A-Za-z0-9]+", "_", profile.artifact or profile.target)
+    return f"trace_{model}_batch{profile.batch}.json.gz"
 
 
 def _at_most(max_drop: float) -> str:
@@ -143,7 +168,7 @@ def _what_the_rest_lose(candidates: Sequence[Measurement], kept: Sequence[Measur
 
 def _with_choice(measured: Measured, max_drop: float, chosen: str | None, because: str) -> Measured:
     report = measured.report.model_copy(update={"chosen": chosen, "chosen_because": because, "max_drop": max_drop})
-    return Measured(report=report, samples=measured.samples)
+    return replace(measured, report=report)
 
 
 def _fresh_directory() -> Path:

@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dlops.bench import cells
+from dlops.bench import breakdown, cells
 from dlops.bench.calibration_text import line
 from dlops.report import Interval, Latency, Measurement, Report
 
@@ -38,13 +38,13 @@ def render_table(report: Report) -> RenderableType:
             table.add_row(Text(label, style=style), *[values[heading] for heading in headings[1:]])
     lines = [f"chosen: {report.chosen}: {report.chosen_because}"] if report.chosen else []
     lines += [report.chosen_because] if report.chosen_because and not report.chosen else []
-    lines += cells.placements(report.measurements)
+    lines += [*cells.placements(report.measurements), *breakdown.placements(report)]
     if not full:
         network = [row for row in report.measurements if row.boundary == "network"]
         lines += ["×8: with 8 requests in flight"] if any(row.load.rate is None for row in network) else []
         lines += ["@500: at 500 requests a second"] if any(row.load.rate is not None for row in network) else []
     lines += cells.explanations(report)
-    return Group(table, *[Text(line) for line in ("", *lines)])
+    return Group(table, *[Text(line) for line in ("", *lines)], *breakdown.render_tables(report))
 
 
 def _ends(*intervals: Interval | None) -> list[float | None]:
@@ -88,9 +88,11 @@ def to_markdown(report: Report) -> str:
             label = cells.name(row).replace("|", "\\|") + ("" if row.verdict.steady else " \\*")
             lines.append("| " + " | ".join((label, *[values[heading] for heading in headings[1:]])) + " |")
         lines.append("")
-    notes = [*cells.placements(report.measurements), *cells.explanations(report)]
+    places = (*cells.placements(report.measurements), *breakdown.placements(report))
+    notes = [*places, *cells.explanations(report)]
     notes += [line(report.calibration)] if report.calibration else []
     lines += [f"- {note}" for note in notes]
+    lines += breakdown.markdown(report)
     return "\n".join(lines) + "\n"
 
 

@@ -191,6 +191,7 @@ def bench(
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds a row.")] = 3.0,
     payload: Annotated[Path | None, typer.Option(help="The artifact whose samples are sent to URLs.")] = None,
     model: Annotated[str | None, typer.Option(help="python:package.module:function, with --checkpoint.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Then say which operators take the time.")] = False,
     out: Annotated[Path | None, typer.Option(help="Report folder. Default: reports/<time>.")] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Copy of report.json; - for stdout.")
@@ -236,6 +237,7 @@ def bench(
         duration_s=duration,
         payload=_artifact(payload) if payload else None,
         model=model,
+        profile=profile,
         outputs=outputs,
         command=_command(),
         calibrate=calibrate,

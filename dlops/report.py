@@ -252,9 +252,71 @@ class Calibration(Record):
     reasons: tuple[str, ...] = ()
 
 
+class ProfiledOperator(Record):
+    """One operator over all profiled calls. calls: how often it ran in all of them. share: of `Profile.total_ns`.
+
+    name: the node's in ONNX Runtime, the operator's in torch; op_type: such as "Conv" or "aten::addmm".
+    """
+
+    name: str
+    op_type: str
+    provider: str
+    calls: int = Field(ge=1)
+    total_ns: int = Field(ge=0)
+    share: float
+
+
+class ProviderUse(Record):
+    """What ran on one provider (in torch: on one kind of device). operators: how many; share: of the time.
+
+    names: which, given for every provider but the session's own.
+    """
+
+    operators: int = Field(ge=1)
+    share: float
+    names: tuple[str, ...] = ()
+
+
+class Profile(Record):
+    """Where one target's time went, in a process of its own under its runtime's profiler, which slows it down.
+
+    Shares are fractions of total_ns, which is how long the profiled calls took in all: those of the `operators` (the
+    costliest), of the others and of what is outside every operator (the runtime itself, Python, waiting) add up to 1.
+    times: "host" where an operator's time is taken on the CPU, "device" where it is that of its kernels on the GPU.
+    op_types: the share of every type. copies: operators that copy between host and device. trace: the role of the file
+    of all events, gzipped JSON in Chrome's trace format, which holds the first traced_calls of the calls.
+    """
+
+    target: str
+    artifact: str | None
+    runtime: str
+    provider: str
+    device: str
+    threads: int | None
+    batch: int = Field(ge=1)
+    calls: int = Field(ge=1)
+    total_ns: int = Field(ge=0)
+    times: Literal["host", "device"] = "host"
+    operators: tuple[ProfiledOperator, ...]
+    others: int = Field(ge=0)
+    others_share: float
+    outside_share: float
+    op_types: dict[str, float]
+    providers: dict[str, ProviderUse]
+    copies: int = Field(0, ge=0)
+    trace: str
+    traced_calls: int = Field(ge=1)
+
+    @property
+    def mean_ns(self) -> float:
+        """Of a profiled call."""
+        return self.total_ns / self.calls
+
+
 class Report(Manifest):
     """report.json: files hold the role samples, a safetensors file of int64 nanoseconds by measurement key.
 
+    profiles: of targets that were run once more under a profiler; files hold the trace of each.
     objectives: by target, where a highest rate was looked for.
     baseline: the target that speed-ups are counted from. chosen: the target to deploy, chosen_because in words, of
     those that lose at most max_drop percentage points.
@@ -279,6 +341,7 @@ class Report(Manifest):
     notes: tuple[str, ...] = ()
     partial: bool = False
     calibration: Calibration | None = None
+    profiles: tuple[Profile, ...] = ()
 
     def raw_samples(self) -> dict[str, NDArray[np.int64]]:
         """Every latency that was measured, in order, in nanoseconds, by measurement key.

@@ -21,12 +21,15 @@ from dlops.report import (
     Load,
     Machine,
     Measurement,
+    Profile,
+    ProfiledOperator,
+    ProviderUse,
     Report,
     SendingCost,
     TimingCost,
     Verdict,
     read_report,
-)  # fmt: skip
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "report.json"
 
@@ -49,6 +52,18 @@ CALIBRATION = Calibration(
     ),
     reasons=("a reason",),
 )  # fmt: skip
+
+
+def _profile() -> Profile:
+    conv = ProfiledOperator(
+        name="conv", op_type="QLinearConv", provider="CPUExecutionProvider", calls=100, total_ns=6_000_000, share=0.6
+    )
+    return Profile(
+        target="digits/onnx-int8", artifact="onnx-int8", runtime="onnxruntime", provider="CPUExecutionProvider",
+        device="cpu", threads=2, batch=1, calls=100, total_ns=10_000_000, operators=(conv,), others=3, others_share=0.1,
+        outside_share=0.3, op_types={"QLinearConv": 0.6, "QGemm": 0.1},
+        providers={"CPUExecutionProvider": ProviderUse(operators=4, share=0.7)}, trace="trace00", traced_calls=100,
+    )  # fmt: skip
 
 
 def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Report:
@@ -98,7 +113,11 @@ def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Repo
             chosen_because="lowest median latency",
             notes=("a note",),
             calibration=CALIBRATION,
-            files={"samples": writer.add("samples.safetensors", save(arrays))},
+            profiles=(_profile(),),
+            files={
+                "samples": writer.add("samples.safetensors", save(arrays)),
+                "trace00": writer.add("trace_onnx_int8_batch1.json.gz", b"a trace"),
+            },
         )  # fmt: skip
         return writer.commit(report)
 
@@ -126,6 +145,17 @@ def test_a_report_from_before_calibrations_is_read(tmp_path) -> None:
     read = read_report(path)
     assert read.calibration is None
     assert read.measurements == report.measurements
+
+
+def test_a_report_without_profiles_is_read(tmp_path) -> None:
+    report = write(tmp_path / "r")
+    document = json.loads(report.to_json())
+    del document["profiles"]
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    document["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / "r" / "report.json").write_text(json.dumps(document))
+    assert read_report(tmp_path / "r").profiles == ()
 
 
 def test_a_newer_schema_is_refused_with_the_version_that_reads_it(tmp_path) -> None:

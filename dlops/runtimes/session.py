@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from dlops.signature import Feed, Signature
@@ -15,12 +16,14 @@ class SessionOptions:
     """device: "auto" takes CUDA where it works and says so in the placement; "cuda" fails where it does not.
 
     threads: for one operator; None for as many as this process may use. spin: whether idle threads spin between runs,
-    which is faster for one model alone on a machine and slower for everything beside it.
+    which is faster for one model alone on a machine and slower for everything beside it. profile_prefix: how the path
+    of the profile begins that ONNX Runtime is to record; the other runtimes are profiled from outside.
     """
 
     device: Device = "auto"
     threads: int | None = None
     spin: bool = True
+    profile_prefix: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from dlops.artifact import Artifact
 from dlops.bench.arrivals import Arrivals, Offered, read_trace
+from dlops.bench.profile import add_profiles
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.slo import parse_objective
 from dlops.checkpoint import Checkpoint
 from dlops.console import say
 from dlops.errors import UsageError
 from dlops.report import Boundary
-from dlops.runtimes.session import Device
+from dlops.runtimes.session import Device, SessionOptions
 from dlops.workflows.calibration import calibrate_first, calibrated
 from dlops.workflows.publish import Outputs, exit_status, publish
 
@@ -34,17 +35,24 @@ def benchmark(
     duration_s: float,
     payload: Artifact | None,
     model: str | None,
+    profile: bool,
     outputs: Outputs,
     command: Sequence[str],
     calibrate: bool = False,
 ) -> int:
     """Write and print a report.
 
-    calibrate: measure the harness in full first, and keep that.
+    calibrate: measure the harness in full first, and keep that. profile: run every target that is no URL once more
+    under its runtime's profiler, after the timing.
 
     Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
     what was measured until then written and marked partial.
     """
+    artifacts = [target for target in targets if isinstance(target, Artifact)]
+    if profile and not artifacts and checkpoint is None:
+        raise UsageError(
+            "--profile is for artifacts: a service runs in a process of its own", hint="name the artifact's folder too"
+        )
     status = None
     calibration = calibrate_first() if calibrate else None
     try:
@@ -63,6 +71,12 @@ def benchmark(
             model=model,
             command=command,
         )
+        if profile:
+            counts: Sequence[int | None] = threads or [None]
+            options = [SessionOptions(device=place, threads=count) for place in device for count in counts]
+            measured = add_profiles(
+                measured, artifacts, checkpoint=checkpoint, options=options, model=model, compiled=compiled
+            )
     except MeasureInterrupted as interruption:
         measured, status = interruption.measured, _INTERRUPTED
         say("interrupted: writing what was measured so far, marked partial")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -66,7 +67,7 @@ def calibrated(
     except MachineError as error:
         say(f"no calibration: {error}")
         notes = (*measured.report.notes, f"the harness was not calibrated: {error.message}")
-        return Measured(report=measured.report.model_copy(update={"notes": notes}), samples=measured.samples)
+        return replace(measured, report=measured.report.model_copy(update={"notes": notes}))
     return measured if found is None else attach(measured, found, senders=senders)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlops.artifact import Artifact
@@ -188,7 +188,7 @@ def _conclude(
 
 def _save_partial(measured: Measured) -> None:
     report = measured.report.model_copy(update={"partial": True})
-    kept = calibrated(Measured(report=report, samples=measured.samples), may_measure=False)
+    kept = calibrated(replace(measured, report=report), may_measure=False)
     directory = save_report(kept).directory
     say(f"interrupted: what was measured so far is in {directory}, marked partial")
 

@@ -21,7 +21,7 @@ import pytest
 from dlops.bench import cells
 from dlops.bench.results import Measured, merge, save_report
 from dlops.bench.table import table_text, to_csv, to_markdown
-from dlops.report import Interval
+from dlops.report import Interval, Profile, ProfiledOperator, ProviderUse
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -290,6 +290,31 @@ def test_the_tables_fit_a_page_of_1000_pixels(example, tmp_path, width) -> None:
     )
     save_report(measured, tmp_path / "r")
     assert max(_look(tmp_path / "r", width=width)["overflow"]) <= 0
+
+
+@_BROWSER
+@pytest.mark.parametrize("width", [500, 1200])
+def test_where_the_time_goes_fits_the_page_whatever_the_names(example, tmp_path, width) -> None:
+    name = "void at::native::(anonymous namespace)::a_kernel<4, std::array<char*, 3ul>>(int)" * 3
+    operator = ProfiledOperator(name=name, op_type="<b>Conv</b>" * 8, provider="cuda", calls=7, total_ns=9, share=0.6)
+    profile = Profile(
+        target="digits/onnx-int8", artifact="onnx-int8", runtime="onnxruntime", provider="CUDAExecutionProvider",
+        device="cuda:0", threads=1, batch=1, calls=10, total_ns=3_000_000, times="device", operators=(operator,) * 10,
+        others=2, others_share=0.1, outside_share=0.1, op_types={operator.op_type: 0.8, **dict.fromkeys("abcdefgh", 0.0125)},
+        providers={
+            "cuda": ProviderUse(operators=11, share=0.8), "x": ProviderUse(operators=1, share=0.1, names=("y",)),
+        },
+        trace="trace00", traced_calls=3,
+    )  # fmt: skip
+    measured = example()
+    report = measured.report.model_copy(update={"profiles": (profile, profile.model_copy(update={"batch": 32}))})
+    save_report(Measured(report=report, samples=measured.samples, traces={"trace00": b"x"}), tmp_path / "r")
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<b>Conv" not in page
+    assert page.count('class="track"') == 2
+    seen = _look(tmp_path / "r", width=width)
+    assert seen["page"] <= 0
+    assert max(seen["overflow"][-2:]) <= 0
 
 
 @pytest.mark.parametrize(("accuracies", "lines"), [([0.98, 0.99], 1), ([0.99, 0.98], 0), ([0.99, 0.99], 0)])

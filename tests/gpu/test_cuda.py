@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dlops
+from dlops.bench.profile import add_profiles
 from dlops.checkpoint import Checkpoint
 from dlops.parity import self_test
 from dlops.runtimes import SessionOptions, open_session
@@ -54,6 +55,24 @@ def test_bench_says_that_cuda_ran(trained: Checkpoint, tmp_path: Path) -> None:
     artifacts = dlops.export_variants(trained, variants=["onnx-fp32"], out=tmp_path)
     measured = dlops.measure(artifacts, checkpoint=trained, duration_s=0.5, device="cuda")
     assert {row.device for row in measured.measurements} == {"cuda:0"}
+
+
+@pytest.mark.parametrize("slug", ["onnx-fp32", "torchscript-fp32"])
+def test_a_profile_on_cuda_names_the_gpu_and_what_did_not_run_there(
+    slug: str, trained: Checkpoint, tmp_path: Path
+) -> None:
+    artifacts = dlops.export_variants(trained, variants=[slug], out=tmp_path, device="cuda")
+    measured = dlops.measure(artifacts, duration_s=0.5, device="cuda")
+    (profile,) = add_profiles(measured, artifacts, checkpoint=None, options=CUDA).report.profiles
+    onnx = slug.startswith("onnx")
+    assert profile.provider == ("CUDAExecutionProvider" if onnx else "cuda")
+    assert profile.provider in profile.providers
+    assert profile.copies > 0
+    assert onnx or profile.times == "device"
+    elsewhere = {name for provider, use in profile.providers.items() for name in use.names}
+    assert len(elsewhere) == sum(use.operators for name, use in profile.providers.items() if name != profile.provider)
+    shares = sum(one.share for one in profile.operators) + profile.others_share + profile.outside_share
+    assert shares == pytest.approx(1.0)
 
 
 def test_doctor_finds_that_cuda_works() -> None:
