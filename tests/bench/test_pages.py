@@ -300,7 +300,8 @@ def test_where_the_time_goes_fits_the_page_whatever_the_names(example, tmp_path,
     profile = Profile(
         target="digits/onnx-int8", artifact="onnx-int8", runtime="onnxruntime", provider="CUDAExecutionProvider",
         device="cuda:0", threads=1, batch=1, calls=10, total_ns=3_000_000, times="device", operators=(operator,) * 10,
-        others=2, others_share=0.1, outside_share=0.1, op_types={operator.op_type: 0.8, **dict.fromkeys("abcdefgh", 0.0125)},
+        others=2, others_share=0.1, outside_share=0.1,
+        op_types={operator.op_type: 0.8, **dict.fromkeys("abcdefgh", 0.0125)},
         providers={
             "cuda": ProviderUse(operators=11, share=0.8), "x": ProviderUse(operators=1, share=0.1, names=("y",)),
         },
