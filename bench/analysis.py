@@ -11,7 +11,7 @@ import numpy as np
 from dlops.bench import stats
 from dlops.bench.dependence import STRETCHES
 from dlops.bench.stats import Integers
-from dlops.report import Interval, Latency, Verdict
+from dlops.report import Interval, Latency, Measurement, Verdict
 from dlops.timing import MIN_ROUNDS, by_turn
 
 # Requests that left this much too late (p99) say more about us than about the service.
@@ -36,12 +36,14 @@ class Figures:
 
 
 def analyse_turns(
-    latencies_ns: Integers, turns: Integers, *, batch: int, baseline: Sequence[Integers] | None, observed: Sequence[str]
-) -> Figures:
+    latencies_ns: Integers, turns: Integers, *, batch: int, baseline: Sequence[Integers] | None,
+    observed: Sequence[str], remarks: Sequence[str] = (),
+) -> Figures:  # fmt: skip
     """A target that took turns in one run with others.
 
     latencies_ns, turns: (n,), the round of each call. baseline: by turn, the latencies of the row that speed-ups are
-    counted from, of the same run; None gives no speed-up. observed: what stands against the row that no sample shows.
+    counted from, of the same run; None gives no speed-up. observed: what stands against the row that no sample shows;
+    remarks: what no sample shows either and does not.
     """
     own = by_turn(latencies_ns, turns)
     counts = np.array([batch * len(turn) for turn in own], np.int64)
@@ -54,7 +56,7 @@ def analyse_turns(
         latency=stats.summarize(latencies_ns, turns=turns),
         throughput=stats.rate_interval(counts, np.array([turn.sum() / 1e9 for turn in own])),
         speedup=None if baseline is None else stats.ratio_interval(baseline, own),
-        verdict=_verdict(against, observed, latencies_ns, turns),
+        verdict=_verdict(against, observed, latencies_ns, turns, remarks),
     )
 
 
@@ -133,6 +135,15 @@ def shortcomings(
         made = "" if warmup_calls is None else f" ({warmup_calls} calls)"
         against.append(f"not steady: latency was still moving when the warm-up ended{made}")
     return tuple(against)
+
+
+def remarked(row: Measurement, remarks: Sequence[str]) -> Measurement:
+    """The row with more to be said of it that no sample shows and that does not stand against it."""
+    if not remarks:
+        return row
+    old = row.verdict
+    verdict = old.model_copy(update={"reasons": (*old.reasons, *remarks), "remarks": (*old.remarks, *remarks)})
+    return row.model_copy(update={"verdict": verdict})
 
 
 def listed(errors: Mapping[str, int]) -> str:

@@ -131,17 +131,16 @@ class Offered:
         if not self.rates and self.trace is None and self.objective is None:
             raise UsageError("nothing to offer", hint="name a rate, a trace or an objective")
 
-    def schedules(self, duration_s: float) -> list[Schedule]:
-        """Each rate for `duration_s` after its lead-in, up to three times that where p99 needs it; then the trace."""
-        found = [self.at(rate, duration_s) for rate in sorted(set(self.rates))]
-        if self.trace is not None:
-            end_ns = int(self.trace[-1]) + 1
-            mean = len(self.trace) / max(end_ns / 1e9, 1e-9)
-            found.append(Schedule(rate=mean, due_ns=self.trace, lead_in_ns=0, end_ns=end_ns))
-        return found
+    def replayed(self) -> Schedule:
+        """The trace, all of which is measured. Raises ValueError where there is none."""
+        if self.trace is None:
+            raise ValueError("no trace")
+        end_ns = int(self.trace[-1]) + 1
+        mean = len(self.trace) / max(end_ns / 1e9, 1e-9)
+        return Schedule(rate=mean, due_ns=self.trace, lead_in_ns=0, end_ns=end_ns)
 
     def at(self, rate: float, duration_s: float, *, wanted: int = WANTED_SAMPLES, stretch: float = STRETCH) -> Schedule:
-        """One rate, up to `stretch` times as long where that gives no `wanted` requests.
+        """One rate for `duration_s` after its lead-in, up to `stretch` times that where it gives no `wanted` requests.
 
         Raises UsageError where it is so low that nothing would be due.
         """

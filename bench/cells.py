@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dlops.bench.knee import knee
 from dlops.report import Interval, Measurement, Report, ServerTime
 
 NONE = "–"
@@ -80,6 +81,11 @@ def model(row: Measurement) -> str:
     if row.boundary == "network":
         return row.artifact or row.target
     return row.artifact if row.artifact and "#" not in row.target else row.target
+
+
+def service(row: Measurement) -> str:
+    """What a report's objectives call the service that the row is of."""
+    return row.target if row.load.batch == 1 else f"{row.target} at batch {row.load.batch}"
 
 
 def headings(rows: Sequence[Measurement]) -> list[str]:
@@ -212,6 +218,22 @@ def objectives(report: Report) -> list[str]:
     return lines
 
 
+def knees(report: Report) -> list[str]:
+    """Where each service is best used, a sentence each; none where too few loads were tried to say."""
+    lines = []
+    for group in groups(report):
+        rows = [row for row in group.rows if row.boundary == "network" and row.throughput.value > 0]
+        rows.sort(key=lambda row: (row.target, row.load.rate is not None, row.load.rate or 0.0, row.load.concurrency))
+        for _, alike in itertools.groupby(rows, key=lambda row: (row.target, row.load.rate is not None)):
+            best = knee(list(alike))
+            if best is not None:
+                lines.append(
+                    f"{group.title}: {name(best)} is the knee, the most throughput for the mean time: with more load "
+                    "the time grows faster than the throughput"
+                )
+    return lines
+
+
 def parts(server: ServerTime) -> dict[str, float]:
     """The parts of a request's mean time at the client, in ns, in the order that it goes through them; the cache only
     where there is one."""
@@ -240,7 +262,7 @@ def waterfalls(report: Report) -> list[str]:
 def explanations(report: Report) -> list[str]:
     """What was found of the objectives, what the columns and marks mean here, where time went in
     servers, then the footnotes."""
-    lines = objectives(report)
+    lines = [*objectives(report), *knees(report)]
     if report.baseline:
         lines.append(f"speed: how many times faster than {report.baseline}, from turns taken in the same run")
     if any(row.load.rate is not None for row in report.measurements):

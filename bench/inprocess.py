@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dlops.artifact import Artifact
 from dlops.bench.analysis import analyse_turns, shortcomings
 from dlops.bench.payload import artifact_feeds, check_batch, check_fits
+from dlops.bench.pilot import Length
 from dlops.bench.processes import Process
 from dlops.bench.worker import Job, Kind, caller, open_module
 from dlops.checkpoint import Checkpoint
@@ -152,19 +153,34 @@ def started(chosen: Sequence[Subject], conditions: Conditions) -> Iterator[list[
 
 
 def time_targets(
-    ready: Sequence[Started], *, duration_s: float, on_progress: Callable[[float], None] | None = None
+    ready: Sequence[Started], *, lasting: Length, on_progress: Callable[[float], None] | None = None
 ) -> Interleaved:
-    """All in turns within one run, `duration_s` for each. Raises TimingInterrupted on Ctrl-C."""
+    """All in turns within one run, for each as long as the one takes that takes longest.
+
+    Raises TimingInterrupted on Ctrl-C.
+    """
     runs = {one.target: one.arm for one in ready}
-    warmup_s = max(2.0, duration_s)
-    return interleave(runs, budget_s=duration_s * len(runs), max_warmup_s=warmup_s, on_progress=on_progress)
+
+    def longer(so_far: Interleaved) -> float:
+        each_s = so_far.spent_s / len(runs)
+        return len(runs) * max(
+            lasting.after(run.latencies_ns, turns=run.turns, spent_s=each_s) for run in so_far.runs.values()
+        )
+
+    return interleave(
+        runs, budget_s=lasting.first_s * len(runs), max_warmup_s=max(2.0, lasting.first_s), on_progress=on_progress,
+        longer=longer if lasting.is_piloted else None,
+    )  # fmt: skip
 
 
 def measurements(
     ready: Sequence[Started], timed: Interleaved, *, conditions: Conditions, baseline: str | None, keys: Sequence[str],
-    interrupted: bool = False,
+    lasting: Length, interrupted: bool = False,
 ) -> list[Measurement]:  # fmt: skip
-    """One row a target, with its speed-up over the baseline from the pairs of turns. interrupted: by Ctrl-C."""
+    """One row a target, with its speed-up over the baseline from the pairs of turns.
+
+    lasting: as they were timed. interrupted: by Ctrl-C.
+    """
     batch = conditions.batch
     reference = next((one.artifact.accuracy for one in ready if one.artifact and one.artifact.accuracy), None)
     base_turns = timed.runs[baseline].by_turn() if baseline is not None else None
@@ -182,6 +198,7 @@ def measurements(
             observed=shortcomings(
                 warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted
             ),
+            remarks=lasting.remarks(run.latencies_ns, turns=run.turns, spent_s=timed.spent_s / len(ready)),
         )  # fmt: skip
         rows.append(
             Measurement(

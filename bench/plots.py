@@ -72,7 +72,7 @@ def latency_curves(series: Sequence[Series], width: int) -> str:
         if median is not None:
             parts += _error_bar(frame, median, 0.5, one)
             label = f"{one.name}: median {cells.milliseconds(median)} ms"
-            parts.append(_dot(frame.x(median.value / 1e6), frame.y(0.5), one, label))
+            parts.append(dot(frame.x(median.value / 1e6), frame.y(0.5), one, label))
     return svg_of(frame, parts, "Latency distributions")
 
 
@@ -121,53 +121,10 @@ def accuracy_against_latency(series: Sequence[Series], width: int) -> str:
             parts.append(line_between(line.x1, line.y1, line.x2, line.y2, f"leader {one.look}"))
     for one, accuracy, point in zip(series, accuracies, points, strict=True):
         title = f"{one.name}: {cells.percent(accuracy.value)} % at {cells.milliseconds(_median(one))} ms"
-        parts.append(_dot(point.x, point.y, one, title))
+        parts.append(dot(point.x, point.y, one, title))
     parts += [_label(label) for label in labels]
     headroom = max(0.0, 4 - min(label.box.top for label in labels))
     return svg_of(frame, parts, "Accuracy against latency", headroom=math.ceil(headroom))
-
-
-def latency_against_rate(series: Sequence[Series], width: int) -> str:
-    """p50 (whole line) and p99 (broken) of the response time over the rate offered, both axes logarithmic.
-
-    Quantiles that are not certified are not drawn. series: at least one with a rate and a certified quantile.
-    """
-    offered = [one for one in series if one.row.load.rate is not None]
-    drawn = [
-        (one, kind, one.row.load.rate or 0.0, interval)
-        for kind in ("p50", "p99")
-        for one in offered
-        if (interval := {"p50": one.row.latency.p50_ns, "p99": one.row.latency.p99_ns}[kind]) is not None
-    ]
-    times = [time / 1e6 for *_, interval in drawn for time in (interval.low, interval.value, interval.high) if time]
-    rates = [rate for _, _, rate, _ in drawn]
-    low, high = min(rates) / 1.15, max(rates) * 1.15
-    y_range = (math.log10(min(times) / 1.2), math.log10(max(times) * 1.2))
-    frame = make_frame(340, width, x=log_scale(low, high), y_range=y_range)
-    parts = y_grid(
-        frame, [math.log10(tick) for tick in log_ticks(10 ** y_range[0], 10 ** y_range[1], 7)],
-        lambda tick: f"{10**tick:,.0f} ms" if tick >= 2 else f"{10**tick:.3g} ms",
-    )  # fmt: skip
-    parts += x_grid(frame, log_ticks(low, high, tick_limit(frame)), "requests offered a second (log scale)")
-    for model in dict.fromkeys(cells.model(one.row) for one in offered):
-        look = next(one for one in offered if cells.model(one.row) == model).look
-        for kind in ("p50", "p99"):
-            line = sorted(
-                (rate, interval.value / 1e6)
-                for one, of, rate, interval in drawn
-                if of == kind and cells.model(one.row) == model
-            )
-            path = " ".join(f"{frame.x(rate):.1f},{frame.y(math.log10(time)):.1f}" for rate, time in line)
-            broken = " again" if kind == "p99" else ""
-            parts.append(f'<polyline class="curve {look}{broken}" points="{path}"/>')
-    for one, kind, rate, interval in drawn:
-        x = frame.x(rate)
-        if interval.low is not None and interval.high is not None:
-            ends = (frame.y(math.log10(end / 1e6)) for end in (interval.low, interval.high))
-            parts.append(line_between(x, next(ends), x, next(ends), f"bar {one.look}"))
-        title = f"{one.name}: {kind} {cells.milliseconds(interval)} ms"
-        parts.append(_dot(x, frame.y(math.log10(interval.value / 1e6)), one, title))
-    return svg_of(frame, parts, "Response time against rate")
 
 
 def throughput_bars(series: Sequence[Series], width: int) -> str:
@@ -250,5 +207,5 @@ def _label(label: Label) -> str:
     return text_at("name label", place, box.bottom - 3, label.text, label.point.name, anchor=anchor)
 
 
-def _dot(x: float, y: float, one: Series, title: str) -> str:
+def dot(x: float, y: float, one: Series, title: str) -> str:
     return f'<circle class="dot {one.look}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(title)}</title></circle>'

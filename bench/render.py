@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from importlib import resources
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.bench import breakdown, cells, plots, plots_waterfall
+from dlops.bench import breakdown, cells, plots, plots_load, plots_waterfall
 from dlops.bench.calibration_text import facts
 from dlops.bench.plots_frame import NARROW, WIDE
-from dlops.report import Measurement, Report
+from dlops.report import Measurement, Objective, Report
 
 _METHOD = (
     "Latency is what one call took at the boundary that the table names. In process: from numpy arrays to numpy "
@@ -38,7 +39,10 @@ def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str
             plots.Series(row=row, number=numbers[cells.name(row)], latencies_ns=samples[row.samples])
             for row in group.rows
         ]
-        body.append(_plots(group, series))
+        kept = [
+            one for target, one in report.objectives.items() if target in {cells.service(row) for row in group.rows}
+        ]
+        body.append(_plots(group, series, kept))
     body += [breakdown.render_section(report), _notes(report), _calibration(report), _environment(report)]
     body.append(_footer(report))
     style = resources.files("dlops.bench").joinpath("report.css").read_text(encoding="utf-8")
@@ -161,7 +165,7 @@ def _cold_starts(groups: Sequence[cells.Group]) -> str:
     )
 
 
-def _plots(group: cells.Group, series: Sequence[plots.Series]) -> str:
+def _plots(group: cells.Group, series: Sequence[plots.Series], objectives: Sequence[Objective]) -> str:
     legend = "".join(f'<li><i class="{one.look}"></i>{escape(one.name)}</li>' for one in series)
     figures = [
         _figure(
@@ -174,15 +178,7 @@ def _plots(group: cells.Group, series: Sequence[plots.Series]) -> str:
     if group.rows[0].boundary != "network" and len(plots.comparable(series)) > 1:
         drawn = _both_widths(plots.accuracy_against_latency, series)
         figures.append(_figure("Accuracy against latency", drawn, _accuracy_caption(series)))
-    if sum(one.row.load.rate is not None and one.row.latency.p50_ns is not None for one in series) > 1:
-        figures.append(
-            _figure(
-                "Response time against rate",
-                _both_widths(plots.latency_against_rate, series),
-                "From when a request was due to its answer. Whole line: p50; broken: p99, where it is certified. "
-                "Whiskers are 95 % intervals. Where the lines turn upwards the service no longer keeps up.",
-            )
-        )
+    figures += _load_curves(series, objectives)
     figures.append(
         _figure(
             "Throughput",
@@ -193,6 +189,33 @@ def _plots(group: cells.Group, series: Sequence[plots.Series]) -> str:
     if plots_waterfall.shown(series):
         figures.append(_waterfall(series))
     return f"<section><h2>{escape(_capital(group.title))}</h2>{''.join(figures)}</section>"
+
+
+def _load_curves(series: Sequence[plots.Series], objectives: Sequence[Objective]) -> list[str]:
+    """A service's latency against what it was given to do, where there are two points or more of it."""
+    figures = []
+    knee = " The upright line marks the knee: the most throughput for the mean time."
+    if len(offered := plots_load.at_rates(series)) > 1:
+        figures.append(
+            _figure(
+                "Response time against rate",
+                _both_widths(partial(plots_load.latency_against_rate, objectives=objectives), offered),
+                "From when a request was due to its answer. Whole line: p50; broken: p99, where it is certified. "
+                "Whiskers are 95 % intervals. Where the lines turn upwards the service no longer keeps up."
+                + (knee if plots_load.knees(offered) else ""),
+            )
+        )
+    if closed := plots_load.in_flight(series):
+        figures.append(
+            _figure(
+                "Latency against throughput",
+                _both_widths(plots_load.latency_against_throughput, closed),
+                "A point for each number of calls in flight. Whole line: p50; broken: p99, where it is certified. "
+                "Whiskers are 95 % intervals. Where the lines turn upwards, more calls only wait."
+                + (knee if plots_load.knees(closed) else ""),
+            )
+        )
+    return figures
 
 
 def _waterfall(series: Sequence[plots.Series]) -> str:

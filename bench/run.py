@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.artifact import Artifact, open_artifact
-from dlops.bench import inprocess
+from dlops.bench import cells, inprocess, stats
+from dlops.bench.analysis import remarked
 from dlops.bench.arrivals import Offered, Schedule
 from dlops.bench.inprocess import Conditions, Started
+from dlops.bench.pilot import LONGEST_S, Length, length
 from dlops.bench.results import Measured, MeasureInterrupted, choose_fastest, merge, row_key, save_report
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar, say
@@ -50,7 +52,8 @@ def measure(
     device: Device | Sequence[Device] = "auto",
     concurrency: Sequence[int] | None = None,
     offered: Offered | None = None,
-    duration_s: float = 3.0,
+    duration_s: float | None = None,
+    max_duration_s: float = LONGEST_S,
     payload: Artifact | None = None,
     model: ModuleSource | str | None = None,
     title: str = "",
@@ -66,7 +69,8 @@ def measure(
     combination all targets take turns within one run. boundary "preprocessing": from the raw input, decoding included.
     concurrency: calls kept in flight at URLs, by default 1 unless `offered` is given. offered: requests at rates or
     from a trace, whether or not earlier ones are answered. duration_s: for each row, on the clock: the waits between
-    turns count, the warm-up does not. payload: whose samples are sent to URLs; without it the first artifact among the
+    turns count, the warm-up does not; without it a row lasts as long as it takes to know p50 to 1 % and p99 to 5 %,
+    from 3 s to max_duration_s. payload: whose samples are sent to URLs; without it the first artifact among the
     targets, else random numbers within the signature.
 
     Raises UsageError and MachineError before anything is timed where a target is not there or cannot run what is
@@ -76,8 +80,7 @@ def measure(
     if concurrency is None:
         concurrency = (1,) if offered is None else ()
     batches, calls = _numbers("batch", batch), _numbers("concurrency", concurrency) if concurrency else []
-    if duration_s <= 0:
-        raise UsageError(f"a duration of {duration_s:g} s")
+    lasting = length(duration_s, max_duration_s)
     if not artifacts and not urls and checkpoint is None:
         raise UsageError("nothing to measure", hint="name an artifact's folder or http://HOST:PORT")
     if not urls and (calls != [1] or offered is not None):
@@ -90,7 +93,7 @@ def measure(
     inprocess.check(chosen, batches=batches, boundaries=boundary)
     endpoints = _find_endpoints(urls, payload or next(iter(artifacts), None))
 
-    bench = _Bench(title=title or _title(artifacts, urls), command=tuple(command), duration_s=duration_s)
+    bench = _Bench(title=title or _title(artifacts, urls), command=tuple(command), lasting=lasting)
     try:
         if chosen:
             bench.baseline = chosen[0].target if len(chosen) > 1 or checkpoint is not None else None
@@ -116,7 +119,7 @@ class _Bench:
 
     title: str
     command: tuple[str, ...]
-    duration_s: float
+    lasting: Length
     baseline: str | None = None
     rows: list[Measurement] = field(default_factory=list)
     samples: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -141,8 +144,8 @@ class _Bench:
     def _time(self, ready: Sequence[Started], conditions: Conditions) -> None:
         title = f"batch {conditions.batch}"
         say(
-            f"timing {len(ready)} targets in turns at {title}, {self.duration_s:g} s each with the waits between"
-            " turns, after the warm-up"
+            f"timing {len(ready)} targets in turns at {title}, {self.lasting} each with the waits between turns,"
+            " after the warm-up"
         )
         with progress_bar(title, total=_PROGRESS_STEPS) as bar:
             done = 0
@@ -154,7 +157,7 @@ class _Bench:
                 bar.advance(steps)
 
             try:
-                timed = inprocess.time_targets(ready, duration_s=self.duration_s, on_progress=advance)
+                timed = inprocess.time_targets(ready, lasting=self.lasting, on_progress=advance)
             except TimingInterrupted as interruption:
                 self._keep(ready, interruption.partial, conditions, interrupted=True)
                 raise
@@ -165,38 +168,70 @@ class _Bench:
         offered: Offered | None,
     ) -> None:  # fmt: skip
         """The rows of one URL at one batch. One that fails half-way is noted, and the others are kept."""
-        from dlops.bench.network import measure_endpoint, prepare
+        from dlops.bench.network import prepare
 
         try:
             sent = prepare(endpoint, artifact, batch=batch)
             for note in sent.notes:
                 self.note(note)
             for calls in concurrency:
-                say(
-                    f"loading {endpoint.url}: batch {batch}, {calls} in flight, {self.duration_s:g} s after the warm-up"
-                )
-                key = row_key(len(self.rows))
-                row, samples, loaded = measure_endpoint(
-                    endpoint, sent, batch=batch, concurrency=calls, duration_s=self.duration_s, key=key
-                )
-                self.rows.append(row)
-                self.samples |= samples
-                if loaded.interrupted:
-                    raise KeyboardInterrupt
+                self._keep_in_flight(endpoint, sent, batch=batch, concurrency=calls)
             if offered is not None:
                 self._offer(endpoint, sent, offered, batch=batch)
         except MachineError as error:
             say(str(error))
             self.failures.append(error.message)
 
+    def _keep_in_flight(self, endpoint: Endpoint, sent: Payload, *, batch: int, concurrency: int) -> None:
+        from dlops.bench.network import measure_endpoint
+
+        key, seconds = row_key(len(self.rows)), self.lasting.first_s
+        while True:
+            say(f"loading {endpoint.url}: batch {batch}, {concurrency} in flight, {seconds:.3g} s after the warm-up")
+            row, samples, loaded = measure_endpoint(
+                endpoint, sent, batch=batch, concurrency=concurrency, duration_s=seconds, key=key
+            )
+            spent_s = loaded.duration_ns / 1e9
+            turns = stats.stretches(loaded.starts_ns, loaded.duration_ns)
+            wanted_s = self.lasting.after(loaded.latencies_ns, turns=turns, spent_s=spent_s)
+            # The pilot only says how long the row has to be: it is made anew, once.
+            if loaded.interrupted or loaded.stopped or seconds > self.lasting.first_s or wanted_s <= spent_s:
+                break
+            seconds = wanted_s
+        self.rows.append(remarked(row, self.lasting.remarks(loaded.latencies_ns, turns=turns, spent_s=spent_s)))
+        self.samples |= samples
+        if loaded.interrupted:
+            raise KeyboardInterrupt
+
     def _offer(self, endpoint: Endpoint, sent: Payload, offered: Offered, *, batch: int) -> None:
         from dlops.bench.rates import warm_up
 
         warm = warm_up(endpoint, sent)
-        for schedule in offered.schedules(self.duration_s):
-            self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
+        for rate in sorted(set(offered.rates)):
+            self._offer_rate(endpoint, sent, offered, rate, warm=warm, batch=batch)
+        if offered.trace is not None:
+            self._offer_one(endpoint, sent, offered.replayed(), warm=warm, batch=batch, senders=offered.senders)
         if offered.objective is not None:
             self._find_highest(endpoint, sent, offered, offered.objective, warm=warm, batch=batch)
+
+    def _offer_rate(
+        self, endpoint: Endpoint, sent: Payload, offered: Offered, rate: float, *, warm: Warm, batch: int
+    ) -> None:
+        schedule = offered.at(rate, self.lasting.first_s)
+        row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
+        response_ns, due_ns = self.samples[row.samples], self.samples[row.samples + STARTS]
+        assert row.duration_ns is not None
+        turns, spent_s = stats.stretches(due_ns, row.duration_ns), row.duration_ns / 1e9
+        wanted_s = self.lasting.after(response_ns, turns=turns, spent_s=spent_s)
+        # Under a service that does not keep up, longer is only worse.
+        if wanted_s > spent_s and not any(reason.startswith("saturated") for reason in row.verdict.reasons):
+            del self.rows[-1]
+            schedule = offered.at(rate, wanted_s)
+            row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
+            response_ns, due_ns = self.samples[row.samples], self.samples[row.samples + STARTS]
+            assert row.duration_ns is not None
+            turns, spent_s = stats.stretches(due_ns, row.duration_ns), row.duration_ns / 1e9
+        self.rows[-1] = remarked(row, self.lasting.remarks(response_ns, turns=turns, spent_s=spent_s))
 
     def _offer_one(
         self, endpoint: Endpoint, sent: Payload, schedule: Schedule, *, warm: Warm, batch: int, senders: int | None
@@ -222,7 +257,7 @@ class _Bench:
         wanted = samples_for(objective)
 
         def probe(rate: float) -> Outcome:
-            schedule = offered.at(rate, self.duration_s, wanted=wanted, stretch=_SEARCH_STRETCH)
+            schedule = offered.at(rate, self.lasting.first_s, wanted=wanted, stretch=_SEARCH_STRETCH)
             row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
             outcome = judge(row, self.samples[row.samples], self.samples[row.samples + STARTS], objective)
             say(f"{rate:,.5g} requests/s: {outcome}")
@@ -230,10 +265,10 @@ class _Bench:
 
         first = len(self.rows)
         # Far enough below what one caller gets that the first try is likely to be kept.
-        found = search(probe, start=warm.rate / 4, least=wanted / (_SEARCH_STRETCH * self.duration_s))
+        found = search(probe, start=warm.rate / 4, least=wanted / (_SEARCH_STRETCH * self.lasting.first_s))
         tried = tuple(row.samples for row in self.rows[first:])
         self.rows[first:] = sorted(self.rows[first:], key=lambda row: row.load.rate or 0.0)
-        key = endpoint.url if batch == 1 else f"{endpoint.url} at batch {batch}"
+        key = cells.service(self.rows[first])
         update = {"rate": found.met, "missed": found.missed, "tried": tried}
         self.objectives[key] = objective.model_copy(update=update)
 
@@ -261,8 +296,9 @@ class _Bench:
     ) -> None:
         keys = [row_key(len(self.rows) + index) for index in range(len(ready))]
         self.rows += inprocess.measurements(
-            ready, timed, conditions=conditions, baseline=self.baseline, keys=keys, interrupted=interrupted
-        )
+            ready, timed, conditions=conditions, baseline=self.baseline, keys=keys, lasting=self.lasting,
+            interrupted=interrupted,
+        )  # fmt: skip
         for key, one in zip(keys, ready, strict=True):
             run = timed.runs[one.target]
             self.samples |= {key: run.latencies_ns, key + STARTS: run.starts_ns, key + TURNS: run.turns}

@@ -25,6 +25,8 @@ Samples = NDArray[np.int64]
 MIN_SAMPLES = 368
 # Six pairs are the fewest whose order statistics bound a median from both sides at 95 %.
 MIN_ROUNDS = 6
+# How often a run may be made longer: each look at what was measured makes a lucky stop a little likelier.
+_LOOKS = 4
 # A run that has too few samples when its time is up may take this much longer, no more.
 STRETCH = 2.0
 DRIFT_TOLERANCE = 0.02
@@ -103,10 +105,14 @@ class Timed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interleaved:
-    """Turn i of one arm and turn i of another were made in the same round: they are a pair."""
+    """Turn i of one arm and turn i of another were made in the same round: they are a pair.
+
+    spent_s: what all the turns took together, with the waits between them.
+    """
 
     runs: Mapping[str, Timed]
     rounds: int
+    spent_s: float
 
 
 class TimingInterrupted(KeyboardInterrupt):
@@ -189,12 +195,15 @@ def interleave(
     seed: int = 0,
     clock: Clock | None = None,
     on_progress: Callable[[float], None] | None = None,
+    longer: Callable[[Interleaved], float] | None = None,
 ) -> Interleaved:
     """Every arm's latencies, made in turns within one run; a callable is an arm of this process.
 
     budget_s: for all together, after the warm-up. The run ends once it is spent and each arm has `min_samples`; where
     samples are too few it goes on to at most twice the budget, and in any case to six rounds. max_warmup_s: for each
-    arm. on_progress: told the fraction done after each round. The garbage collector is off during turns. Raises
+    arm. on_progress: told the fraction done after each round. longer: asked once the budget is spent, with what was
+    measured so far, how many seconds the run is to last in all; and again then, up to four times. Where it raises the
+    budget, the fraction done falls. The garbage collector is off during turns. Raises
     TimingInterrupted on Ctrl-C once a round is whole, plain KeyboardInterrupt before; what an arm raises goes through.
     """
     if not runs:
@@ -208,17 +217,23 @@ def interleave(
             arm.warmth = arm.arm.warm_up(max_warmup_s)
         began = clock.now_ns()
         try:
-            while not _done(arms, rounds, (clock.now_ns() - began) / 1e9, budget_s, min_samples):
-                for arm in order.sample(arms, len(arms)):
-                    arm.turns.append(arm.arm.take_turn(turn_s))
-                rounds += 1
-                if on_progress is not None:
-                    on_progress(min(1.0, (clock.now_ns() - began) / 1e9 / budget_s) if budget_s > 0 else 1.0)
+            for _ in range(_LOOKS + 1):
+                while not _done(arms, rounds, (clock.now_ns() - began) / 1e9, budget_s, min_samples):
+                    for arm in order.sample(arms, len(arms)):
+                        arm.turns.append(arm.arm.take_turn(turn_s))
+                    rounds += 1
+                    if on_progress is not None:
+                        on_progress(min(1.0, (clock.now_ns() - began) / 1e9 / budget_s) if budget_s > 0 else 1.0)
+                so_far = _result(runs, arms, rounds, began, clock)
+                wanted_s = 0.0 if longer is None else longer(so_far)
+                if wanted_s <= so_far.spent_s:
+                    break
+                budget_s = wanted_s
         except KeyboardInterrupt:
             if rounds == 0:
                 raise
-            raise TimingInterrupted(_result(runs, arms, rounds, began)) from None
-    return _result(runs, arms, rounds, began)
+            raise TimingInterrupted(_result(runs, arms, rounds, began, clock)) from None
+    return _result(runs, arms, rounds, began, clock)
 
 
 @contextmanager
@@ -303,6 +318,6 @@ def _done(arms: Sequence[_Kept], rounds: int, elapsed_s: float, budget_s: float,
     return elapsed_s >= STRETCH * budget_s or all(arm.calls() >= min_samples for arm in arms)
 
 
-def _result(names: Iterable[str], arms: Sequence[_Kept], rounds: int, began: int) -> Interleaved:
+def _result(names: Iterable[str], arms: Sequence[_Kept], rounds: int, began: int, clock: Clock) -> Interleaved:
     runs = {name: arm.cut_to(rounds, began) for name, arm in zip(names, arms, strict=True)}
-    return Interleaved(runs=runs, rounds=rounds)
+    return Interleaved(runs=runs, rounds=rounds, spent_s=(clock.now_ns() - began) / 1e9)

@@ -133,6 +133,28 @@ def test_it_goes_on_to_twice_the_budget_for_missing_samples_and_no_longer() -> N
     assert 10.0 <= clock.now / 1e9 < 12.0
 
 
+def test_a_run_is_made_longer_where_what_it_measured_asks_for_it() -> None:
+    clock = VirtualClock()
+    asked: list[tuple[int, float]] = []
+
+    def longer(so_far: Interleaved) -> float:
+        asked.append((len(so_far.runs["a"].latencies_ns), so_far.spent_s))
+        return 5.0 if len(asked) == 1 else so_far.spent_s
+
+    timed = interleave({"a": constant(clock, 1_000_000)}, budget_s=2.0, clock=clock, longer=longer)
+    assert [round(spent, 1) for _, spent in asked] == [2.0, 5.0]
+    assert asked[0][0] < asked[1][0] == len(timed.runs["a"].latencies_ns)
+    assert timed.spent_s == asked[1][1]
+
+
+def test_a_run_that_always_asks_for_more_ends_all_the_same() -> None:
+    clock = VirtualClock()
+    timed = interleave(
+        {"a": constant(clock, 1_000_000)}, budget_s=1.0, clock=clock, longer=lambda so_far: 2 * so_far.spent_s
+    )
+    assert 16.0 <= timed.spent_s < 17.0
+
+
 def test_even_a_very_slow_call_gets_six_rounds() -> None:
     clock = VirtualClock()
     timed = interleave({"a": constant(clock, 2_000_000_000)}, budget_s=0.5, max_warmup_s=1.0, clock=clock)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dlops.artifact import Artifact
 from dlops.bench.arrivals import Arrivals, Offered, read_trace
+from dlops.bench.pilot import LONGEST_S
 from dlops.bench.profile import add_profiles
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.slo import parse_objective
@@ -32,13 +33,14 @@ def benchmark(
     threads: Sequence[int] | None,
     concurrency: Sequence[int] | None,
     offered: Offered | None,
-    duration_s: float,
+    duration_s: float | None,
     payload: Artifact | None,
     model: str | None,
     profile: bool,
     outputs: Outputs,
     command: Sequence[str],
     calibrate: bool = False,
+    max_duration_s: float = LONGEST_S,
 ) -> int:
     """Write and print a report.
 
@@ -67,6 +69,7 @@ def benchmark(
             concurrency=concurrency,
             offered=offered,
             duration_s=duration_s,
+            max_duration_s=max_duration_s,
             payload=payload,
             model=model,
             command=command,

@@ -43,7 +43,7 @@ def test_nothing_is_due_in_a_pause() -> None:
 
 
 def test_a_low_rate_is_kept_up_longer_for_p99_but_not_without_end() -> None:
-    quick, slow, slowest = (Offered(rates=(rate,)).schedules(2.0)[0] for rate in (1000.0, 200.0, 10.0))
+    quick, slow, slowest = (Offered(rates=(rate,)).at(rate, 2.0) for rate in (1000.0, 200.0, 10.0))
     assert quick.duration_s == pytest.approx(2)
     assert slow.duration_s == pytest.approx(3.31)
     assert slowest.duration_s == pytest.approx(6)
@@ -51,21 +51,20 @@ def test_a_low_rate_is_kept_up_longer_for_p99_but_not_without_end() -> None:
 
 
 def test_pauses_lengthen_the_run() -> None:
-    (schedule,) = Offered(rates=(1000.0,), arrivals="constant", pauses=(1.0, 2.0)).schedules(2.0)
+    schedule = Offered(rates=(1000.0,), arrivals="constant", pauses=(1.0, 2.0)).at(1000.0, 2.0)
     # 2.5 s of requests, the lead-in included: two pauses after each whole second of them.
     assert schedule.end_ns == 6_500_000_000
     assert not np.any((schedule.due_ns > 1_000_000_000) & (schedule.due_ns < 3_000_000_000))
 
 
-def test_rates_come_in_order_and_the_trace_last(tmp_path: Path) -> None:
+def test_a_trace_is_replayed_whole(tmp_path: Path) -> None:
     path = tmp_path / "trace.txt"
     path.write_text("# seconds\n0\n\n0.25  # a comment\n0.25\n2\n")
     trace = read_trace(path)
     assert trace.tolist() == [0, 250_000_000, 250_000_000, 2_000_000_000]
-    schedules = Offered(rates=(50.0, 10.0, 50.0), trace=trace).schedules(1.0)
-    assert [round(one.rate) for one in schedules] == [10, 50, 2]
-    assert schedules[-1].lead_in_ns == 0
-    assert schedules[-1].due_ns is trace
+    schedule = Offered(trace=trace).replayed()
+    assert (round(schedule.rate), schedule.lead_in_ns, schedule.end_ns) == (2, 0, 2_000_000_001)
+    assert schedule.due_ns is trace
 
 
 @pytest.mark.parametrize(
@@ -109,4 +108,4 @@ def test_what_cannot_be_offered_is_refused(wrong: dict[str, object]) -> None:
 
 def test_a_rate_at_which_nothing_comes_due_is_refused() -> None:
     with pytest.raises(UsageError, match="none is due"):
-        Offered(rates=(0.001,)).schedules(1.0)
+        Offered(rates=(0.001,)).at(0.001, 1.0)

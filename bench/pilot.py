@@ -1,0 +1,91 @@
+"""How long a row takes to measure: what a pilot shows of how well its quantiles are known. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dlops.bench import stats
+from dlops.bench.stats import Integers
+from dlops.errors import UsageError
+
+# Of a row in seconds: the pilot's, and the most that is given where no duration is named.
+PILOT_S, LONGEST_S = 3.0, 30.0
+# How far from the quantile an end of its interval may lie, as a share of it.
+WANTED = {0.5: 0.01, 0.99: 0.05}
+# The pilot's interval has an error of its own: what is a little too short would mostly have to be repeated.
+_MARGIN = 1.1
+# Where a pilot certifies no quantile, it is taken again with twice the samples that certify one if none is unlucky.
+_CERTIFYING = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Length:
+    """first_s seconds a row, and where its quantiles are not known well enough then, up to longest_s in all."""
+
+    first_s: float
+    longest_s: float
+
+    @property
+    def is_piloted(self) -> bool:
+        return self.longest_s > self.first_s
+
+    def __str__(self) -> str:
+        return f"{self.first_s:g} to {self.longest_s:g} s" if self.is_piloted else f"{self.first_s:g} s"
+
+    def after(self, samples: Integers, *, turns: Integers, spent_s: float) -> float:
+        """How long the row is to last in all; spent_s where that is long enough. samples, turns: (n,)."""
+        if not self.is_piloted or spent_s >= self.longest_s:
+            return spent_s
+        return min(self.longest_s, seconds_wanted(samples, turns=turns, spent_s=spent_s))
+
+    def remarks(self, samples: Integers, *, turns: Integers, spent_s: float) -> tuple[str, ...]:
+        """In words, the certified quantiles that are known less well than wanted; none where a duration was named."""
+        return tuple(_shortfalls(samples, turns, spent_s)) if self.is_piloted else ()
+
+
+def length(duration_s: float | None, longest_s: float = LONGEST_S) -> Length:
+    """`duration_s` and no more, or where it is None a pilot's and up to `longest_s`. Raises UsageError below zero."""
+    if duration_s is not None:
+        if duration_s <= 0:
+            raise UsageError(f"a duration of {duration_s:g} s")
+        return Length(first_s=duration_s, longest_s=duration_s)
+    if longest_s <= 0:
+        raise UsageError(f"at most {longest_s:g} s a row")
+    return Length(first_s=min(PILOT_S, longest_s), longest_s=longest_s)
+
+
+def half_width(samples: Integers, q: float, *, turns: Integers) -> float | None:
+    """Half the q-quantile's interval as a share of it; None where it is not certified. samples, turns: (n,)."""
+    interval = stats.quantile_interval(samples, q, turns=turns)
+    if interval is None or interval.low is None or interval.high is None or interval.value <= 0:
+        return None
+    return (interval.high - interval.low) / 2 / interval.value
+
+
+def seconds_wanted(samples: Integers, *, turns: Integers, spent_s: float) -> float:
+    """How long a row must last in all for p50 to be known to 1 % and p99 to 5 %, by the `spent_s` measured so far.
+
+    samples, turns: (n,). It is spent_s itself where they are. An interval's width falls with the square root of the
+    time, as long as what comes resembles what was.
+    """
+    factor = 1.0
+    for q, wanted in WANTED.items():
+        known = half_width(samples, q, turns=turns)
+        if known is None:
+            have = stats.effective_samples(samples, q, turns=turns)
+            factor = max(factor, _CERTIFYING * stats.fewest_samples(q) / have)
+        elif known > wanted:
+            factor = max(factor, (known / wanted) ** 2)
+    return spent_s if factor == 1.0 else _MARGIN * factor * spent_s
+
+
+def _shortfalls(samples: Integers, turns: Integers, spent_s: float) -> Iterator[str]:
+    for q, wanted in WANTED.items():
+        known = half_width(samples, q, turns=turns)
+        if known is not None and known > wanted:
+            takes_s = spent_s * (known / wanted) ** 2
+            yield (
+                f"under-sampled: p{q * 100:.0f} is known to ±{known:.1%} where ±{wanted:.0%} is wanted: that takes "
+                f"about {takes_s:,.0f} s, {spent_s:.0f} s were spent"
+            )

@@ -1,0 +1,123 @@
+"""How long a row is measured, by what its pilot shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dlops.bench import stats
+from dlops.bench.pilot import LONGEST_S, Length, half_width, length, seconds_wanted
+from dlops.bench.run import measure
+from dlops.cli import run
+from dlops.errors import UsageError
+from dlops.report import STARTS, read_report
+
+
+def drawn(n: int, *, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Latencies around 1 ms, lognormal, and the turns they were made in, 100 to a turn."""
+    draw = np.random.default_rng(seed)
+    return np.asarray(1e6 * np.exp(spread * draw.standard_normal(n)), np.int64), np.arange(n) // 100
+
+
+def test_what_is_known_well_enough_takes_no_longer() -> None:
+    samples, turns = drawn(20_000, spread=0.05)
+    assert seconds_wanted(samples, turns=turns, spent_s=3.0) == 3.0
+
+
+@pytest.mark.parametrize(("spread", "q"), [(0.5, 0.5), (0.9, 0.99)])
+def test_the_time_a_pilot_asks_for_is_enough_and_not_far_too_much(spread: float, q: float) -> None:
+    wanted = {0.5: 0.01, 0.99: 0.05}[q]
+    widths = []
+    for seed in range(10):
+        samples, turns = drawn(4000, spread=spread, seed=seed)
+        takes_s = seconds_wanted(samples, turns=turns, spent_s=1.0)
+        assert takes_s > 1.0
+        more, more_turns = drawn(round(4000 * takes_s), spread=spread, seed=100 + seed)
+        widths.append(max((half_width(more, one, turns=more_turns) or 9) / limit for one, limit in
+                          {0.5: 0.01, 0.99: 0.05}.items()))  # fmt: skip
+    assert np.median(widths) <= 1.0
+    assert np.median(widths) > 0.5
+    assert wanted in (0.01, 0.05)
+
+
+def test_a_pilot_that_certifies_no_p99_asks_for_enough_to_do_so() -> None:
+    samples, turns = drawn(300, spread=0.01)
+    takes_s = seconds_wanted(samples, turns=turns, spent_s=3.0)
+    assert takes_s > 3.0 * 2 * stats.fewest_samples(0.99) / 300
+
+
+def test_intervals_still_hold_where_a_pilot_ends_the_run() -> None:
+    covered = looks = 0
+    for seed in range(200):
+        samples, turns = drawn(40_000, spread=0.3, seed=seed)
+        spent = 1.0
+        lasting = Length(first_s=1.0, longest_s=40.0)
+        for _ in range(4):
+            n = round(spent * 1000)
+            longer = lasting.after(samples[:n], turns=turns[:n], spent_s=spent)
+            if longer <= spent:
+                break
+            looks += 1
+            spent = longer
+        n = round(spent * 1000)
+        interval = stats.quantile_interval(samples[:n], 0.5, turns=turns[:n])
+        assert interval is not None
+        covered += interval.low <= 1e6 <= interval.high
+    assert looks > 200
+    # 95 % less three standard errors of a simulation of 200.
+    assert covered / 200 >= 0.95 - 3 * 0.0154
+
+
+def test_a_named_duration_is_kept_and_nothing_is_said() -> None:
+    samples, turns = drawn(1000, spread=0.5)
+    lasting = length(2.0)
+    assert (str(lasting), lasting.after(samples, turns=turns, spent_s=2.0)) == ("2 s", 2.0)
+    assert lasting.remarks(samples, turns=turns, spent_s=2.0) == ()
+
+
+def test_what_the_longest_row_does_not_reach_is_said_with_what_it_would_take() -> None:
+    samples, turns = drawn(1000, spread=0.5)
+    lasting = length(None, 3.0)
+    assert lasting == Length(first_s=3.0, longest_s=3.0)
+    lasting = length(None, 4.0)
+    assert str(lasting) == "3 to 4 s"
+    assert lasting.after(samples, turns=turns, spent_s=3.0) == 4.0
+    assert lasting.after(samples, turns=turns, spent_s=4.1) == 4.1
+    said = lasting.remarks(samples, turns=turns, spent_s=4.1)
+    assert any(one.startswith("under-sampled: p50 is known to ±") and "4 s were spent" in one for one in said)
+    assert length(None).longest_s == LONGEST_S
+
+
+@pytest.mark.parametrize(("duration_s", "longest_s"), [(0.0, 30.0), (-1.0, 30.0), (None, 0.0)])
+def test_no_time_is_refused(duration_s: float | None, longest_s: float) -> None:
+    with pytest.raises(UsageError):
+        length(duration_s, longest_s)
+
+
+def test_rows_that_stay_unsure_last_longer_and_say_so_in_process_and_over_http(
+    make_artifact, serve, monkeypatch
+) -> None:
+    # Nothing is known to a hundred-thousandth after a second.
+    monkeypatch.setattr("dlops.bench.pilot.WANTED", {0.5: 1e-5})
+    monkeypatch.setattr("dlops.bench.pilot.PILOT_S", 0.5)
+    artifact = make_artifact()
+    service = serve(artifact).url
+    measured = measure([artifact, service], payload=artifact, threads=1, max_duration_s=1.0)
+    local, served = measured.measurements
+    assert measured.samples[local.samples + STARTS][-1] > 0.8e9
+    assert served.duration_ns >= 1e9
+    for row in (local, served):
+        # On a busy machine the median of so few turns may not be certified at all.
+        known = [one for one in row.verdict.reasons if one.startswith(("under-sampled: p50", "p50 is not certified"))]
+        assert len(known) == 1, row.verdict
+        assert known[0].startswith("p50") or known == list(row.verdict.remarks)
+
+
+def test_the_command_takes_the_longest_a_row_may_last(make_artifact, tmp_path, capsys) -> None:
+    artifact = make_artifact()
+    status = run(
+        ["bench", str(artifact.directory), "--max-duration", "0.2", "--threads", "1", "--out", str(tmp_path / "r")]
+    )
+    assert status in (0, 3)
+    assert "0.2 s each" in capsys.readouterr().err
+    assert len(read_report(tmp_path / "r").measurements) == 1
