@@ -12,14 +12,14 @@ from dlops.bench.analysis import analyse_turns, shortcomings
 from dlops.bench.payload import artifact_feeds, check_batch, check_fits
 from dlops.bench.pilot import Length
 from dlops.bench.processes import Process
-from dlops.bench.worker import Job, Kind, caller, open_module
+from dlops.bench.worker import Job, Kind, local_arm, open_module
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar
 from dlops.errors import UsageError
 from dlops.report import Boundary, ColdStart, Load, Measurement
 from dlops.runtimes import Placement, SessionOptions
 from dlops.signature import Signature
-from dlops.timing import Arm, Interleaved, Local, interleave
+from dlops.timing import Arm, Interleaved, interleave
 
 if TYPE_CHECKING:
     from dlops.checkpoint import ModuleSource
@@ -250,8 +250,8 @@ def _start_here(stack: ExitStack, subject: Subject, samples: Artifact | None, co
     assert not isinstance(subject.model, str)
     session = open_module(subject.kind, subject.source, subject.model, conditions.options)
     stack.callback(session.close)
-    call = caller(session, samples=samples, batch=conditions.batch, boundary=conditions.boundary)
-    return Started(subject=subject, arm=Local(subject.target, call), placement=session.placement)
+    arm = local_arm(subject.target, session, samples=samples, batch=conditions.batch, boundary=conditions.boundary)
+    return Started(subject=subject, arm=arm, placement=session.placement)
 
 
 def _samples(chosen: Sequence[Subject]) -> Artifact | None:

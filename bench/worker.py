@@ -19,6 +19,7 @@ import numpy as np
 
 from dlops import catalog
 from dlops.artifact import Artifact, open_artifact
+from dlops.bench.boundcall import BoundCall
 from dlops.bench.channel import Channel
 from dlops.bench.payload import artifact_feeds, random_feed, raw_batches
 from dlops.checkpoint import Checkpoint, import_model_source, load_checkpoint
@@ -26,6 +27,7 @@ from dlops.errors import DlopsError, UsageError, missing_package
 from dlops.manifest import Record
 from dlops.report import Boundary, ColdStart
 from dlops.runtimes.session import Device, Placement, Session, SessionOptions
+from dlops.signature import Feed
 from dlops.timing import Local, collector_off
 
 if TYPE_CHECKING:
@@ -112,15 +114,28 @@ def _import_torch() -> None:
 
 def caller(session: Session, *, samples: Artifact | None, batch: int, boundary: Boundary) -> Callable[[], object]:
     """What one call is: the samples (random numbers where there are none) in turn, from where `boundary` begins."""
+    feed = _feeder(session, samples=samples, batch=batch, boundary=boundary)
+    return lambda: session.run(feed())
+
+
+def local_arm(target: str, session: Session, *, samples: Artifact | None, batch: int, boundary: Boundary) -> Local:
+    """The arm of a session in this process: what it times of a call is what `boundary` includes."""
+    if boundary == "device":
+        call = BoundCall(session, _feeder(session, samples=samples, batch=batch, boundary=boundary))
+        return Local(target, call, before=call.copy_in)
+    return Local(target, caller(session, samples=samples, batch=batch, boundary=boundary))
+
+
+def _feeder(session: Session, *, samples: Artifact | None, batch: int, boundary: Boundary) -> Callable[[], Feed]:
+    """What makes the feed of each call; for the boundary "preprocessing" that is part of the call."""
     if boundary == "preprocessing":
         assert samples is not None
         assert samples.preprocess is not None
         preprocess, name = samples.preprocess, samples.signature.inputs[0].name
         raws = cycle(raw_batches(samples, batch))
-        return lambda: session.run({name: preprocess.batch(next(raws))})
+        return lambda: {name: preprocess.batch(next(raws))}
     feeds = [random_feed(session.signature, batch)] if samples is None else artifact_feeds(samples, batch)
-    endless = cycle(feeds)
-    return lambda: session.run(next(endless))
+    return cycle(feeds).__next__
 
 
 def _ready(job: Job, session: Session, load_ns: int, call: Callable[[], object]) -> Ready:
@@ -159,7 +174,7 @@ def _serve(job: Job, channel: Channel) -> None:
     else:
         first = caller(session, samples=None, batch=job.batch, boundary="host")
     ready = _ready(job, session, load_ns, first)
-    arm = Local(job.target, caller(session, samples=samples, batch=job.batch, boundary=job.boundary))
+    arm = local_arm(job.target, session, samples=samples, batch=job.batch, boundary=job.boundary)
     channel.send({"ready": ready.model_dump(mode="json")})
     with collector_off():
         while (message := channel.receive()) is not None:

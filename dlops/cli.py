@@ -38,6 +38,7 @@ class _Device(StrEnum):
 
 
 class _Boundary(StrEnum):
+    DEVICE = "device"
     HOST = "host"
     PREPROCESSING = "preprocessing"
 
@@ -171,7 +172,7 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Items a call; repeatable. Default 1.")] = None,
     boundary: Annotated[
         list[_Boundary] | None,
-        typer.Option(help="Where a call in process begins: arrays or raw input; repeatable."),
+        typer.Option(help="Where a call in process begins: on the device, arrays or raw input; repeatable."),
     ] = None,
     device: Annotated[list[_Device] | None, typer.Option(help="Repeatable; auto takes CUDA where it works.")] = None,
     threads: Annotated[

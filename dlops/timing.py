@@ -124,10 +124,16 @@ class TimingInterrupted(KeyboardInterrupt):
 
 
 class Local:
-    """An arm that is a callable of this process. What it raises goes through, with a note that names it."""
+    """An arm that is a callable of this process. What it raises goes through, with a note that names it.
 
-    def __init__(self, name: str, call: Callable[[], object], clock: Clock | None = None) -> None:
-        self._name, self._call, self._clock = name, call, clock or SystemClock()
+    before: made ahead of every call, outside its latency.
+    """
+
+    def __init__(
+        self, name: str, call: Callable[[], object], clock: Clock | None = None, *,
+        before: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        self._name, self._call, self._clock, self._before = name, call, clock or SystemClock(), before
         self._typical_ns = 0.0
 
     def warm_up(self, limit_s: float) -> WarmUp:
@@ -144,7 +150,7 @@ class Local:
             window: list[int] = []
             opened = clock.now_ns()
             while len(window) < _WARMUP_WINDOW_CALLS or clock.now_ns() - opened < _WARMUP_WINDOW_S * 1e9:
-                window.append(self._timed())
+                window.append(self._timed()[1])
                 if (clock.now_ns() - began) / 1e9 >= limit_s:
                     break
             calls += len(window)
@@ -165,8 +171,7 @@ class Local:
         if self._typical_ns > lead_ns:
             lead_ns = 0.0
         while not latencies or clock.now_ns() - opened < turn_s * 1e9:
-            start = clock.now_ns()
-            latency = self._timed()
+            start, latency = self._timed()
             if start - opened >= lead_ns:
                 latencies.append(latency)
                 starts.append(start)
@@ -174,12 +179,15 @@ class Local:
         _settle(clock)
         return Turn(starts_ns=np.array(starts, np.int64), latencies_ns=np.array(latencies, np.int64))
 
-    def _timed(self) -> int:
+    def _timed(self) -> tuple[int, int]:
+        """When a call began, and its latency."""
         clock = self._clock
         try:
+            if self._before is not None:
+                self._before()
             start = clock.now_ns()
             self._call()
-            return clock.now_ns() - start
+            return start, clock.now_ns() - start
         except Exception as error:
             error.add_note(f"while timing {self._name}")
             raise

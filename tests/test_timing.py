@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dlops.timing import MIN_ROUNDS, Interleaved, TimingInterrupted, drifted, interleave, steady
+from dlops.timing import MIN_ROUNDS, Interleaved, Local, TimingInterrupted, drifted, interleave, steady
 
 
 class VirtualClock:
@@ -227,3 +227,17 @@ def test_drift_is_told_from_noise() -> None:
     assert not steady([noisy(1e6), noisy(1e6)])
     assert steady([noisy(2e6), *(noisy(1e6) for _ in range(3))])
     assert not steady([noisy(1e6), noisy(1.2e6), noisy(1.4e6)])
+
+
+def test_what_is_made_before_a_call_is_in_no_latency() -> None:
+    clock = VirtualClock()
+    log: list[tuple[str, int]] = []
+    local = Local(
+        "it", constant(clock, 1_000_000, log, "call"), clock, before=constant(clock, 9_000_000, log, "before")
+    )
+    local.warm_up(1.0)
+    log.clear()
+    turn = local.take_turn(0.5)
+    assert set(turn.latencies_ns.tolist()) == {1_000_000}
+    assert [name for name, _ in log[:4]] == ["before", "call", "before", "call"]
+    assert set(turn.starts_ns.tolist()) <= {at for name, at in log if name == "call"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dlops import catalog
-from dlops.runtimes.session import Placement, Session, SessionOptions
+from dlops.runtimes.session import Bound, Placement, Session, SessionOptions
 
 if TYPE_CHECKING:
     from dlops.artifact import Artifact
 
-__all__ = ["Placement", "Session", "SessionOptions", "open_session"]
+__all__ = ["Bound", "Placement", "Session", "SessionOptions", "open_session"]
 
 
 def open_session(artifact: Artifact, options: SessionOptions | None = None) -> Session:

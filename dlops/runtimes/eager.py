@@ -9,7 +9,7 @@ import torch
 
 from dlops.environment import available_cores
 from dlops.errors import MachineError
-from dlops.runtimes.session import Placement, SessionOptions
+from dlops.runtimes.session import Placement, SessionOptions, check_bound
 from dlops.signature import Feed, Signature
 
 
@@ -37,8 +37,42 @@ class ModuleSession:
             result = self._module(*(tensor.to(self._device) for tensor in tensors))
         return outputs_by_name(result, self.signature)
 
+    def bind(self, feed: Feed) -> ModuleBound:
+        return ModuleBound(self._module, feed, signature=self.signature, device=self._device)
+
     def close(self) -> None:
         del self._module
+
+
+class ModuleBound:
+    """Input tensors that stay on the device; the module allocates its outputs there in each run."""
+
+    def __init__(
+        self, module: Callable[..., object], feed: Feed, *, signature: Signature, device: torch.device
+    ) -> None:
+        self._module, self._signature, self._device = module, signature, device
+        self._like = {spec.name: feed[spec.name] for spec in signature.inputs}
+        self._inputs = [torch.from_numpy(_writable(array)).to(device, copy=True) for array in self._like.values()]
+        self._result: object = None
+        self.run()
+        self.synchronize()
+
+    def copy_in(self, feed: Feed) -> None:
+        check_bound(self._like, feed)
+        for name, tensor in zip(self._like, self._inputs, strict=True):
+            tensor.copy_(torch.from_numpy(_writable(feed[name])))
+
+    def run(self) -> None:
+        with torch.inference_mode():
+            self._result = self._module(*self._inputs)
+
+    def synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def copy_out(self) -> Feed:
+        # On the CPU the arrays above share memory with the module's results, which may be its inputs.
+        return {name: np.array(array) for name, array in outputs_by_name(self._result, self._signature).items()}
 
 
 def open_eager(module: torch.nn.Module, signature: Signature, options: SessionOptions | None = None) -> ModuleSession:

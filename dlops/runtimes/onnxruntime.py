@@ -10,8 +10,8 @@ import onnxruntime as ort
 from dlops.artifact import Artifact
 from dlops.environment import available_cores
 from dlops.errors import CorruptError, MachineError
-from dlops.runtimes.session import Placement, SessionOptions
-from dlops.signature import Feed, Signature
+from dlops.runtimes.session import Placement, SessionOptions, check_bound
+from dlops.signature import Array, Feed, Signature
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
@@ -39,6 +39,7 @@ class OnnxSession:
                 hint="dlops doctor shows which providers work here; --device cpu runs on the CPU",
             )
         self.signature = signature
+        self._device = device
         self._outputs = [spec.name for spec in signature.outputs]
         # ORT's CPU kernels for fp16 cast to fp32 and back.
         computed = "fp32" if provider == "CPUExecutionProvider" and precision == "fp16" else precision
@@ -51,12 +52,61 @@ class OnnxSession:
         outputs: list[Any] = self._session.run(self._outputs, dict(feed))
         return dict(zip(self._outputs, outputs, strict=True))
 
+    def bind(self, feed: Feed) -> OnnxBound:
+        """Through IO binding."""
+        return OnnxBound(self._session, feed, self.run(feed), signature=self.signature, device=self._device)
+
     def end_profile(self) -> Path:
         """The file of every operator that ran so far, in Chrome's trace format; for a session with a profile_prefix."""
         return Path(self._session.end_profiling())
 
     def close(self) -> None:
         del self._session
+
+
+class OnnxBound:
+    """An IO binding over buffers that ONNX Runtime allocated on the session's device."""
+
+    def __init__(
+        self, session: ort.InferenceSession, feed: Feed, outputs: Feed, *, signature: Signature, device: str
+    ) -> None:
+        """outputs: what the session gives for the feed."""
+        self._session = session
+        self._binding = session.io_binding()
+        self._names = [spec.name for spec in signature.outputs]
+        self._like = {spec.name: feed[spec.name] for spec in signature.inputs}
+        self._inputs = {name: _buffer(array, device) for name, array in self._like.items()}
+        for name, buffer in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, buffer)
+        self._device = device
+        self._unsized: list[str] = []
+        given = {dim for spec in signature.inputs for dim in spec.shape}
+        for spec in signature.outputs:
+            if any(isinstance(dim, str) and dim not in given for dim in spec.shape):
+                self._unsized.append(spec.name)
+                self._binding.bind_output(spec.name, device, 0)
+            else:
+                self._binding.bind_ortvalue_output(spec.name, _buffer(outputs[spec.name], device))
+        self.copy_in(feed)
+
+    def copy_in(self, feed: Feed) -> None:
+        check_bound(self._like, feed)
+        for name, buffer in self._inputs.items():
+            buffer.update_inplace(feed[name])
+        # A copy from pageable memory may go on after the call on the default stream, which the model does not use.
+        self._binding.synchronize_inputs()
+
+    def run(self) -> None:
+        for name in self._unsized:
+            # Its size may depend on the data, and what a run allocated is the buffer of the next unless bound anew.
+            self._binding.bind_output(name, self._device, 0)
+        self._session.run_with_iobinding(self._binding)
+
+    def synchronize(self) -> None:
+        self._binding.synchronize_outputs()
+
+    def copy_out(self) -> Feed:
+        return dict(zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True))
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> OnnxSession:
@@ -103,6 +153,10 @@ def _session_options(threads: int, options: SessionOptions) -> ort.SessionOption
 def _chain(provider: str) -> list[str]:
     # The CPU provider stays behind CUDA for shape operators; the session's first provider is checked above.
     return [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+
+
+def _buffer(array: Array, device: str) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, device, 0)
 
 
 def _first_line(error: Exception) -> str:

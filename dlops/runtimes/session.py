@@ -52,4 +52,44 @@ class Session(Protocol):
     def run(self, feed: Feed) -> Feed:
         """Outputs by name. The feed must fit the signature: check it where it comes in, not here."""
 
+    def bind(self, feed: Feed) -> Bound:
+        """A call for feeds of this one's shapes, this one copied in. Runs once, to learn the shapes of outputs."""
+
     def close(self) -> None: ...
+
+
+class Bound(Protocol):
+    """A call whose inputs and outputs lie where the model runs, at one address for as long as it is held.
+
+    Used from one thread, while its session is open. An output with a named dim that no input has is made anew by each
+    run, the others are written where the last run wrote them.
+    """
+
+    def copy_in(self, feed: Feed) -> None:
+        """Copy a feed to the inputs; the copy is complete when this returns.
+
+        Raises ValueError where shapes or dtypes are not those that were bound.
+        """
+
+    def run(self) -> None:
+        """One inference on what was copied in. On a GPU it may return before that is done."""
+
+    def synchronize(self) -> None:
+        """Wait until the inference is done; at once on the CPU."""
+
+    def copy_out(self) -> Feed:
+        """The outputs of the last run, after `synchronize`, as arrays on the host that no later run changes."""
+
+
+def check_bound(bound: Feed, feed: Feed) -> None:
+    """Raise ValueError unless the feed has the shapes and dtypes of the one that was bound.
+
+    Runtimes would cast, or copy the bytes of another dtype as they are.
+    """
+    for name, like in bound.items():
+        array = feed[name]
+        if array.shape != like.shape or array.dtype != like.dtype:
+            raise ValueError(
+                f"{name}: {array.dtype}{list(array.shape)} given, {like.dtype}{list(like.shape)} was bound: bind each"
+                " shape on its own"
+            )
