@@ -50,6 +50,7 @@ def benchmark(
     Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
     what was measured until then written and marked partial.
     """
+    outputs.check()
     artifacts = [target for target in targets if isinstance(target, Artifact)]
     if profile and not artifacts and checkpoint is None:
         raise UsageError(
