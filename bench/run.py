@@ -178,7 +178,10 @@ class _Bench:
                 self._keep_in_flight(endpoint, sent, batch=batch, concurrency=calls)
             if offered is not None:
                 self._offer(endpoint, sent, offered, batch=batch)
-        except MachineError as error:
+        except (MachineError, UsageError) as error:
+            # What is already measured is not thrown away for what a later server does not take.
+            if isinstance(error, UsageError) and not self.rows:
+                raise
             say(str(error))
             self.failures.append(error.message)
 
