@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dlops.bench import stats
+from dlops.bench import network, rates, stats
+from dlops.bench.arrivals import Offered
 from dlops.bench.pilot import LONGEST_S, Length, half_width, length, seconds_wanted
-from dlops.bench.run import measure
+from dlops.bench.run import MeasureInterrupted, measure
 from dlops.cli import run
 from dlops.errors import UsageError
 from dlops.report import STARTS, read_report
@@ -111,6 +112,34 @@ def test_rows_that_stay_unsure_last_longer_and_say_so_in_process_and_over_http(
         known = [one for one in row.verdict.reasons if one.startswith(("under-sampled: p50", "p50 is not certified"))]
         assert len(known) == 1, row.verdict
         assert known[0].startswith("p50") or known == list(row.verdict.remarks)
+
+
+@pytest.mark.parametrize(
+    ("module", "load", "how"),
+    [(network, "measure_endpoint", {"concurrency": (2,)}), (rates, "measure_rate", {"offered": Offered(rates=(200,))})],
+    ids=["calls in flight", "at a rate"],
+)
+def test_ctrl_c_before_the_longer_run_has_anything_keeps_the_pilot(
+    module, load, how, make_artifact, serve, monkeypatch
+) -> None:
+    monkeypatch.setattr("dlops.bench.pilot.WANTED", {0.5: 1e-5})
+    monkeypatch.setattr("dlops.bench.pilot.PILOT_S", 0.5)
+    real, made = getattr(module, load), []
+
+    def second_is_interrupted(*arguments, **options):
+        if made:
+            raise KeyboardInterrupt
+        made.append(real(*arguments, **options))
+        return made[0]
+
+    monkeypatch.setattr(module, load, second_is_interrupted)
+    artifact = make_artifact()
+    with pytest.raises(MeasureInterrupted) as interruption:
+        measure([serve(artifact).url], payload=artifact, **how)
+    (row,) = interruption.value.measured.measurements
+    assert interruption.value.measured.partial
+    assert row.latency == made[0][0].latency
+    assert len(interruption.value.measured.samples[row.samples]) == row.latency.samples
 
 
 def test_the_command_takes_the_longest_a_row_may_last(make_artifact, tmp_path, capsys) -> None:
