@@ -40,7 +40,7 @@ def benchmark(
     outputs: Outputs,
     command: Sequence[str],
     calibrate: bool = False,
-    max_duration_s: float = LONGEST_S,
+    max_duration_s: float | None = None,
 ) -> int:
     """Write and print a report.
 
@@ -70,7 +70,7 @@ def benchmark(
             concurrency=concurrency,
             offered=offered,
             duration_s=duration_s,
-            max_duration_s=max_duration_s,
+            max_duration_s=LONGEST_S if max_duration_s is None else max_duration_s,
             payload=payload,
             model=model,
             command=command,

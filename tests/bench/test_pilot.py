@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,10 @@ def test_what_the_longest_row_does_not_reach_is_said_with_what_it_would_take() -
     samples, turns = drawn(1000, spread=0.5)
     lasting = length(None, 3.0)
     assert lasting == Length(first_s=3.0, longest_s=3.0)
+    # The longest may be the pilot, and less: then it is only said.
+    assert lasting.after(samples, turns=turns, spent_s=3.0) == 3.0
+    assert lasting.remarks(samples, turns=turns, spent_s=3.0)
+    assert length(None, 0.5).remarks(samples, turns=turns, spent_s=0.5)
     lasting = length(None, 4.0)
     assert str(lasting) == "3 to 4 s"
     assert lasting.after(samples, turns=turns, spent_s=3.0) == 4.0
@@ -89,7 +95,10 @@ def test_what_the_longest_row_does_not_reach_is_said_with_what_it_would_take() -
     assert length(None).longest_s == LONGEST_S
 
 
-@pytest.mark.parametrize(("duration_s", "longest_s"), [(0.0, 30.0), (-1.0, 30.0), (None, 0.0)])
+@pytest.mark.parametrize(
+    ("duration_s", "longest_s"),
+    [(0.0, 30.0), (-1.0, 30.0), (math.inf, 30.0), (math.nan, 30.0), (None, 0.0), (None, math.nan)],
+)
 def test_no_time_is_refused(duration_s: float | None, longest_s: float) -> None:
     with pytest.raises(UsageError):
         length(duration_s, longest_s)
@@ -150,3 +159,11 @@ def test_the_command_takes_the_longest_a_row_may_last(make_artifact, tmp_path, c
     assert status in (0, 3)
     assert "0.2 s each" in capsys.readouterr().err
     assert len(read_report(tmp_path / "r").measurements) == 1
+
+
+def test_a_duration_and_a_longest_one_are_refused_together(make_artifact, capsys) -> None:
+    folder = str(make_artifact().directory)
+    assert run(["bench", folder, "--duration", "1", "--max-duration", "2"]) == 2
+    assert "--duration sets the seconds" in capsys.readouterr().err
+    assert run(["bench", folder, "--duration", "inf"]) == 2
+    assert "a duration of inf s" in capsys.readouterr().err
