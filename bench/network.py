@@ -173,8 +173,10 @@ def _check_answer(endpoint: Endpoint, outputs: Feed, batch: int) -> None:
     for spec in endpoint.signature.outputs:
         if spec.name not in outputs:
             raise UsageError(f"{endpoint.url}: output {spec.name!r} is missing from the answer")
-        if spec.is_batched and len(outputs[spec.name]) != batch:
-            raise UsageError(f"{endpoint.url}: {batch} rows sent, {len(outputs[spec.name])} answered")
+        shape = outputs[spec.name].shape
+        if spec.is_batched and shape[:1] != (batch,):
+            answered = shape[0] if shape else "a single number"
+            raise UsageError(f"{endpoint.url}: {batch} rows sent, {answered} answered")
 
 
 def _difference(endpoint: Endpoint, artifact: Artifact) -> str | None:
@@ -182,9 +184,12 @@ def _difference(endpoint: Endpoint, artifact: Artifact) -> str | None:
     samples = artifact.samples()
     feed = samples.feed(artifact.preprocess, artifact.signature.inputs[0].name)
     rows = [_ask(endpoint, {name: array[i : i + 1] for name, array in feed.items()}) for i in range(len(samples))]
-    if {name for row in rows for name in row} != set(samples.outputs):
+    if any(row.keys() != samples.outputs.keys() for row in rows):
         return "other outputs"
-    outputs = {name: np.concatenate([row[name] for row in rows]) for name in samples.outputs}
+    try:
+        outputs = {name: np.concatenate([row[name] for row in rows]) for name in samples.outputs}
+    except ValueError:
+        return "answers whose shapes differ from one another"
     try:
         errors = compare(samples.outputs, outputs, task=open_task(artifact.task), where=endpoint.url)
     except GateError as error:

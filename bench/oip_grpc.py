@@ -66,7 +66,10 @@ class GrpcClient:
                 )
             except grpc.RpcError as error:
                 raise NoStatisticsError(f"ModelStatistics answered {_said(error)}") from None
-        return Counts.of([_as_json(model) for model in answer.model_stats])
+        try:
+            return Counts.of([_as_json(model) for model in answer.model_stats])
+        except ValueError as error:
+            raise NoStatisticsError(f"ModelStatistics answered no statistics ({error})") from None
 
 
 def describe(address: Address, *, model: str | None) -> Described:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,10 +22,14 @@ _CERTIFYING = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Length:
-    """first_s seconds a row, and where its quantiles are not known well enough then, up to longest_s in all."""
+    """first_s seconds a row, and where its quantiles are not known well enough then, up to longest_s in all.
+
+    is_named: the seconds were, so nothing is said of how well the quantiles are known then.
+    """
 
     first_s: float
     longest_s: float
+    is_named: bool = False
 
     @property
     def is_piloted(self) -> bool:
@@ -41,16 +46,19 @@ class Length:
 
     def remarks(self, samples: Integers, *, turns: Integers, spent_s: float) -> tuple[str, ...]:
         """In words, the certified quantiles that are known less well than wanted; none where a duration was named."""
-        return tuple(_shortfalls(samples, turns, spent_s)) if self.is_piloted else ()
+        return () if self.is_named else tuple(_shortfalls(samples, turns, spent_s))
 
 
 def length(duration_s: float | None, longest_s: float = LONGEST_S) -> Length:
-    """`duration_s` and no more, or where it is None a pilot's and up to `longest_s`. Raises UsageError below zero."""
+    """`duration_s` and no more, or where it is None a pilot's and up to `longest_s`.
+
+    Raises UsageError for what is no time above zero, and for a duration without end.
+    """
     if duration_s is not None:
-        if duration_s <= 0:
+        if not 0 < duration_s < math.inf:
             raise UsageError(f"a duration of {duration_s:g} s")
-        return Length(first_s=duration_s, longest_s=duration_s)
-    if longest_s <= 0:
+        return Length(first_s=duration_s, longest_s=duration_s, is_named=True)
+    if not longest_s > 0:
         raise UsageError(f"at most {longest_s:g} s a row")
     return Length(first_s=min(PILOT_S, longest_s), longest_s=longest_s)
 

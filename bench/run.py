@@ -178,7 +178,10 @@ class _Bench:
                 self._keep_in_flight(endpoint, sent, batch=batch, concurrency=calls)
             if offered is not None:
                 self._offer(endpoint, sent, offered, batch=batch)
-        except MachineError as error:
+        except (MachineError, UsageError) as error:
+            # What is already measured is not thrown away for what a later server does not take.
+            if isinstance(error, UsageError) and not self.rows:
+                raise
             say(str(error))
             self.failures.append(error.message)
 
@@ -186,20 +189,28 @@ class _Bench:
         from dlops.bench.network import measure_endpoint
 
         key, seconds = row_key(len(self.rows)), self.lasting.first_s
-        while True:
-            say(f"loading {endpoint.url}: batch {batch}, {concurrency} in flight, {seconds:.3g} s after the warm-up")
-            row, samples, loaded = measure_endpoint(
-                endpoint, sent, batch=batch, concurrency=concurrency, duration_s=seconds, key=key
-            )
-            spent_s = loaded.duration_ns / 1e9
-            turns = stats.stretches(loaded.starts_ns, loaded.duration_ns)
-            wanted_s = self.lasting.after(loaded.latencies_ns, turns=turns, spent_s=spent_s)
-            # The pilot only says how long the row has to be: it is made anew, once.
-            if loaded.interrupted or loaded.stopped or seconds > self.lasting.first_s or wanted_s <= spent_s:
-                break
-            seconds = wanted_s
-        self.rows.append(remarked(row, self.lasting.remarks(loaded.latencies_ns, turns=turns, spent_s=spent_s)))
-        self.samples |= samples
+        made: tuple[Measurement, dict[str, NDArray[np.int64]]] | None = None
+        try:
+            while True:
+                under = f"batch {batch}, {concurrency} in flight"
+                say(f"loading {endpoint.url}: {under}, {seconds:.3g} s after the warm-up")
+                row, samples, loaded = measure_endpoint(
+                    endpoint, sent, batch=batch, concurrency=concurrency, duration_s=seconds, key=key
+                )
+                spent_s = loaded.duration_ns / 1e9
+                turns = stats.stretches(loaded.starts_ns, loaded.duration_ns)
+                wanted_s = self.lasting.after(loaded.latencies_ns, turns=turns, spent_s=spent_s)
+                said = self.lasting.remarks(loaded.latencies_ns, turns=turns, spent_s=spent_s)
+                made = remarked(row, said), samples
+                # The pilot only says how long the row has to be: it is made anew, once.
+                if loaded.interrupted or loaded.stopped or seconds > self.lasting.first_s or wanted_s <= spent_s:
+                    break
+                seconds = wanted_s
+        finally:
+            # Where nothing comes of the longer run, by Ctrl-C or a dead server, its pilot is what there is.
+            if made is not None:
+                self.rows.append(made[0])
+                self.samples |= made[1]
         if loaded.interrupted:
             raise KeyboardInterrupt
 
@@ -225,9 +236,15 @@ class _Bench:
         wanted_s = self.lasting.after(response_ns, turns=turns, spent_s=spent_s)
         # Under a service that does not keep up, longer is only worse.
         if wanted_s > spent_s and not any(reason.startswith("saturated") for reason in row.verdict.reasons):
-            del self.rows[-1]
+            pilot = remarked(self.rows.pop(), self.lasting.remarks(response_ns, turns=turns, spent_s=spent_s))
+            others = len(self.rows)
             schedule = offered.at(rate, wanted_s)
-            row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
+            try:
+                row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
+            except (KeyboardInterrupt, MachineError):
+                # As with calls in flight: the pilot stays where nothing comes of the longer run.
+                self.rows += [pilot] if len(self.rows) == others else []
+                raise
             response_ns, due_ns = self.samples[row.samples], self.samples[row.samples + STARTS]
             assert row.duration_ns is not None
             turns, spent_s = stats.stretches(due_ns, row.duration_ns), row.duration_ns / 1e9

@@ -192,7 +192,9 @@ def bench(
     duration: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds a row. Default: until p50 is known to 1%, p99 to 5%.")
     ] = None,
-    max_duration: Annotated[float, typer.Option(min=0.1, help="At most so many, without --duration.")] = 30.0,
+    max_duration: Annotated[
+        float | None, typer.Option(min=0.1, help="At most so many, without --duration. Default 30.")
+    ] = None,
     payload: Annotated[Path | None, typer.Option(help="The artifact whose samples are sent to URLs.")] = None,
     model: Annotated[str | None, typer.Option(help="python:package.module:function, with --checkpoint.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Then say which operators take the time.")] = False,
@@ -224,6 +226,8 @@ def bench(
         from dlops.workflows.calibration import calibrate_alone
 
         raise typer.Exit(calibrate_alone(json=json, also_given=_given(context, but={"calibrate", "json"})))
+    if duration is not None and max_duration is not None:
+        _usage("--duration sets the seconds, and --max-duration limits what a pilot sets", "leave one of them out")
     offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, slo=slo, senders=senders)
     targets: list[Artifact | str] = [name if "://" in name else _artifact(Path(name)) for name in target or []] or [
         _artifact(None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -104,7 +105,7 @@ class DirectoryWriter:
         except BaseException:
             self._committed = path.is_file() and path.read_bytes() == text.encode()
             raise
-        self._collect(keep={payload.path for payload in manifest.files.values()})
+        self._collect(keep={payload.path for payload in manifest.files.values()}, manifest=path)
         return manifest.located_at(self.directory)
 
     def _store(self, name: str, digest: str, write: Callable[[Path], None]) -> Payload:
@@ -125,8 +126,14 @@ class DirectoryWriter:
             temporary.unlink(missing_ok=True)
             raise from_os_error(error, doing=f"writing {path}") from error
 
-    def _collect(self, *, keep: set[str]) -> None:
-        for entry in self.directory.iterdir():
+    def _collect(self, *, keep: set[str], manifest: Path) -> None:
+        entries = list(self.directory.iterdir())
+        # `dlops bench DIR --out DIR` writes a report beside an artifact, whose model must not go for it.
+        others = [_named_by(entry) for entry in entries if entry.suffix == ".json" and entry != manifest]
+        if None in others:
+            return
+        keep = keep.union(*(names for names in others if names is not None))
+        for entry in entries:
             ours = _OURS.fullmatch(entry.name) or entry.name.startswith(_TEMPORARY)
             if ours and entry.name not in keep and entry.is_file():
                 entry.unlink(missing_ok=True)
@@ -151,6 +158,17 @@ def write_json(path: Path, text: str) -> None:
         # Gone where it became `path`, and absent where its folder could not be made.
         with suppress(FileNotFoundError, NotADirectoryError):
             temporary.unlink()
+
+
+def _named_by(path: Path) -> set[str] | None:
+    """The payloads that a manifest of the folder names, none where it is no manifest, None where it is damaged."""
+    if path.name.startswith(_TEMPORARY) or _OURS.fullmatch(path.name) or not path.is_file():
+        return set()
+    try:
+        document = json.loads(path.read_bytes())
+        return {payload["path"] for payload in document["files"].values()} if "files" in document else set()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -192,6 +192,25 @@ def test_a_persons_own_files_are_never_collected(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("data-*.bin"))) == 1
 
 
+class Crate(Box):
+    file_name: ClassVar[str] = "crate.json"
+
+
+def test_what_another_manifest_of_the_folder_names_is_not_collected(tmp_path: Path) -> None:
+    box = write_box(tmp_path, b"of the box")
+    for content in (b"first", b"second"):
+        with DirectoryWriter(tmp_path) as writer:
+            writer.commit(Crate(files={"data": writer.add("data.bin", content)}))
+    assert read_manifest(tmp_path, Box).path("data").read_bytes() == b"of the box"
+    assert read_manifest(tmp_path, Crate).path("data").read_bytes() == b"second"
+    assert len(list(tmp_path.glob("data-*.bin"))) == 2
+    # What a damaged manifest named may still be saved with it.
+    (tmp_path / "box.json").write_text("{")
+    with DirectoryWriter(tmp_path) as writer:
+        writer.commit(Crate(files={"data": writer.add("data.bin", b"third")}))
+    assert box.path("data").read_bytes() == b"of the box"
+
+
 # RLIMIT_FSIZE makes the kernel itself refuse a write half-way through, as a full disk does, for root as for anyone.
 FULL_DISK = textwrap.dedent(
     """

@@ -40,7 +40,7 @@ def benchmark(
     outputs: Outputs,
     command: Sequence[str],
     calibrate: bool = False,
-    max_duration_s: float = LONGEST_S,
+    max_duration_s: float | None = None,
 ) -> int:
     """Write and print a report.
 
@@ -50,6 +50,7 @@ def benchmark(
     Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
     what was measured until then written and marked partial.
     """
+    outputs.check()
     artifacts = [target for target in targets if isinstance(target, Artifact)]
     if profile and not artifacts and checkpoint is None:
         raise UsageError(
@@ -69,7 +70,7 @@ def benchmark(
             concurrency=concurrency,
             offered=offered,
             duration_s=duration_s,
-            max_duration_s=max_duration_s,
+            max_duration_s=LONGEST_S if max_duration_s is None else max_duration_s,
             payload=payload,
             model=model,
             command=command,

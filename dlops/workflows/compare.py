@@ -19,6 +19,7 @@ from dlops.errors import UsageError
 from dlops.report import Report, read_report
 from dlops.runtimes.session import Device
 from dlops.workflows.calibration import calibrated
+from dlops.workflows.publish import Outputs
 
 DURATION_S = 5.0
 _SAME, _REGRESSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
@@ -55,6 +56,7 @@ def compare(
         raise UsageError("--gate has limits of its own, and --margin is one more", hint="leave one of them out")
     fraction = read_margin(margin) if margin is not None else None
     kind = _one_kind(base, new)
+    Outputs(directory=out_dir, markdown=markdown, json=json).check(report=kind == "artifact")
     status = None
     if kind == "report":
         given = {

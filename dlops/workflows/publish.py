@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.table import render_table, to_csv, to_markdown
 from dlops.console import out, say
 from dlops.directory import write_json
-from dlops.errors import UsageError
+from dlops.errors import MachineError, UsageError
 from dlops.report import Report
 
 _DONE, _MISSED, _NO_VERDICT = 0, 1, 3
@@ -33,6 +34,20 @@ class Outputs:
         printed = [f"{name} -" for name, value in texts.items() if value == "-"]
         if len(printed) > 1:
             raise UsageError(f"{' and '.join(printed)} both want stdout", hint="give one of them a file")
+
+    def check(self, *, report: bool = True) -> None:
+        """Raise UsageError or MachineError where the report or a copy has no place: to be asked before measuring.
+
+        report: without it, only copies are written.
+        """
+        if report:
+            _check_folder("--out", self.directory or Path("reports"))
+        copies = {"--json": self.json, "--markdown": self.markdown, "--csv": self.csv, "--html": self.html}
+        for option, copy in copies.items():
+            if copy is not None and copy != "-":
+                if Path(copy).is_dir():
+                    raise UsageError(f"{option} {copy}: a folder", hint="name a file")
+                _check_folder(option, Path(copy).parent)
 
 
 def publish(measured: Measured, outputs: Outputs) -> Report:
@@ -62,3 +77,12 @@ def exit_status(report: Report) -> int:
         say("no verdict: no row is steady enough to quote; its reasons are in the report")
         return _NO_VERDICT
     return _DONE
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """That it is a folder to write in, or could be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(f"{option} {folder}: {there} is no folder", hint="name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise MachineError(f"{option} {folder}: permission denied: {there}", hint="name another folder")

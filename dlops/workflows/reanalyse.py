@@ -22,6 +22,7 @@ def reanalyse_report(path: Path, outputs: Outputs, *, also_given: Sequence[str] 
         raise UsageError(
             f"{', '.join(also_given)}: nothing is measured with --from", hint="leave them out, or leave --from out"
         )
+    outputs.check()
     report = read_report(path)
     if outputs.directory is not None and outputs.directory.resolve() == report.directory.resolve():
         raise UsageError(f"--out {outputs.directory}: the report itself is there", hint="name another folder")

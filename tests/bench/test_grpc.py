@@ -36,12 +36,15 @@ Status = grpc.StatusCode
 class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     """behave may end a call itself, by returning the status to end it with. scale: of what it answers.
 
-    typed: answers in typed contents instead of raw ones. counts: whether it has the statistics extension.
+    typed: answers in typed contents instead of raw ones. counts: whether it has the statistics extension. known:
+    whether that counts this model. reshape: of its answers, by their number.
     """
 
     def __init__(self, artifact: Artifact, *, typed: bool = False, counts: bool = True) -> None:
         self.artifact, self.typed, self.counts = artifact, typed, counts
         self.behave: Callable[[int], grpc.StatusCode | None] = lambda count: None
+        self.known = True
+        self.reshape: Callable[[int, np.ndarray], np.ndarray] = lambda count, logits: logits
         self.scale, self.ready, self.lists = np.float32(1), True, [artifact.name]
         self.requests = self.answered = 0
         self._session = ort.InferenceSession(str(artifact.path("model")), providers=["CPUExecutionProvider"])
@@ -81,6 +84,8 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         if not self.counts:
             context.abort(Status.UNIMPLEMENTED, "no statistics here")
         answer = service_pb2.ModelStatisticsResponse()
+        if not self.known:
+            return answer
         model = answer.model_stats.add(
             name=request.name, inference_count=self.answered, execution_count=self.answered // 2
         )
@@ -102,7 +107,7 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         (entry,), (raw,) = request.inputs, request.raw_input_contents
         array = np.frombuffer(raw, np.float32).reshape(entry.shape)
         (logits,) = self._session.run(None, {self._input: array})
-        logits = logits * self.scale
+        logits = self.reshape(count, logits * self.scale)
         answer = service_pb2.ModelInferResponse(model_name=request.model_name)
         output = answer.outputs.add(name="logits", datatype="FP32", shape=logits.shape)
         if self.typed:
@@ -359,3 +364,24 @@ def test_statuses_are_numbered_as_grpc_numbers_them() -> None:
     assert {code.name: code.value[0] for code in grpc.StatusCode} == {
         name: number for number, name in enumerate(pacing.GRPC_STATUSES)
     }
+
+
+def test_a_server_that_counts_no_such_model_is_measured_without_its_times(digits_artifact, serve_grpc) -> None:
+    server = serve_grpc(digits_artifact)
+    server.known = False
+    notes = prepare(find_endpoint(server.url, model=None), digits_artifact, batch=1).notes
+    assert notes == (
+        f"{server.url} does not say where its time goes: ModelStatistics answered no statistics (model_stats is empty)",
+    )
+
+
+def test_answers_of_a_shape_that_makes_no_sense_are_named(digits_artifact, serve_grpc) -> None:
+    server = serve_grpc(digits_artifact)
+    server.reshape = lambda count, logits: logits[0, 0] if count == 1 else logits
+    endpoint = find_endpoint(server.url, model=None)
+    with pytest.raises(UsageError, match="1 rows sent, a single number answered"):
+        prepare(endpoint, digits_artifact, batch=1)
+    # Among the samples that its answers are checked with.
+    server.reshape = lambda count, logits: logits[:, :3] if count % 3 == 0 else logits
+    (note,) = prepare(endpoint, digits_artifact, batch=1).notes
+    assert "answers whose shapes differ from one another" in note

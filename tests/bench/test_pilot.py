@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from dlops.bench import stats
+from dlops.bench import network, rates, stats
+from dlops.bench.arrivals import Offered
 from dlops.bench.pilot import LONGEST_S, Length, half_width, length, seconds_wanted
-from dlops.bench.run import measure
+from dlops.bench.run import MeasureInterrupted, measure
 from dlops.cli import run
 from dlops.errors import UsageError
 from dlops.report import STARTS, read_report
@@ -79,6 +82,10 @@ def test_what_the_longest_row_does_not_reach_is_said_with_what_it_would_take() -
     samples, turns = drawn(1000, spread=0.5)
     lasting = length(None, 3.0)
     assert lasting == Length(first_s=3.0, longest_s=3.0)
+    # The longest may be the pilot, and less: then it is only said.
+    assert lasting.after(samples, turns=turns, spent_s=3.0) == 3.0
+    assert lasting.remarks(samples, turns=turns, spent_s=3.0)
+    assert length(None, 0.5).remarks(samples, turns=turns, spent_s=0.5)
     lasting = length(None, 4.0)
     assert str(lasting) == "3 to 4 s"
     assert lasting.after(samples, turns=turns, spent_s=3.0) == 4.0
@@ -88,7 +95,10 @@ def test_what_the_longest_row_does_not_reach_is_said_with_what_it_would_take() -
     assert length(None).longest_s == LONGEST_S
 
 
-@pytest.mark.parametrize(("duration_s", "longest_s"), [(0.0, 30.0), (-1.0, 30.0), (None, 0.0)])
+@pytest.mark.parametrize(
+    ("duration_s", "longest_s"),
+    [(0.0, 30.0), (-1.0, 30.0), (math.inf, 30.0), (math.nan, 30.0), (None, 0.0), (None, math.nan)],
+)
 def test_no_time_is_refused(duration_s: float | None, longest_s: float) -> None:
     with pytest.raises(UsageError):
         length(duration_s, longest_s)
@@ -113,6 +123,34 @@ def test_rows_that_stay_unsure_last_longer_and_say_so_in_process_and_over_http(
         assert known[0].startswith("p50") or known == list(row.verdict.remarks)
 
 
+@pytest.mark.parametrize(
+    ("module", "load", "how"),
+    [(network, "measure_endpoint", {"concurrency": (2,)}), (rates, "measure_rate", {"offered": Offered(rates=(200,))})],
+    ids=["calls in flight", "at a rate"],
+)
+def test_ctrl_c_before_the_longer_run_has_anything_keeps_the_pilot(
+    module, load, how, make_artifact, serve, monkeypatch
+) -> None:
+    monkeypatch.setattr("dlops.bench.pilot.WANTED", {0.5: 1e-5})
+    monkeypatch.setattr("dlops.bench.pilot.PILOT_S", 0.5)
+    real, made = getattr(module, load), []
+
+    def second_is_interrupted(*arguments, **options):
+        if made:
+            raise KeyboardInterrupt
+        made.append(real(*arguments, **options))
+        return made[0]
+
+    monkeypatch.setattr(module, load, second_is_interrupted)
+    artifact = make_artifact()
+    with pytest.raises(MeasureInterrupted) as interruption:
+        measure([serve(artifact).url], payload=artifact, **how)
+    (row,) = interruption.value.measured.measurements
+    assert interruption.value.measured.partial
+    assert row.latency == made[0][0].latency
+    assert len(interruption.value.measured.samples[row.samples]) == row.latency.samples
+
+
 def test_the_command_takes_the_longest_a_row_may_last(make_artifact, tmp_path, capsys) -> None:
     artifact = make_artifact()
     status = run(
@@ -121,3 +159,11 @@ def test_the_command_takes_the_longest_a_row_may_last(make_artifact, tmp_path, c
     assert status in (0, 3)
     assert "0.2 s each" in capsys.readouterr().err
     assert len(read_report(tmp_path / "r").measurements) == 1
+
+
+def test_a_duration_and_a_longest_one_are_refused_together(make_artifact, capsys) -> None:
+    folder = str(make_artifact().directory)
+    assert run(["bench", folder, "--duration", "1", "--max-duration", "2"]) == 2
+    assert "--duration sets the seconds" in capsys.readouterr().err
+    assert run(["bench", folder, "--duration", "inf"]) == 2
+    assert "a duration of inf s" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dlops.bench.run import Measured, MeasureInterrupted, choose_fastest, measure, merge, save_report
+from dlops.bench.run import Measured, MeasureInterrupted, Offered, choose_fastest, measure, merge, save_report
 from dlops.errors import MachineError, UsageError
 from dlops.report import read_report
 from dlops.timing import interleave
@@ -203,3 +203,15 @@ def test_a_checkpoint_adds_eager_as_the_baseline(make_artifact, tmp_path) -> Non
     assert artifact.speedup.value > 1.0
     assert eager.peak_memory_bytes is None
     assert "its peak memory and cold start are not known" in measured.report.notes[0]
+
+
+def test_what_was_measured_before_a_service_refuses_is_kept(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    # A rate so low that nothing comes due is only found when the service's turn comes.
+    measured = measure([artifact, serve(artifact).url], offered=Offered(rates=(0.001,)), duration_s=0.1, threads=1)
+    (row,) = measured.measurements
+    assert row.boundary == "host"
+    assert measured.partial
+    assert "none is due" in measured.report.notes[-1]
+    with pytest.raises(UsageError, match="none is due"):
+        measure([serve(artifact).url], payload=artifact, offered=Offered(rates=(0.001,)), duration_s=0.1)
