@@ -39,6 +39,7 @@ def benchmark(
     outputs: Outputs,
     command: Sequence[str],
     calibrate: bool = False,
+    cuda_graph: bool = False,
 ) -> int:
     """Write and print a report.
 
@@ -63,6 +64,7 @@ def benchmark(
             batch=batch,
             boundary=boundary,
             device=device,
+            cuda_graph=cuda_graph,
             threads=threads,
             concurrency=concurrency,
             offered=offered,
