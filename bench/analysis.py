@@ -11,7 +11,7 @@ import numpy as np
 from dlops.bench import stats
 from dlops.bench.dependence import STRETCHES
 from dlops.bench.stats import Integers
-from dlops.report import Interval, Latency, Measurement, Verdict
+from dlops.report import CLOCKS, COPY_IN, COPY_OUT, ENQUEUE, Clocks, Interval, Latency, Measurement, Verdict
 from dlops.timing import MIN_ROUNDS, by_turn
 
 # Requests that left this much too late (p99) say more about us than about the service.
@@ -19,6 +19,8 @@ _MAX_LAG_NS = 1_000_000
 _MAX_LAG_SHARE = 0.1
 # A service that answers less than this share of what was offered has no steady state under it.
 _KEEPS_UP = 0.98
+# From this share of an inference on, what it takes on the GPU hardly matters: the host is what it waits for.
+_LAUNCH_BOUND = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class Figures:
     service: Latency | None = None
     throughput: Interval
     speedup: Interval | None = None
+    clocks: Clocks | None = None
     verdict: Verdict
 
     def as_fields(self) -> dict[str, Any]:
@@ -36,14 +39,15 @@ class Figures:
 
 
 def analyse_turns(
-    latencies_ns: Integers, turns: Integers, *, batch: int, baseline: Sequence[Integers] | None,
-    observed: Sequence[str], remarks: Sequence[str] = (),
+    latencies_ns: Integers, turns: Integers, parts_ns: Mapping[str, Integers], *, batch: int,
+    baseline: Sequence[Integers] | None, observed: Sequence[str], remarks: Sequence[str] = (),
 ) -> Figures:  # fmt: skip
     """A target that took turns in one run with others.
 
-    latencies_ns, turns: (n,), the round of each call. baseline: by turn, the latencies of the row that speed-ups are
-    counted from, of the same run; None gives no speed-up. observed: what stands against the row that no sample shows;
-    remarks: what no sample shows either and does not.
+    latencies_ns, turns: (n,), the round of each call. parts_ns: by the suffix of CLOCKS, what else was timed of each
+    call, (n,); empty off CUDA. baseline: by turn, the latencies of the row that speed-ups are counted from, of the same
+    run; None gives no speed-up. observed: what stands against the row that no sample shows; remarks: what no sample
+    shows either and does not.
     """
     own = by_turn(latencies_ns, turns)
     counts = np.array([batch * len(turn) for turn in own], np.int64)
@@ -56,8 +60,23 @@ def analyse_turns(
         latency=stats.summarize(latencies_ns, turns=turns),
         throughput=stats.rate_interval(counts, np.array([turn.sum() / 1e9 for turn in own])),
         speedup=None if baseline is None else stats.ratio_interval(baseline, own),
-        verdict=_verdict(against, observed, latencies_ns, turns, remarks),
+        clocks=_clocks(parts_ns, turns),
+        verdict=_verdict(against, observed, latencies_ns, turns, remarks, said=launch_bound(latencies_ns, parts_ns)),
     )
+
+
+def launch_bound(latencies_ns: Integers, parts_ns: Mapping[str, Integers]) -> list[str]:
+    """What to say where the host takes 80 % or more of the inference (the call without its copies) to enqueue it.
+
+    latencies_ns, each part: (n,). The share is the median over the calls.
+    """
+    if ENQUEUE not in parts_ns:
+        return []
+    inference = latencies_ns - parts_ns.get(COPY_IN, 0) - parts_ns.get(COPY_OUT, 0)
+    share = float(np.median(parts_ns[ENQUEUE] / np.maximum(inference, 1)))
+    if share < _LAUNCH_BOUND:
+        return []
+    return [f"launch-bound: the host takes {share:.0%} of the inference to enqueue it, and the GPU waits for the host"]
 
 
 def analyse_closed_loop(
@@ -159,6 +178,12 @@ def answered_rate(arrived_ns: Integers, duration_ns: int, batch: int) -> Interva
     return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)
 
 
+def _clocks(parts_ns: Mapping[str, Integers], turns: Integers) -> Clocks | None:
+    if not parts_ns:
+        return None
+    return Clocks(**{CLOCKS[suffix]: stats.summarize(part, turns=turns) for suffix, part in parts_ns.items()})
+
+
 def _medians(samples: Integers, turns: Integers) -> list[float]:
     return [float(np.median(samples[turns == turn])) for turn in np.unique(turns)]
 
@@ -176,13 +201,14 @@ def _unsteady(medians: Sequence[float], varying: str) -> list[str]:
 
 
 def _verdict(
-    against: Sequence[str], observed: Sequence[str], samples: Integers, turns: Integers, remarks: Sequence[str] = ()
-) -> Verdict:
+    against: Sequence[str], observed: Sequence[str], samples: Integers, turns: Integers, remarks: Sequence[str] = (),
+    said: Sequence[str] = (),
+) -> Verdict:  # fmt: skip
     """Steady where nothing stands against it; quantiles that are not certified, and remarks, are said and do not count.
 
-    remarks: what no sample shows and does not stand against the row.
+    remarks: what no sample shows and does not stand against the row; said: what samples show and does not either.
     """
-    reasons = (*against, *undersampled(samples, turns), *remarks)
+    reasons = (*against, *undersampled(samples, turns), *said, *remarks)
     return Verdict(steady=not against, reasons=reasons, observed=tuple(observed), remarks=tuple(remarks))
 
 

@@ -259,6 +259,22 @@ def waterfalls(report: Report) -> list[str]:
     return lines
 
 
+def clock_lines(report: Report) -> list[str]:
+    """Where a call on a GPU spends its time, a line for each row that knows it."""
+    lines = []
+    for group in groups(report):
+        for row in group.rows:
+            if row.clocks is None:
+                continue
+            parts = {
+                "call": row.latency, "GPU": row.clocks.device, "enqueueing": row.clocks.enqueue,
+                "copy in": row.clocks.copy_in, "copy out": row.clocks.copy_out,
+            }  # fmt: skip
+            medians = [f"{what} {milliseconds(one.p50_ns)}" for what, one in parts.items() if one is not None]
+            lines.append(f"{group.title}: {name(row)}: medians in ms: {', '.join(medians)}")
+    return lines
+
+
 def explanations(report: Report) -> list[str]:
     """What was found of the objectives, what the columns and marks mean here, where time went in
     servers, then the footnotes."""
@@ -269,7 +285,7 @@ def explanations(report: Report) -> list[str]:
         lines.append("at a rate, p50 and p99 are of the response time, from when a request was due to its answer")
     if any(row.service is not None and row.service.p99_ns is not None for row in report.measurements):
         lines.append("service p99: in ms, from a request's send to its answer")
-    lines += waterfalls(report)
+    lines += [*waterfalls(report), *clock_lines(report)]
     if any(not row.verdict.steady for row in report.measurements):
         lines.append("*: not to be quoted, for the reason below")
     return [*lines, *footnotes(report)]

@@ -74,6 +74,7 @@ class Subject:
             boundary=boundary,
             device=options.device,
             threads=options.threads,
+            cuda_graph=options.cuda_graph,
         )
 
 
@@ -194,7 +195,7 @@ def measurements(
             # What the artifacts were compared with is the dense checkpoint, run eagerly.
             fields = {"accuracy": reference.reference, "accuracy_samples": reference.samples, "drop_points": 0.0}
         figures = analyse_turns(
-            run.latencies_ns, run.turns, batch=batch, baseline=base_turns,
+            run.latencies_ns, run.turns, run.parts_ns, batch=batch, baseline=base_turns,
             observed=shortcomings(
                 warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted
             ),

@@ -10,10 +10,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from dlops import errors
-from dlops.bench.channel import Channel
+from dlops.bench.channel import Channel, read_turn
 from dlops.bench.worker import Job, Ready
 from dlops.errors import DlopsError, MachineError
 from dlops.timing import Turn, WarmUp
@@ -54,9 +52,7 @@ class Process:
         return WarmUp(calls=header["calls"], settled=header["settled"])
 
     def take_turn(self, turn_s: float) -> Turn:
-        _, payload = self._ask({"turn": turn_s})
-        starts, latencies = np.frombuffer(payload, np.int64).reshape(2, -1)
-        return Turn(starts_ns=starts, latencies_ns=latencies)
+        return read_turn(self._ask({"turn": turn_s}))
 
     def close(self) -> None:
         """Nothing is lost with it: what it measured has arrived with each turn."""

@@ -12,7 +12,7 @@ from dlops.bench.analysis import Figures, analyse_closed_loop, analyse_rate, ana
 from dlops.bench.results import Measured, choose_fastest
 from dlops.bench.slo import found_among, judge
 from dlops.errors import CorruptError, UsageError
-from dlops.report import EARLIER, SERVICE, STARTS, TURNS, Measurement, Objective, Report
+from dlops.report import CLOCKS, EARLIER, SERVICE, STARTS, TURNS, Measurement, Objective, Report
 from dlops.timing import by_turn
 from dlops.version import __version__
 
@@ -68,9 +68,17 @@ def _figures(report: Report, row: Measurement, rows: Mapping[str, Measurement], 
         )  # fmt: skip
     latencies, turns = _arrays(report, row, samples, "", TURNS)
     return analyse_turns(
-        latencies, turns, batch=batch, baseline=_baseline(report, row, rows, samples), observed=observed,
-        remarks=row.verdict.remarks,
+        latencies, turns, _parts(report, row, samples), batch=batch, baseline=_baseline(report, row, rows, samples),
+        observed=observed, remarks=row.verdict.remarks,
     )  # fmt: skip
+
+
+def _parts(report: Report, row: Measurement, samples: Arrays) -> dict[str, NDArray[np.int64]]:
+    """What else was timed of each call, by the suffix of CLOCKS."""
+    if row.clocks is None:
+        return {}
+    suffixes = [suffix for suffix, field in CLOCKS.items() if getattr(row.clocks, field) is not None]
+    return dict(zip(suffixes, _arrays(report, row, samples, *suffixes), strict=True))
 
 
 def _baseline(

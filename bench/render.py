@@ -18,8 +18,9 @@ from dlops.report import Measurement, Objective, Report
 
 _METHOD = (
     "Latency is what one call took at the boundary that the table names. In process: from numpy arrays to numpy "
-    "arrays, each target in a process of its own, the targets taking turns within one run. Over HTTP and gRPC: from "
-    "the send to the last byte of the answer.",
+    "arrays, each target in a process of its own, the targets taking turns within one run. On the device: the same "
+    "without the copies to and from the model's buffers. Over HTTP and gRPC: from the send to the last byte of the "
+    "answer.",
     "Small figures are 95 % intervals from order statistics, with as many independent samples as the run is worth. "
     f"{cells.NONE} stands where there are too few to give one: p99 needs 368.",
     "Throughput is items a second under that load. Memory is the most that a fresh process held that loaded the "

@@ -50,6 +50,7 @@ def measure(
     boundary: Sequence[Boundary] = ("host",),
     threads: int | Sequence[int] | None = None,
     device: Device | Sequence[Device] = "auto",
+    cuda_graph: bool = False,
     concurrency: Sequence[int] | None = None,
     offered: Offered | None = None,
     duration_s: float | None = None,
@@ -66,7 +67,8 @@ def measure(
     speed-ups are counted from (without it, the first of several artifacts is), with `compiled` through torch.compile,
     too; model: what builds the module where the checkpoint names no builder, best as "python:package.module:function":
     a module or a function keeps the two in this process. batch, boundary, threads and device are axes: for each
-    combination all targets take turns within one run. boundary "preprocessing": from the raw input, decoding included.
+    combination all targets take turns within one run. boundary "device": the inference alone, inputs in place;
+    "preprocessing": from the raw input, decoding included. cuda_graph: inferences replay a CUDA graph.
     concurrency: calls kept in flight at URLs, by default 1 unless `offered` is given. offered: requests at rates or
     from a trace, whether or not earlier ones are answered. duration_s: for each row, on the clock: the waits between
     turns count, the warm-up does not; without it a row lasts as long as it takes to know p50 to 1 % and p99 to 5 %,
@@ -89,7 +91,10 @@ def measure(
     if compiled and checkpoint is None:
         raise UsageError("torch.compile is for a checkpoint's module", hint="name its run with --checkpoint")
     chosen = inprocess.subjects(artifacts, checkpoint=checkpoint, model=model, compiled=compiled)
-    conditions = _conditions(batches, boundary, threads, device)
+    conditions = _conditions(batches, boundary, threads, device, cuda_graph=cuda_graph)
+    if cuda_graph and (not chosen or any(one.options.device == "cpu" for one in conditions)):
+        what = "a service runs its models itself" if not chosen else "there is none on the CPU"
+        raise UsageError(f"a CUDA graph was asked for, and {what}", hint="leave --cuda-graph out, or --device cuda")
     inprocess.check(chosen, batches=batches, boundaries=boundary)
     endpoints = _find_endpoints(urls, payload or next(iter(artifacts), None))
 
@@ -319,6 +324,7 @@ class _Bench:
         for key, one in zip(keys, ready, strict=True):
             run = timed.runs[one.target]
             self.samples |= {key: run.latencies_ns, key + STARTS: run.starts_ns, key + TURNS: run.turns}
+            self.samples |= {key + suffix: part for suffix, part in run.parts_ns.items()}
 
 
 def _sorted_out(targets: Sequence[Artifact | Path | str]) -> tuple[list[Artifact], list[str]]:
@@ -342,12 +348,18 @@ def _conditions(
     boundaries: Sequence[Boundary],
     threads: int | Sequence[int] | None,
     devices: Device | Sequence[Device],
+    *,
+    cuda_graph: bool,
 ) -> list[Conditions]:
     """Every combination, the batches of one set of options next to one another."""
     counts = [None] if threads is None else _numbers("threads", [threads] if isinstance(threads, int) else threads)
     places: Sequence[Device] = [devices] if isinstance(devices, str) else list(dict.fromkeys(devices))
     return [
-        Conditions(batch=batch, boundary=boundary, options=SessionOptions(device=place, threads=count))
+        Conditions(
+            batch=batch,
+            boundary=boundary,
+            options=SessionOptions(device=place, threads=count, own_stream=True, cuda_graph=cuda_graph),
+        )
         for place in places
         for count in counts
         for boundary in dict.fromkeys(boundaries)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from dlops.bench import breakdown, cells
 from dlops.bench.calibration_text import line
-from dlops.report import Interval, Latency, Measurement, Report
+from dlops.report import CLOCKS, Interval, Latency, Measurement, Report
 
 _COLUMNS = 80
 
@@ -54,6 +54,11 @@ def _ends(*intervals: Interval | None) -> list[float | None]:
 
 def _quantiles(latency: Latency | None) -> list[float | None]:
     return _ends(*((latency.p50_ns, latency.p90_ns, latency.p99_ns) if latency else (None, None, None)))
+
+
+def _clock_values(row: Measurement) -> list[float | None]:
+    parts: list[Latency | None] = [getattr(row.clocks, clock, None) for clock in CLOCKS.values()]
+    return [one.value if one else None for part in parts for one in (part and part.p50_ns, part and part.p99_ns)]
 
 
 def _mark(row: Measurement) -> str:
@@ -102,13 +107,14 @@ def to_csv(report: Report) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     quantiles = [f"{q}_ns{end}" for q in ("p50", "p90", "p99") for end in ("", "_low", "_high")]
     service = [f"service_{name}" for name in quantiles]
+    clocks = [f"{clock}_{q}_ns" for clock in CLOCKS.values() for q in ("p50", "p99")]
     writer.writerow(
         [
             "target", "artifact", "runtime", "provider", "device", "precision", "threads", "boundary", "scenario",
             "batch", "concurrency", "rate", "samples", "effective_samples", *quantiles, *service, "lag_p99_ns",
             "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low", "speedup_high", "errors",
-            "model_bytes", "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", "accuracy", "drop_points",
-            "flips", "steady", "reasons",
+            "model_bytes", "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", *clocks, "accuracy",
+            "drop_points", "flips", "steady", "reasons",
         ]
     )  # fmt: skip
     for row in report.measurements:
@@ -121,7 +127,7 @@ def to_csv(report: Report) -> str:
                 row.lag_p99_ns, *_ends(row.throughput, row.speedup), row.error_count, row.model_bytes,
                 row.peak_memory_bytes,
                 *((start.total_ns, start.load_ns, start.first_call_ns) if start else (None, None, None)),
-                row.accuracy, row.drop_points, row.flips, row.verdict.steady,
+                *_clock_values(row), row.accuracy, row.drop_points, row.flips, row.verdict.steady,
                 "; ".join(row.verdict.reasons),
             ]
         )  # fmt: skip

@@ -15,12 +15,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from dlops import catalog
 from dlops.artifact import Artifact, open_artifact
-from dlops.bench.boundcall import BoundCall
-from dlops.bench.channel import Channel
+from dlops.bench.boundcall import bound_arm
+from dlops.bench.channel import Channel, turn_message
 from dlops.bench.payload import artifact_feeds, random_feed, raw_batches
 from dlops.checkpoint import Checkpoint, import_model_source, load_checkpoint
 from dlops.errors import DlopsError, UsageError, missing_package
@@ -55,6 +53,7 @@ class Job(Record):
     boundary: Boundary = "host"
     device: Device = "auto"
     threads: int | None = None
+    cuda_graph: bool = False
     spawned_ns: int = 0
 
 
@@ -79,7 +78,7 @@ class Ready(Record):
 
 def open_job(job: Job) -> tuple[Session, int]:
     """The session, and the nanoseconds that opening it took once its runtime was imported."""
-    options = SessionOptions(device=job.device, threads=job.threads)
+    options = SessionOptions(device=job.device, threads=job.threads, own_stream=True, cuda_graph=job.cuda_graph)
     if job.kind == "artifact":
         artifact = open_artifact(job.directory)
         opener = catalog.resolve(catalog.RUNTIMES, "runtime", artifact.variant.format)
@@ -120,9 +119,9 @@ def caller(session: Session, *, samples: Artifact | None, batch: int, boundary: 
 
 def local_arm(target: str, session: Session, *, samples: Artifact | None, batch: int, boundary: Boundary) -> Local:
     """The arm of a session in this process: what it times of a call is what `boundary` includes."""
-    if boundary == "device":
-        call = BoundCall(session, _feeder(session, samples=samples, batch=batch, boundary=boundary))
-        return Local(target, call, before=call.copy_in)
+    if boundary == "device" or session.placement.device.startswith("cuda"):
+        feed = _feeder(session, samples=samples, batch=batch, boundary=boundary)
+        return bound_arm(target, session, feed, boundary=boundary)
     return Local(target, caller(session, samples=samples, batch=batch, boundary=boundary))
 
 
@@ -183,8 +182,7 @@ def _serve(job: Job, channel: Channel) -> None:
                 warmth = arm.warm_up(order["warm_up"])
                 channel.send({"calls": warmth.calls, "settled": warmth.settled})
             else:
-                turn = arm.take_turn(order["turn"])
-                channel.send({}, np.stack([turn.starts_ns, turn.latencies_ns]).tobytes())
+                channel.send(*turn_message(arm.take_turn(order["turn"])))
     session.close()
 
 

@@ -175,6 +175,9 @@ def bench(
         typer.Option(help="Where a call in process begins: on the device, arrays or raw input; repeatable."),
     ] = None,
     device: Annotated[list[_Device] | None, typer.Option(help="Repeatable; auto takes CUDA where it works.")] = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="On a GPU: replay each inference as one graph.")
+    ] = False,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="For one operator; repeatable; all cores if left out.")
     ] = None,
@@ -239,6 +242,7 @@ def bench(
         batch=batch or [1],
         boundary=[one.value for one in boundary or [_Boundary.HOST]],
         device=[one.value for one in device or [_Device.AUTO]],
+        cuda_graph=cuda_graph,
         threads=threads or None,
         concurrency=concurrency,
         offered=offered,

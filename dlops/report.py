@@ -19,7 +19,10 @@ Scenario = Literal["single_stream", "multi_stream", "server", "offline"]
 # Beside the latencies under "<key>", the samples file holds when each call began (under a rate: was due), in which
 # turn, under a rate its service time, -1 where it failed, and when calls that began before the row were answered.
 STARTS, TURNS, SERVICE, EARLIER = ".starts", ".turns", ".service", ".earlier"
-SUFFIXES = ("", STARTS, TURNS, SERVICE, EARLIER)
+# On a GPU, what else was timed of each call: the suffix of its samples, and the field of Clocks that it fills.
+DEVICE, ENQUEUE, COPY_IN, COPY_OUT = ".device", ".enqueue", ".copy_in", ".copy_out"
+CLOCKS = {DEVICE: "device", ENQUEUE: "enqueue", COPY_IN: "copy_in", COPY_OUT: "copy_out"}
+SUFFIXES = ("", STARTS, TURNS, SERVICE, EARLIER, *CLOCKS)
 
 
 class Interval(Record):
@@ -46,6 +49,20 @@ class Latency(Record):
     mean_ns: float
     min_ns: float
     max_ns: float
+
+
+class Clocks(Record):
+    """The parts of a call on a GPU, each with quantiles of its own, which do not add up to those of the latency.
+
+    device: on the device, between an event before the inference and one after it. enqueue: on the host, until the
+    inference was enqueued; null where the runtime waits for its end. copy_in, copy_out: on the host, from and to numpy
+    arrays; null at the boundary "device", which has none.
+    """
+
+    device: Latency
+    enqueue: Latency | None = None
+    copy_in: Latency | None = None
+    copy_out: Latency | None = None
 
 
 class Load(Record):
@@ -129,7 +146,8 @@ class Measurement(Record):
     loop each counts as the worst latency. speedup: over the report's baseline under the same load, from paired turns.
     latency: under a rate, response time: from when a call was due to its answer. service, null without a rate: from its
     send, of the calls that succeeded; what a closed loop would have shown. lag_p99_ns: how late calls left.
-    server: where the time went inside a service, null where it does not say.
+    server: where the time went inside a service, null where it does not say. clocks: the parts of a call on CUDA at the
+    boundaries "device" and "host", null elsewhere.
     peak_memory_bytes: most that a fresh process held that loaded and ran it, interpreter and runtime included.
     cold_start: of that process; null where a service or this very process ran it.
     accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
@@ -151,6 +169,7 @@ class Measurement(Record):
     service: Latency | None = None
     lag_p99_ns: float | None = None
     server: ServerTime | None = None
+    clocks: Clocks | None = None
     throughput: Interval
     speedup: Interval | None = None
     errors: dict[str, int] = {}
@@ -349,6 +368,7 @@ class Report(Manifest):
         Beside "<key>" lie "<key>.starts" (when the call began or was due, from the row's start), where targets took
         turns "<key>.turns" (the round of each call), under a rate "<key>.service" (from the send; -1 where the call
         failed), and over the network "<key>.earlier" (when calls that began before the row were answered within it).
+        On CUDA there are the names of CLOCKS, too: the parts of each call.
         Raises CorruptError where a row's latencies are missing.
         """
         from safetensors import SafetensorError

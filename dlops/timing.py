@@ -69,10 +69,14 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """The kept calls of one turn, in order. starts_ns (on the clock that all processes share), latencies_ns: (n,)."""
+    """The kept calls of one turn, in order. starts_ns (on the clock that all processes share), latencies_ns: (n,).
+
+    parts_ns: by name, what else was timed of each call: (n,).
+    """
 
     starts_ns: Samples
     latencies_ns: Samples
+    parts_ns: Mapping[str, Samples] = field(default_factory=dict)
 
 
 class Arm(Protocol):
@@ -87,7 +91,7 @@ class Arm(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """One arm's calls, in order. latencies_ns, starts_ns (from the run's start), turns (its round): (n,) each.
+    """One arm's calls, in order. latencies_ns, starts_ns (from the run's start), turns (its round), parts_ns: (n,).
 
     warmup_calls were made before and are not among them. warmed_up: latency had settled when the warm-up ended.
     """
@@ -97,6 +101,7 @@ class Timed:
     turns: Samples
     warmup_calls: int
     warmed_up: bool
+    parts_ns: Mapping[str, Samples] = field(default_factory=dict)
 
     def by_turn(self) -> list[Samples]:
         """The latencies of each turn, in order."""
@@ -126,14 +131,16 @@ class TimingInterrupted(KeyboardInterrupt):
 class Local:
     """An arm that is a callable of this process. What it raises goes through, with a note that names it.
 
-    before: made ahead of every call, outside its latency.
+    before: made ahead of every call, outside its latency. parts: asked after a call for what else was timed of it, by
+    names that are the same for every call.
     """
 
     def __init__(
         self, name: str, call: Callable[[], object], clock: Clock | None = None, *,
-        before: Callable[[], object] | None = None,
+        before: Callable[[], object] | None = None, parts: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:  # fmt: skip
-        self._name, self._call, self._clock, self._before = name, call, clock or SystemClock(), before
+        self._name, self._call, self._clock = name, call, clock or SystemClock()
+        self._before, self._parts = before, parts
         self._typical_ns = 0.0
 
     def warm_up(self, limit_s: float) -> WarmUp:
@@ -166,6 +173,7 @@ class Local:
         clock = self._clock
         starts: list[int] = []
         latencies: list[int] = []
+        parts: list[Mapping[str, int]] = []
         opened = clock.now_ns()
         lead_ns = turn_s * _LEAD_IN * 1e9
         if self._typical_ns > lead_ns:
@@ -175,9 +183,15 @@ class Local:
             if start - opened >= lead_ns:
                 latencies.append(latency)
                 starts.append(start)
+                if self._parts is not None:
+                    parts.append(self._parts())
         gc.collect(0)
         _settle(clock)
-        return Turn(starts_ns=np.array(starts, np.int64), latencies_ns=np.array(latencies, np.int64))
+        return Turn(
+            starts_ns=np.array(starts, np.int64),
+            latencies_ns=np.array(latencies, np.int64),
+            parts_ns={name: np.array([one[name] for one in parts], np.int64) for name in (parts[0] if parts else ())},
+        )
 
     def _timed(self) -> tuple[int, int]:
         """When a call began, and its latency."""
@@ -307,6 +321,7 @@ class _Kept:
             turns=np.repeat(np.arange(len(kept)), [len(turn.latencies_ns) for turn in kept]),
             warmup_calls=self.warmth.calls,
             warmed_up=self.warmth.settled,
+            parts_ns={name: np.concatenate([turn.parts_ns[name] for turn in kept]) for name in kept[0].parts_ns},
         )
 
 

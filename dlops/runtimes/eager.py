@@ -9,8 +9,11 @@ import torch
 
 from dlops.environment import available_cores
 from dlops.errors import MachineError
-from dlops.runtimes.session import Placement, SessionOptions, check_bound
+from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph, graph_provider
 from dlops.signature import Feed, Signature
+
+# Libraries choose algorithms and TorchScript compiles in the first runs; none of that may be captured.
+_WARMUP_RUNS = 3
 
 
 class ModuleSession:
@@ -18,17 +21,20 @@ class ModuleSession:
 
     def __init__(
         self, module: Callable[..., object], *, signature: Signature, runtime: str, precision: str,
-        device: torch.device, threads: int | None = None,
+        device: torch.device, options: SessionOptions | None = None,
     ) -> None:  # fmt: skip
+        options = options or SessionOptions()
         self._module = module
+        self._graph = options.cuda_graph
         self._device = device
         self.signature = signature
-        count = threads or available_cores()
+        count = options.threads or available_cores()
         # torch has one thread count a process, so it is set here and not at every run.
         torch.set_num_threads(count)
         self.placement = Placement(
-            runtime=runtime, device=str(device), provider=device.type, precision=precision, threads=count
-        )
+            runtime=runtime, device=str(device), provider=graph_provider(device.type, options), precision=precision,
+            threads=count,
+        )  # fmt: skip
 
     def run(self, feed: Feed) -> Feed:
         # Arrays that a server parsed out of a body are read-only; torch warns about those, and nothing writes here.
@@ -38,24 +44,36 @@ class ModuleSession:
         return outputs_by_name(result, self.signature)
 
     def bind(self, feed: Feed) -> ModuleBound:
-        return ModuleBound(self._module, feed, signature=self.signature, device=self._device)
+        return ModuleBound(self._module, feed, signature=self.signature, device=self._device, graph=self._graph)
 
     def close(self) -> None:
         del self._module
 
 
 class ModuleBound:
-    """Input tensors that stay on the device; the module allocates its outputs there in each run."""
+    """Input tensors that stay on the device; the module allocates its outputs there in each run, or a graph once."""
 
     def __init__(
-        self, module: Callable[..., object], feed: Feed, *, signature: Signature, device: torch.device
-    ) -> None:
+        self, module: Callable[..., object], feed: Feed, *, signature: Signature, device: torch.device,
+        graph: bool = False,
+    ) -> None:  # fmt: skip
         self._module, self._signature, self._device = module, signature, device
         self._like = {spec.name: feed[spec.name] for spec in signature.inputs}
         self._inputs = [torch.from_numpy(_writable(array)).to(device, copy=True) for array in self._like.values()]
         self._result: object = None
+        self._graph = self._capture() if graph else None
         self.run()
         self.synchronize()
+
+    @property
+    def stream(self) -> int | None:
+        if self._device.type != "cuda":
+            return None
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    @property
+    def enqueues(self) -> bool:
+        return self._device.type == "cuda"
 
     def copy_in(self, feed: Feed) -> None:
         check_bound(self._like, feed)
@@ -63,8 +81,24 @@ class ModuleBound:
             tensor.copy_(torch.from_numpy(_writable(feed[name])))
 
     def run(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+            return
         with torch.inference_mode():
             self._result = self._module(*self._inputs)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The inference as a graph over the inputs' addresses, after warming up on a stream other than the default."""
+        current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.inference_mode(), torch.cuda.stream(side):
+            for _ in range(_WARMUP_RUNS):
+                self._module(*self._inputs)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            self._result = self._module(*self._inputs)
+        return graph
 
     def synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -81,7 +115,7 @@ def open_eager(module: torch.nn.Module, signature: Signature, options: SessionOp
     device = choose_device(options)
     return ModuleSession(
         module.to(device).eval(), signature=signature, runtime="eager", precision="fp32", device=device,
-        threads=options.threads,
+        options=options,
     )  # fmt: skip
 
 
@@ -94,7 +128,7 @@ def open_compiled(
     compiled = torch.compile(module.to(device).eval())
     return ModuleSession(
         compiled, signature=signature, runtime="torch.compile", precision="fp32", device=device,
-        threads=options.threads,
+        options=options,
     )  # fmt: skip
 
 
@@ -105,7 +139,9 @@ def choose_device(options: SessionOptions) -> torch.device:
             "CUDA was asked for, and torch finds no GPU here",
             hint="dlops doctor shows what works; --device cpu runs on the CPU",
         )
-    return torch.device("cuda:0" if available and options.device != "cpu" else "cpu")
+    device = torch.device("cuda:0" if available and options.device != "cpu" else "cpu")
+    check_graph(options, device.type)
+    return device
 
 
 def outputs_by_name(result: object, signature: Signature) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import onnxruntime as ort
 from dlops.artifact import Artifact
 from dlops.environment import available_cores
 from dlops.errors import CorruptError, MachineError
-from dlops.runtimes.session import Placement, SessionOptions, check_bound
+from dlops.runtimes.cudart import Stream
+from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph, graph_provider
 from dlops.signature import Array, Feed, Signature
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
+# ONNX Runtime's number for runs that neither capture nor replay a graph.
+_NO_GRAPH = -1
+# It captures a graph in the first run or in the one after.
+_CAPTURE_RUNS = 2
 
 
 class OnnxSession:
@@ -25,12 +31,23 @@ class OnnxSession:
     ) -> None:
         threads = options.threads or available_cores()
         device = _choose_device(options)
+        check_graph(options, device)
         provider = _PROVIDERS[device]
+        self._stream = Stream() if device == "cuda" and options.own_stream else None
         try:
             self._session = ort.InferenceSession(
-                model, sess_options=_session_options(threads, options), providers=_chain(provider)
+                model,
+                sess_options=_session_options(threads, options),
+                providers=_chain(provider, options, self._stream),
             )
         except Exception as error:  # ORT raises a class of its own a status code, all direct children of Exception
+            if self._stream is not None:
+                self._stream.close()
+            if options.cuda_graph:
+                raise MachineError(
+                    f"{title}: ONNX Runtime cannot run it as a CUDA graph: {_first_line(error)}",
+                    hint="leave --cuda-graph out",
+                ) from error
             raise CorruptError(f"{title}: ONNX Runtime cannot load it: {_first_line(error)}") from error
         used = self._session.get_providers()[0]
         if used != provider:
@@ -40,21 +57,26 @@ class OnnxSession:
             )
         self.signature = signature
         self._device = device
+        self._graphs = itertools.count() if options.cuda_graph else None
+        self._run_options = None if self._graphs is None else _run_options(graph=_NO_GRAPH)
         self._outputs = [spec.name for spec in signature.outputs]
         # ORT's CPU kernels for fp16 cast to fp32 and back.
         computed = "fp32" if provider == "CPUExecutionProvider" and precision == "fp16" else precision
         self.placement = Placement(
-            runtime="onnxruntime", device="cuda:0" if device == "cuda" else "cpu", provider=used, precision=computed,
-            threads=threads,
+            runtime="onnxruntime", device="cuda:0" if device == "cuda" else "cpu",
+            provider=graph_provider(used, options), precision=computed, threads=threads,
         )  # fmt: skip
 
     def run(self, feed: Feed) -> Feed:
-        outputs: list[Any] = self._session.run(self._outputs, dict(feed))
+        outputs: list[Any] = self._session.run(self._outputs, dict(feed), self._run_options)
         return dict(zip(self._outputs, outputs, strict=True))
 
     def bind(self, feed: Feed) -> OnnxBound:
         """Through IO binding."""
-        return OnnxBound(self._session, feed, self.run(feed), signature=self.signature, device=self._device)
+        return OnnxBound(
+            self._session, feed, self.run(feed), signature=self.signature, device=self._device, stream=self._stream,
+            graph=None if self._graphs is None else next(self._graphs),
+        )  # fmt: skip
 
     def end_profile(self) -> Path:
         """The file of every operator that ran so far, in Chrome's trace format; for a session with a profile_prefix."""
@@ -62,16 +84,25 @@ class OnnxSession:
 
     def close(self) -> None:
         del self._session
+        if self._stream is not None:
+            self._stream.close()
 
 
 class OnnxBound:
     """An IO binding over buffers that ONNX Runtime allocated on the session's device."""
 
     def __init__(
-        self, session: ort.InferenceSession, feed: Feed, outputs: Feed, *, signature: Signature, device: str
-    ) -> None:
-        """outputs: what the session gives for the feed."""
-        self._session = session
+        self, session: ort.InferenceSession, feed: Feed, outputs: Feed, *, signature: Signature, device: str,
+        stream: Stream | None = None, graph: int | None = None,
+    ) -> None:  # fmt: skip
+        """outputs: what the session gives for the feed. graph: the number of the CUDA graph that runs replay.
+
+        Raises MachineError where there can be no graph.
+        """
+        self._session, self._stream = session, stream
+        # A replay of a graph waits for its end inside ONNX Runtime, whatever the run's options say.
+        self.enqueues = stream is not None and graph is None
+        self._run_options = _run_options(graph=graph, wait=not self.enqueues)
         self._binding = session.io_binding()
         self._names = [spec.name for spec in signature.outputs]
         self._like = {spec.name: feed[spec.name] for spec in signature.inputs}
@@ -87,7 +118,19 @@ class OnnxBound:
                 self._binding.bind_output(spec.name, device, 0)
             else:
                 self._binding.bind_ortvalue_output(spec.name, _buffer(outputs[spec.name], device))
+        if graph is not None and self._unsized:
+            raise MachineError(
+                f"no CUDA graph: the size of the output {self._unsized[0]} depends on the data",
+                hint="leave --cuda-graph out",
+            )
         self.copy_in(feed)
+        for _ in range(_CAPTURE_RUNS if graph is not None else 0):
+            self.run()
+        self.synchronize()
+
+    @property
+    def stream(self) -> int | None:
+        return None if self._stream is None else self._stream.handle
 
     def copy_in(self, feed: Feed) -> None:
         check_bound(self._like, feed)
@@ -100,10 +143,13 @@ class OnnxBound:
         for name in self._unsized:
             # Its size may depend on the data, and what a run allocated is the buffer of the next unless bound anew.
             self._binding.bind_output(name, self._device, 0)
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self._run_options)
 
     def synchronize(self) -> None:
-        self._binding.synchronize_outputs()
+        if self._stream is None:
+            self._binding.synchronize_outputs()
+        else:
+            self._stream.synchronize()
 
     def copy_out(self) -> Feed:
         return dict(zip(self._names, self._binding.copy_outputs_to_cpu(), strict=True))
@@ -150,9 +196,23 @@ def _session_options(threads: int, options: SessionOptions) -> ort.SessionOption
     return settings
 
 
-def _chain(provider: str) -> list[str]:
+def _run_options(*, graph: int | None, wait: bool = True) -> ort.RunOptions:
+    """graph: which CUDA graph a run captures or replays. wait: whether the run returns only once all is done."""
+    options = ort.RunOptions()
+    if graph is not None:
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+    if not wait:
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
+
+
+def _chain(provider: str, options: SessionOptions, stream: Stream | None) -> list[str | tuple[str, dict[str, str]]]:
+    if provider == "CPUExecutionProvider":
+        return [provider]
+    settings = {} if stream is None else {"user_compute_stream": str(stream.handle)}
+    settings |= {"enable_cuda_graph": "1"} if options.cuda_graph else {}
     # The CPU provider stays behind CUDA for shape operators; the session's first provider is checked above.
-    return [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+    return [(provider, settings), "CPUExecutionProvider"]
 
 
 def _buffer(array: Array, device: str) -> ort.OrtValue:

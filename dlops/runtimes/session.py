@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from dlops.errors import MachineError
 from dlops.signature import Feed, Signature
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -17,13 +18,17 @@ class SessionOptions:
 
     threads: for one operator; None for as many as this process may use. spin: whether idle threads spin between runs,
     which is faster for one model alone on a machine and slower for everything beside it. profile_prefix: how the path
-    of the profile begins that ONNX Runtime is to record; the other runtimes are profiled from outside.
+    of the profile begins that ONNX Runtime is to record; the other runtimes are profiled from outside. own_stream: on
+    CUDA, one that the session alone uses, so that bound calls return before they are done and can be timed. cuda_graph:
+    bound calls replay a CUDA graph that is captured when they are bound; refused on the CPU.
     """
 
     device: Device = "auto"
     threads: int | None = None
     spin: bool = True
     profile_prefix: Path | None = None
+    own_stream: bool = False
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,14 @@ class Bound(Protocol):
     run, the others are written where the last run wrote them.
     """
 
+    @property
+    def stream(self) -> int | None:
+        """The handle of the CUDA stream that runs are put on; None where there is none to time."""
+
+    @property
+    def enqueues(self) -> bool:
+        """Whether `run` returns once the inference is enqueued, and so before it is done."""
+
     def copy_in(self, feed: Feed) -> None:
         """Copy a feed to the inputs; the copy is complete when this returns.
 
@@ -79,6 +92,20 @@ class Bound(Protocol):
 
     def copy_out(self) -> Feed:
         """The outputs of the last run, after `synchronize`, as arrays on the host that no later run changes."""
+
+
+def check_graph(options: SessionOptions, device: str) -> None:
+    """Raise MachineError where a CUDA graph is asked for and the device is none of CUDA's."""
+    if options.cuda_graph and not device.startswith("cuda"):
+        raise MachineError(
+            "a CUDA graph was asked for, and this would run on the CPU",
+            hint="leave --cuda-graph out; dlops doctor shows whether CUDA works here",
+        )
+
+
+def graph_provider(provider: str, options: SessionOptions) -> str:
+    """What a placement calls the provider: rows that replay a graph are told from those that do not."""
+    return f"{provider}, CUDA graph" if options.cuda_graph else provider
 
 
 def check_bound(bound: Feed, feed: Feed) -> None:

@@ -29,7 +29,7 @@ def open_session(artifact: Artifact, options: SessionOptions) -> ModuleSession:
         raise CorruptError(f"{artifact.title}: torch cannot load it: {str(error).splitlines()[0][:300]}") from error
     session = ModuleSession(
         module, signature=artifact.signature, runtime="torchscript", precision=artifact.variant.precision,
-        device=device, threads=options.threads,
+        device=device, options=options,
     )  # fmt: skip
     _settle(session)
     return session

@@ -41,6 +41,7 @@ def benchmark(
     command: Sequence[str],
     calibrate: bool = False,
     max_duration_s: float | None = None,
+    cuda_graph: bool = False,
 ) -> int:
     """Write and print a report.
 
@@ -66,6 +67,7 @@ def benchmark(
             batch=batch,
             boundary=boundary,
             device=device,
+            cuda_graph=cuda_graph,
             threads=threads,
             concurrency=concurrency,
             offered=offered,

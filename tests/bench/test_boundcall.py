@@ -15,13 +15,17 @@ from dlops.bench.run import measure, save_report
 from dlops.bench.worker import local_arm
 from dlops.cli import run
 from dlops.report import read_report
+from dlops.runtimes import Placement
+
+ON_CPU = Placement(runtime="none", device="cpu", provider="none", precision="fp32", threads=1)
 
 
 class Recorder:
     """A session whose bound calls write down what is done to them."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self.signature = artifact.signature
+        self.signature, self.placement = artifact.signature, ON_CPU
+        self.stream, self.enqueues = None, False
         self.done: list[object] = []
 
     def bind(self, feed):
