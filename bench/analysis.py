@@ -36,8 +36,9 @@ class Figures:
 
 
 def analyse_turns(
-    latencies_ns: Integers, turns: Integers, *, batch: int, baseline: Sequence[Integers] | None, observed: Sequence[str]
-) -> Figures:
+    latencies_ns: Integers, turns: Integers, *, batch: int, baseline: Sequence[Integers] | None,
+    observed: Sequence[str], remarks: Sequence[str] = (),
+) -> Figures:  # fmt: skip
     """A target that took turns in one run with others.
 
     latencies_ns, turns: (n,), the round of each call. baseline: by turn, the latencies of the row that speed-ups are
@@ -54,7 +55,7 @@ def analyse_turns(
         latency=stats.summarize(latencies_ns, turns=turns),
         throughput=stats.rate_interval(counts, np.array([turn.sum() / 1e9 for turn in own])),
         speedup=None if baseline is None else stats.ratio_interval(baseline, own),
-        verdict=_verdict(against, observed, latencies_ns, turns),
+        verdict=_verdict(against, observed, latencies_ns, turns, remarks),
     )
 
 

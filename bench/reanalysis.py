@@ -68,8 +68,9 @@ def _figures(report: Report, row: Measurement, rows: Mapping[str, Measurement], 
         )  # fmt: skip
     latencies, turns = _arrays(report, row, samples, "", TURNS)
     return analyse_turns(
-        latencies, turns, batch=batch, baseline=_baseline(report, row, rows, samples), observed=observed
-    )
+        latencies, turns, batch=batch, baseline=_baseline(report, row, rows, samples), observed=observed,
+        remarks=row.verdict.remarks,
+    )  # fmt: skip
 
 
 def _baseline(

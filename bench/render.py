@@ -10,7 +10,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.bench import breakdown, cells, plots, plots_waterfall
+from dlops.bench import breakdown, cells, plots, plots_waterfall, telemetry_text
 from dlops.bench.calibration_text import facts
 from dlops.bench.plots_frame import NARROW, WIDE
 from dlops.report import Measurement, Report
@@ -39,7 +39,8 @@ def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str
             for row in group.rows
         ]
         body.append(_plots(group, series))
-    body += [breakdown.render_section(report), _notes(report), _calibration(report), _environment(report)]
+    body += [breakdown.render_section(report), telemetry_text.render_section(report, samples)]
+    body += [_notes(report), _calibration(report), _environment(report)]
     body.append(_footer(report))
     style = resources.files("dlops.bench").joinpath("report.css").read_text(encoding="utf-8")
     return (
