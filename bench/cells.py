@@ -14,7 +14,7 @@ NONE = "–"
 # The part of a request's time at the client that the server does not count.
 OUTSIDE = "network and framework"
 _NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:\.\d+)?%?")
-COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory")
+COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory", "energy")
 # A dash in these is a finding, in the others only what does not apply.
 _ALWAYS = ("p50 ms", "p99 ms", "items/s")
 _BOUNDARIES = {
@@ -106,6 +106,7 @@ def values(row: Measurement) -> dict[str, str]:
         rate(row.throughput),
         ratio(row.speedup),
         size(row.peak_memory_bytes),
+        energy(row.energy_j_per_item),
     )
     return dict(zip(COLUMNS, texts, strict=True))
 
@@ -156,6 +157,13 @@ def size(byte_count: int | None) -> str:
             value = byte_count / scale
             return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.1f} {unit}"
     return f"{byte_count} B"
+
+
+def energy(joules: float | None) -> str:
+    if joules is None:
+        return NONE
+    unit, scale = next(((unit, scale) for unit, scale in (("J", 1.0), ("mJ", 1e-3)) if joules >= scale), ("µJ", 1e-6))
+    return f"{significant(joules / scale)} {unit}"
 
 
 def significant(value: float) -> str:
@@ -285,6 +293,9 @@ def explanations(report: Report) -> list[str]:
         lines.append("at a rate, p50 and p99 are of the response time, from when a request was due to its answer")
     if any(row.service is not None and row.service.p99_ns is not None for row in report.measurements):
         lines.append("service p99: in ms, from a request's send to its answer")
+    sources = dict.fromkeys(name for row in report.measurements for name in row.energy_sources)
+    if sources:
+        lines.append(f"energy: of an item, by the counters of {', '.join(sources)}, which count all that they power")
     lines += [*waterfalls(report), *clock_lines(report)]
     if any(not row.verdict.steady for row in report.measurements):
         lines.append("*: not to be quoted, for the reason below")

@@ -194,11 +194,10 @@ def measurements(
         if one.artifact is None and reference is not None:
             # What the artifacts were compared with is the dense checkpoint, run eagerly.
             fields = {"accuracy": reference.reference, "accuracy_samples": reference.samples, "drop_points": 0.0}
+        seen = shortcomings(warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted)
         figures = analyse_turns(
             run.latencies_ns, run.turns, run.parts_ns, batch=batch, baseline=base_turns,
-            observed=shortcomings(
-                warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted
-            ),
+            observed=(*misplaced(conditions.options, placement), *seen),
             remarks=lasting.remarks(run.latencies_ns, turns=run.turns, spent_s=timed.spent_s / len(ready)),
         )  # fmt: skip
         rows.append(
@@ -223,6 +222,14 @@ def measurements(
             )
         )
     return rows
+
+
+def misplaced(options: SessionOptions, placement: Placement) -> tuple[str, ...]:
+    """What stands against a session that does not run where it was asked to, should its runtime not have refused."""
+    asked, ran = options.device, placement.device.partition(":")[0]
+    if asked == "auto" or asked == ran:
+        return ()
+    return (f"wrong provider: asked for {asked}, ran on {placement.provider} ({placement.device})",)
 
 
 def accuracy_fields(artifact: Artifact) -> dict[str, float | int]:

@@ -39,7 +39,8 @@ class Loaded:
     latencies_ns, starts_ns: (n,), the successful calls that began in the run, by start, the last of which end after it.
     earlier_ns: (m,), when calls succeeded in the run that began in the warm-up: they count in the throughput.
     errors: failed calls by kind, after the warm-up. attempts, answered: all calls ever sent, and those that succeeded,
-    the warm-up's included. stopped: why it ended early, or None. interrupted: by Ctrl-C.
+    the warm-up's included. stopped: why it ended early, or None. interrupted: by Ctrl-C. began_ns: when the run began,
+    on the system's clock.
     """
 
     latencies_ns: Integers
@@ -53,6 +54,7 @@ class Loaded:
     warmed_up: bool
     stopped: str | None
     interrupted: bool
+    began_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -143,6 +145,7 @@ def closed_loop(
         warmed_up=recorder.warmed_up,
         stopped=recorder.stopped,
         interrupted=interrupted,
+        began_ns=began,
     )
 
 

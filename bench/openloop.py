@@ -47,7 +47,8 @@ class OpenLoaded:
     """Every request of a schedule, in the order they came due; times in nanoseconds from its start.
 
     due_ns, sent_ns, arrived_ns, outcome: (n,). sent_ns and arrived_ns are -1 where it was not; outcome is as
-    `pacing` has it. timeout_s: how long a request was waited for. stopped: why it ended early.
+    `pacing` has it. timeout_s: how long a request was waited for. stopped: why it ended early. began_ns: that start, on
+    the system's clock.
     """
 
     due_ns: Integers
@@ -58,6 +59,7 @@ class OpenLoaded:
     connections: int
     stopped: str | None
     interrupted: bool
+    began_ns: int = 0
 
     @property
     def succeeded(self) -> NDArray[np.bool_]:
@@ -106,6 +108,7 @@ class OpenLoaded:
             connections=self.connections,
             stopped=self.stopped,
             interrupted=self.interrupted,
+            began_ns=self.began_ns + begin_ns,
         )
 
 
@@ -156,6 +159,7 @@ def open_loop(
         connections=sum(kept.connections for kept in outcomes),
         stopped="no request was answered for 2 s: the server is gone or refuses everything" if gone else None,
         interrupted=interrupted,
+        began_ns=start_ns,
     )
 
 

@@ -11,7 +11,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.bench import breakdown, cells, plots, plots_load, plots_waterfall
+from dlops.bench import breakdown, cells, plots, plots_load, plots_waterfall, telemetry_text
 from dlops.bench.calibration_text import facts
 from dlops.bench.plots_frame import NARROW, WIDE
 from dlops.report import Measurement, Objective, Report
@@ -44,7 +44,8 @@ def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str
             one for target, one in report.objectives.items() if target in {cells.service(row) for row in group.rows}
         ]
         body.append(_plots(group, series, kept))
-    body += [breakdown.render_section(report), _notes(report), _calibration(report), _environment(report)]
+    body += [breakdown.render_section(report), telemetry_text.render_section(report, samples)]
+    body += [_notes(report), _calibration(report), _environment(report)]
     body.append(_footer(report))
     style = resources.files("dlops.bench").joinpath("report.css").read_text(encoding="utf-8")
     return (

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from dlops.bench.render import render_html
 from dlops.directory import DirectoryWriter, write_json
-from dlops.report import SUFFIXES, Measurement, Objective, Profile, Report
+from dlops.report import SUFFIXES, Measurement, Objective, Profile, Report, Telemetry
 
 HTML_NAME = "report.html"
 
@@ -55,6 +55,7 @@ def merge(first: Measured, *others: Measured) -> Measured:
     rows: list[Measurement] = []
     samples: dict[str, NDArray[np.int64]] = {}
     objectives: dict[str, Objective] = {}
+    telemetry: list[Telemetry] = []
     for part in parts:
         keys = {row.samples: row_key(next(numbers)) for row in part.report.measurements}
         for row in part.report.measurements:
@@ -66,6 +67,12 @@ def merge(first: Measured, *others: Measured) -> Measured:
             rows.append(row.model_copy(update={"samples": key, "paired_with": paired_with}))
         for target, one in part.report.objectives.items():
             objectives[target] = one.model_copy(update={"tried": tuple(keys[key] for key in one.tried)})
+        for watched in part.report.telemetry:
+            new = telemetry_key(len(telemetry))
+            arrays = {name: part.samples[name] for name in part.samples if name.startswith(watched.key + ".")}
+            samples |= {new + name.removeprefix(watched.key): array for name, array in arrays.items()}
+            spans = {keys[key]: span for key, span in watched.spans.items()}
+            telemetry.append(watched.model_copy(update={"key": new, "spans": spans}))
     numbers = itertools.count()
     profiles: list[Profile] = []
     traces: dict[str, bytes] = {}
@@ -87,6 +94,7 @@ def merge(first: Measured, *others: Measured) -> Measured:
             "notes": tuple(dict.fromkeys(note for report in reports for note in report.notes)),
             "partial": any(report.partial for report in reports),
             "profiles": tuple(profiles),
+            "telemetry": tuple(telemetry),
         }
     )
     return Measured(report=report, samples=samples, traces=traces)
@@ -140,6 +148,10 @@ def save_report(measured: Measured, directory: Path | str | None = None) -> Repo
 
 def row_key(number: int) -> str:
     return f"row{number:02d}"
+
+
+def telemetry_key(number: int) -> str:
+    return f"telemetry{number:02d}"
 
 
 def trace_role(number: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +15,13 @@ from dlops.artifact import Artifact, open_artifact
 from dlops.bench import cells, inprocess, stats
 from dlops.bench.analysis import remarked
 from dlops.bench.arrivals import Offered, Schedule
+from dlops.bench.attended import Attended
+from dlops.bench.disturbed import Seen, attach, seen_in_turns, seen_under_load
 from dlops.bench.inprocess import Conditions, Started
 from dlops.bench.pilot import LONGEST_S, Length, length
 from dlops.bench.results import Measured, MeasureInterrupted, choose_fastest, merge, row_key, save_report
+from dlops.bench.sensors import Rapl
+from dlops.bench.telemetry import Recorder
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar, say
 from dlops.environment import describe_environment
@@ -98,24 +102,28 @@ def measure(
     inprocess.check(chosen, batches=batches, boundaries=boundary)
     endpoints = _find_endpoints(urls, payload or next(iter(artifacts), None))
 
-    bench = _Bench(title=title or _title(artifacts, urls), command=tuple(command), lasting=lasting)
-    try:
-        if chosen:
-            bench.baseline = chosen[0].target if len(chosen) > 1 or checkpoint is not None else None
-            for condition in conditions:
-                bench.time_in_process(chosen, condition)
-        for endpoint in endpoints:
-            for size in batches:
-                bench.load(
-                    endpoint, payload or next(iter(artifacts), None), batch=size, concurrency=calls, offered=offered
-                )
-    except KeyboardInterrupt:
+    with Recorder() as recorder:
+        bench = _Bench(
+            title=title or _title(artifacts, urls), command=tuple(command), lasting=lasting, recorder=recorder
+        )
+        try:
+            if chosen:
+                bench.baseline = chosen[0].target if len(chosen) > 1 or checkpoint is not None else None
+                for condition in conditions:
+                    bench.time_in_process(chosen, condition)
+            for endpoint in endpoints:
+                recorder.watch(endpoint.url, endpoint.host, endpoint.port)
+                for size in batches:
+                    bench.load(
+                        endpoint, payload or next(iter(artifacts), None), batch=size, concurrency=calls, offered=offered
+                    )
+        except KeyboardInterrupt:
+            if not bench.rows:
+                raise
+            raise MeasureInterrupted(bench.result(partial=True)) from None
         if not bench.rows:
-            raise
-        raise MeasureInterrupted(bench.result(partial=True)) from None
-    if not bench.rows:
-        raise MachineError(bench.failures[0], hint="the server's log says why")
-    return bench.result(partial=bool(bench.failures))
+            raise MachineError(bench.failures[0], hint="the server's log says why")
+        return bench.result(partial=bool(bench.failures))
 
 
 @dataclass(slots=True)
@@ -125,6 +133,9 @@ class _Bench:
     title: str
     command: tuple[str, ...]
     lasting: Length
+    recorder: Recorder
+    energy: Rapl = field(default_factory=Rapl)
+    seen: dict[str, Seen] = field(default_factory=dict)
     baseline: str | None = None
     rows: list[Measurement] = field(default_factory=list)
     samples: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -152,6 +163,9 @@ class _Bench:
             f"timing {len(ready)} targets in turns at {title}, {self.lasting} each with the waits between turns,"
             " after the warm-up"
         )
+        read_energy = self.energy.read if self.energy.domains else None
+        arms = [Attended(one.arm, read_energy) for one in ready]
+        ready = [replace(one, arm=arm) for one, arm in zip(ready, arms, strict=True)]
         with progress_bar(title, total=_PROGRESS_STEPS) as bar:
             done = 0
 
@@ -164,9 +178,9 @@ class _Bench:
             try:
                 timed = inprocess.time_targets(ready, lasting=self.lasting, on_progress=advance)
             except TimingInterrupted as interruption:
-                self._keep(ready, interruption.partial, conditions, interrupted=True)
+                self._keep(ready, arms, interruption.partial, conditions, interrupted=True)
                 raise
-        self._keep(ready, timed, conditions)
+        self._keep(ready, arms, timed, conditions)
 
     def load(
         self, endpoint: Endpoint, artifact: Artifact | None, *, batch: int, concurrency: Sequence[int],
@@ -207,6 +221,7 @@ class _Bench:
                 wanted_s = self.lasting.after(loaded.latencies_ns, turns=turns, spent_s=spent_s)
                 said = self.lasting.remarks(loaded.latencies_ns, turns=turns, spent_s=spent_s)
                 made = remarked(row, said), samples
+                self.seen[key] = seen_under_load(row, began_ns=loaded.began_ns, service=endpoint.url)
                 # The pilot only says how long the row has to be: it is made anew, once.
                 if loaded.interrupted or loaded.stopped or seconds > self.lasting.first_s or wanted_s <= spent_s:
                     break
@@ -267,6 +282,7 @@ class _Bench:
         )
         self.rows.append(row)
         self.samples |= samples
+        self.seen[row.samples] = seen_under_load(row, began_ns=loaded.began_ns, service=endpoint.url)
         if loaded.interrupted:
             raise KeyboardInterrupt
         return row
@@ -311,17 +327,21 @@ class _Bench:
             notes=(*self.notes, *self.failures),
             partial=partial,
         )
-        return Measured(report=report, samples=self.samples)
+        return attach(Measured(report=report, samples=self.samples), self.recorder.end(), self.seen)
 
     def _keep(
-        self, ready: Sequence[Started], timed: Interleaved, conditions: Conditions, *, interrupted: bool = False
-    ) -> None:
+        self, ready: Sequence[Started], arms: Sequence[Attended], timed: Interleaved, conditions: Conditions, *,
+        interrupted: bool = False,
+    ) -> None:  # fmt: skip
         keys = [row_key(len(self.rows) + index) for index in range(len(ready))]
         self.rows += inprocess.measurements(
             ready, timed, conditions=conditions, baseline=self.baseline, keys=keys, lasting=self.lasting,
             interrupted=interrupted,
         )  # fmt: skip
-        for key, one in zip(keys, ready, strict=True):
+        # After Ctrl-C some have had a turn more than there are whole rounds.
+        turns = [arm.turns[: timed.rounds] for arm in arms]
+        for number, (key, one) in enumerate(zip(keys, ready, strict=True)):
+            self.seen[key] = seen_in_turns(turns, number, batch=conditions.batch)
             run = timed.runs[one.target]
             self.samples |= {key: run.latencies_ns, key + STARTS: run.starts_ns, key + TURNS: run.turns}
             self.samples |= {key + suffix: part for suffix, part in run.parts_ns.items()}

@@ -23,6 +23,8 @@ STARTS, TURNS, SERVICE, EARLIER = ".starts", ".turns", ".service", ".earlier"
 DEVICE, ENQUEUE, COPY_IN, COPY_OUT = ".device", ".enqueue", ".copy_in", ".copy_out"
 CLOCKS = {DEVICE: "device", ENQUEUE: "enqueue", COPY_IN: "copy_in", COPY_OUT: "copy_out"}
 SUFFIXES = ("", STARTS, TURNS, SERVICE, EARLIER, *CLOCKS)
+# Beside the series of a telemetry under "<key>.<name>", when each point was taken, in ns from its first sample.
+TIMES = ".times_ns"
 
 
 class Interval(Record):
@@ -151,6 +153,8 @@ class Measurement(Record):
     peak_memory_bytes: most that a fresh process held that loaded and ran it, interpreter and runtime included.
     cold_start: of that process; null where a service or this very process ran it.
     accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
+    other_load: share of the CPU time, while the row was measured, that was neither the run's nor the service's.
+    energy_j_per_item: joules an item by the counters named in energy_sources, which count what else they power too.
     """
 
     target: str
@@ -183,6 +187,9 @@ class Measurement(Record):
     drop_low: float | None = None
     drop_high: float | None = None
     flips: int | None = None
+    other_load: float | None = None
+    energy_j_per_item: float | None = None
+    energy_sources: tuple[str, ...] = ()
     verdict: Verdict
 
     @property
@@ -332,10 +339,33 @@ class Profile(Record):
         return self.total_ns / self.calls
 
 
+class Telemetry(Record):
+    """The machine while a run went on, sampled every `interval_s`.
+
+    key: the samples file holds each of `series` under "<key>.<name>", in the unit that the name ends with (ppm:
+    millionths; mw, mc: thousandths of a watt and a degree Celsius; bits: NVML's clock event reasons), and under
+    "<key>.times_ns" the middles of the stretches that its points are means of. samples: how many were taken. cost: the
+    share of one processor that sampling took. cpus: processors that the run could use, which shares refer to; gpus:
+    names, by number. spans: when each row began and ended, by its key, in ns from the first sample. absent: what was
+    not told, with the reason.
+    """
+
+    key: str
+    interval_s: float = Field(gt=0)
+    samples: int = Field(ge=0)
+    cost: float | None = None
+    cpus: int = Field(ge=1)
+    gpus: tuple[str, ...] = ()
+    series: tuple[str, ...] = ()
+    spans: dict[str, tuple[int, int]] = {}
+    absent: dict[str, str] = {}
+
+
 class Report(Manifest):
     """report.json: files hold the role samples, a safetensors file of int64 nanoseconds by measurement key.
 
-    profiles: of targets that were run once more under a profiler; files hold the trace of each.
+    profiles: of targets that were run once more under a profiler; files hold the trace of each. telemetry: of each run
+    that rows are from.
     objectives: by target, where a highest rate was looked for.
     baseline: the target that speed-ups are counted from. chosen: the target to deploy, chosen_because in words, of
     those that lose at most max_drop percentage points.
@@ -361,6 +391,7 @@ class Report(Manifest):
     partial: bool = False
     calibration: Calibration | None = None
     profiles: tuple[Profile, ...] = ()
+    telemetry: tuple[Telemetry, ...] = ()
 
     def raw_samples(self) -> dict[str, NDArray[np.int64]]:
         """Every latency that was measured, in order, in nanoseconds, by measurement key.
@@ -368,8 +399,8 @@ class Report(Manifest):
         Beside "<key>" lie "<key>.starts" (when the call began or was due, from the row's start), where targets took
         turns "<key>.turns" (the round of each call), under a rate "<key>.service" (from the send; -1 where the call
         failed), and over the network "<key>.earlier" (when calls that began before the row were answered within it).
-        On CUDA there are the names of CLOCKS, too: the parts of each call.
-        Raises CorruptError where a row's latencies are missing.
+        On CUDA there are the names of CLOCKS, too: the parts of each call. The series of each telemetry are there too.
+        Raises CorruptError where those or a row's latencies are missing.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -378,7 +409,10 @@ class Report(Manifest):
             arrays = {key: array.astype(np.int64) for key, array in load_file(self.path("samples")).items()}
         except (SafetensorError, KeyError, OSError) as error:
             raise CorruptError(f"{self.directory}: no samples that dlops wrote ({error})") from None
-        missing = {row.samples for row in self.measurements} - arrays.keys()
+        wanted = {row.samples for row in self.measurements}
+        for one in self.telemetry:
+            wanted |= {f"{one.key}.{name}" for name in one.series} | ({one.key + TIMES} if one.series else set())
+        missing = wanted - arrays.keys()
         if missing:
             raise CorruptError(f"{self.path('samples')}: no samples for {', '.join(sorted(missing))}")
         return arrays

@@ -26,6 +26,7 @@ from dlops.report import (
     ProviderUse,
     Report,
     SendingCost,
+    Telemetry,
     TimingCost,
     Verdict,
     read_report,
@@ -66,8 +67,15 @@ def _profile() -> Profile:
     )  # fmt: skip
 
 
+TELEMETRY = Telemetry(
+    key="telemetry00", interval_s=0.25, samples=3, cost=0.004, cpus=2, gpus=("Example GPU",),
+    series=("cpu_ours_ppm", "gpu0_power_mw"), spans={"row00": (100, 400)}, absent={"CPU energy": "a reason"},
+)  # fmt: skip
+_POINTS = {f"telemetry00.{name}": np.array([1, 2], np.int64) for name in ("times_ns", *TELEMETRY.series)}
+
+
 def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Report:
-    arrays = samples if samples is not None else {"row00": np.array([1_000_000, 1_100_000], np.int64)}
+    arrays = samples if samples is not None else {"row00": np.array([1_000_000, 1_100_000], np.int64)} | _POINTS
     row = Measurement(
         target="digits/onnx-int8",
         artifact="onnx-int8",
@@ -95,6 +103,9 @@ def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Repo
         drop_low=-0.3,
         drop_high=0.9,
         flips=1,
+        other_load=0.02,
+        energy_j_per_item=0.0015,
+        energy_sources=("package-0",),
         verdict=Verdict(steady=False, reasons=("p99 is not certified",)),
     )  # fmt: skip
     with DirectoryWriter(directory) as writer:
@@ -114,6 +125,7 @@ def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Repo
             notes=("a note",),
             calibration=CALIBRATION,
             profiles=(_profile(),),
+            telemetry=(TELEMETRY,),
             files={
                 "samples": writer.add("samples.safetensors", save(arrays)),
                 "trace00": writer.add("trace_onnx_int8_batch1.json.gz", b"a trace"),
@@ -145,6 +157,12 @@ def test_a_report_from_before_calibrations_is_read(tmp_path) -> None:
     read = read_report(path)
     assert read.calibration is None
     assert read.measurements == report.measurements
+
+
+def test_a_report_whose_telemetry_lacks_a_series_is_refused(tmp_path) -> None:
+    arrays = {"row00": np.array([1, 2], np.int64)} | {name: _POINTS[name] for name in _POINTS if "gpu0" not in name}
+    with pytest.raises(CorruptError, match=r"no samples for telemetry00\.gpu0_power_mw"):
+        write(tmp_path / "r", arrays).raw_samples()
 
 
 def test_a_report_without_profiles_is_read(tmp_path) -> None:

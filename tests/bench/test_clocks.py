@@ -13,11 +13,14 @@ import pytest
 import dlops
 from dlops.bench import run as bench_run
 from dlops.bench.analysis import analyse_turns, launch_bound
+from dlops.bench.attended import Attended
 from dlops.bench.boundcall import bound_arm
 from dlops.bench.channel import read_turn, turn_message
 from dlops.bench.inprocess import Conditions, Started, Subject
+from dlops.bench.pilot import length
 from dlops.bench.run import Measured, measure, save_report
 from dlops.bench.table import table_text, to_csv
+from dlops.bench.telemetry import Recorder
 from dlops.cli import run
 from dlops.errors import CorruptError, MachineError, UsageError
 from dlops.report import CLOCKS, COPY_IN, COPY_OUT, DEVICE, ENQUEUE, Boundary, read_report
@@ -164,12 +167,14 @@ def on_cuda(make_artifact) -> Measured:
     for boundary in ("device", "host"):
         names = list(CLOCKS) if boundary == "host" else [DEVICE, ENQUEUE]
         local = Local("it", lambda: None, parts=lambda names=names: dict.fromkeys(names, int(draw.integers(90, 110))))
-        timed = interleave({artifact.title: local}, budget_s=0.05, turn_s=0.002, max_warmup_s=0.1)
+        arm = Attended(local)
+        timed = interleave({artifact.title: arm}, budget_s=0.05, turn_s=0.002, max_warmup_s=0.1)
         subject = Subject(target=artifact.title, kind="artifact", source=artifact)
         conditions = Conditions(batch=1, boundary=boundary, options=SessionOptions())
-        bench = bench_run._Bench(title="gpu", command=(), duration_s=1.0)
-        bench._keep([Started(subject=subject, arm=local, placement=ON_CUDA)], timed, conditions)
-        made = bench.result(partial=False)
+        with Recorder() as recorder:
+            bench = bench_run._Bench(title="gpu", command=(), lasting=length(1.0), recorder=recorder)
+            bench._keep([Started(subject=subject, arm=arm, placement=ON_CUDA)], [arm], timed, conditions)
+            made = bench.result(partial=False)
         measured = made if measured is None else bench_run.merge(measured, made)
     return measured
 

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dlops.bench import cells
 from dlops.bench.results import Measured, merge, save_report
 from dlops.bench.table import table_text, to_csv, to_markdown
-from dlops.report import Interval, Profile, ProfiledOperator, ProviderUse
+from dlops.report import Interval, Profile, ProfiledOperator, ProviderUse, Telemetry
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -316,6 +317,64 @@ def test_where_the_time_goes_fits_the_page_whatever_the_names(example, tmp_path,
     seen = _look(tmp_path / "r", width=width)
     assert seen["page"] <= 0
     assert max(seen["overflow"][-2:]) <= 0
+
+
+def watched(measured: Measured, *, gpus: int = 2) -> Measured:
+    """With a telemetry of half a minute: every kind of track, a steal, and a sensor that never moves."""
+    count = 240
+    times = np.arange(count) * 125_000_000
+    draw = np.random.default_rng(0)
+    other = draw.integers(20_000, 300_000, count)
+    series = {
+        "cpu_ours_ppm": draw.integers(300_000, 700_000, count), "cpu_other_ppm": other, "cpu_steal_ppm": other // 3,
+        "cpu_frequency_khz": draw.integers(2_900_000, 3_400_000, count), "memory_stall_ppm": np.zeros(count),
+        "cpu_temperature_mc": draw.integers(50_000, 90_000, count), "cpu_throttle_count": times // 25_000_000_000,
+        "package-0_power_mw": draw.integers(50_000, 65_000, count),
+    }  # fmt: skip
+    for gpu in range(gpus):
+        series |= {
+            f"gpu{gpu}_utilization_ppm": draw.integers(0, 1_000_000, count),
+            f"gpu{gpu}_sm_clock_khz": draw.integers(1_200_000, 1_980_000, count),
+            f"gpu{gpu}_power_mw": draw.integers(100_000, 700_000, count),
+            f"gpu{gpu}_memory_bytes": np.full(count, 12_000_000_000),
+            f"gpu{gpu}_clock_events_bits": np.where(times > 20_000_000_000, 4, 1),
+        }
+    spans = {f"row0{n}": (3_000_000_000, 15_000_000_000) for n in range(4)} | {
+        "row04": (18_000_000_000, 19_000_000_000)
+    }
+    telemetry = Telemetry(
+        key="telemetry00", interval_s=0.125, samples=count + 1, cost=0.003, cpus=2, gpus=("Example GPU",) * gpus,
+        series=tuple(series), spans=spans, absent={"CPU <b>energy</b>": "for root alone"},
+    )  # fmt: skip
+    arrays = {f"telemetry00.{name}": np.asarray(values, np.int64) for name, values in series.items()}
+    arrays["telemetry00.times_ns"] = times
+    report = measured.report.model_copy(update={"telemetry": (telemetry,)})
+    return Measured(report=report, samples=measured.samples | arrays)
+
+
+@_BROWSER
+@pytest.mark.parametrize(("width", "gpus"), [(1200, 2), (500, 8)])
+def test_the_timeline_of_the_machine_fits_the_page_and_cuts_no_text(example, tmp_path, width, gpus) -> None:
+    save_report(watched(example(), gpus=gpus), tmp_path / "r")
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<b>energy" not in page
+    assert "12.0 GB throughout" in page
+    seen = _look(tmp_path / "r", width=width)
+    (plot,) = [plot for plot in seen["plots"] if plot["name"] == "The machine during the run"]
+    texts = [text for text, *_ in plot["texts"]]
+    for title in (
+        "CPU time, %", "other load", "steal", "CPU frequency, GHz", "GPU in use, %", "GPU clock, GHz", "Power, W",
+        "Temperature, °C", "Thermal throttle events of the CPU", "GPU throttled (1) or not (0)", "batch 1",
+    ):  # fmt: skip
+        assert title in texts, title
+    assert "GPU memory in use, GB" not in texts, "what never moves is said, not drawn"
+    left, top, wide, high = plot["view"]
+    for text, *box in plot["texts"]:
+        inside = box[0] >= left and box[1] >= top and box[2] <= left + wide and box[3] <= top + high
+        assert inside, f"{text} at {box} leaves {plot['view']}"
+    pairs = itertools.combinations(plot["texts"], 2)
+    assert [(one[0], two[0]) for one, two in pairs if _overlaps(one[1:], two[1:])] == []
+    assert seen["page"] <= 0
 
 
 @pytest.mark.parametrize(("accuracies", "lines"), [([0.98, 0.99], 1), ([0.99, 0.98], 0), ([0.99, 0.99], 0)])
