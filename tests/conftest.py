@@ -1,4 +1,4 @@
-"""Fixtures that several stages' tests share."""
+"""Fixtures that several stages' tests share, and what the suite's two processes may use of the machine."""
 
 from __future__ import annotations
 
@@ -8,19 +8,48 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
 
-from dlops.artifact import Artifact, Parity, Precision, Provenance, Tolerance, Variant
-from dlops.directory import DirectoryWriter
-from dlops.environment import describe_environment
-from dlops.preprocess import Decode, Preprocess, Resize, Scale
-from dlops.report import Calibration, Interval, Machine, SendingCost, TimingCost
-from dlops.samples import Samples
-from dlops.signature import DimRange, Signature, TensorSpec
+def _own_cores() -> None:
+    """Keep this process of several, and what it starts, to its share of the cores.
+
+    Otherwise each takes them all for its threads, and threads that wait for one another spin on cores that the other
+    process computes on: training a small network then takes ten times as long.
+    """
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= workers:
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
+
+
+# Before numpy is there, whose libraries count the cores once.
+_own_cores()
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from dlops.artifact import Artifact, Parity, Precision, Provenance, Tolerance, Variant  # noqa: E402
+from dlops.directory import DirectoryWriter  # noqa: E402
+from dlops.environment import describe_environment  # noqa: E402
+from dlops.preprocess import Decode, Preprocess, Resize, Scale  # noqa: E402
+from dlops.report import Calibration, Interval, Machine, SendingCost, TimingCost  # noqa: E402
+from dlops.samples import Samples  # noqa: E402
+from dlops.signature import DimRange, Signature, TensorSpec  # noqa: E402
 
 MakeArtifact = Callable[..., Artifact]
+
+# The files that take longest, longest first: begun last, one of them would keep one process waiting for the other.
+LONGEST = (
+    "workflows/test_quickstart.py", "train/test_training.py", "serve/test_launch.py", "deploy/test_bento.py",
+    "export/test_pipeline.py", "test_docs.py", "test_cli.py", "bench/test_openloop.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 def around(value: float) -> Interval:

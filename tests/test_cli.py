@@ -142,12 +142,11 @@ def test_a_signal_ends_training_with_its_status_and_without_a_traceback(
 ) -> None:
     command = [*DLOPS, "train", "cnn", "--set", "epochs=1000", "--set", "patience=1000", "--run-dir", "run"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 90
-        while not any((tmp_path / "run").rglob("*")) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        time.sleep(1.0)
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.startswith("training "))
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        errors = process.stderr.read()
+        process.wait(timeout=60)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
 

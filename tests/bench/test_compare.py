@@ -183,6 +183,7 @@ def row(run: ratios.Calls, key: str, slug: str, *, batch: int = 1, target: str =
 @pytest.fixture
 def measured(example: Callable[..., Measured]) -> Callable[..., Measured]:
     """measured((slug, run), ...) is a report of those rows, all at batch 1 unless a third says otherwise."""
+    drawn = example().report
 
     def make(*runs: tuple[str, ratios.Calls] | tuple[str, ratios.Calls, int]) -> Measured:
         rows, samples = [], {}
@@ -190,7 +191,7 @@ def measured(example: Callable[..., Measured]) -> Callable[..., Measured]:
             key = f"row{number:02d}"
             rows.append(row(run, key, slug, batch=batch[0] if batch else 1))
             samples |= {key: run.latencies_ns, f"{key}.starts": run.latencies_ns, f"{key}.turns": run.turns}
-        report = example().report.model_copy(update={"measurements": tuple(rows)})
+        report = drawn.model_copy(update={"measurements": tuple(rows)})
         return Measured(report=report, samples=samples)
 
     return make

@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import json
 import socketserver
+import sys
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import numpy as np
@@ -20,6 +22,26 @@ from dlops.bench.oip import encode_request, find_endpoint
 from dlops.bench.oip_rest import decode_outputs
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.errors import MachineError, UsageError
+
+
+def after_calls_of_a_row(server, calls: int, act: Callable[[], None]) -> None:
+    """Have the server call `act` once that many calls of the first row are answered, those of its warm-up left out."""
+    asked = itertools.count(1)
+    nothing = {part: {"count": 0, "ns": 0} for part in ("success", "queue", "compute_infer")}
+    ends: list[int] = []
+
+    def statistics() -> dict[str, object]:
+        # Asked for by the first look at the server, before the row, and when its warm-up has ended.
+        if next(asked) == 3:
+            ends.append(server.requests + calls)
+        return {"model_stats": [{"inference_stats": nothing, "inference_count": 0, "execution_count": 0}]}
+
+    def behave(count: int) -> None:
+        if ends and count >= ends[0]:
+            ends[0] = sys.maxsize
+            act()
+
+    server.statistics, server.behave = statistics, behave
 
 
 def test_every_call_is_answered_and_measured(make_artifact, serve) -> None:
@@ -93,17 +115,8 @@ def test_a_flood_of_errors_is_one_clear_error(make_artifact, serve) -> None:
 def test_a_server_that_dies_half_way_keeps_what_was_measured(make_artifact, serve) -> None:
     artifact = make_artifact()
     server = serve(artifact)
-    dying = threading.Timer(1.0, server.close)
-    asked = itertools.count(1)
-    nothing = {part: {"count": 0, "ns": 0} for part in ("success", "queue", "compute_infer")}
-
-    def statistics() -> dict[str, object]:
-        # Asked for by the first look at the server, before the row, and when its warm-up has ended.
-        if next(asked) == 3:
-            dying.start()
-        return {"model_stats": [{"inference_stats": nothing, "inference_count": 0, "execution_count": 0}]}
-
-    server.statistics = statistics
+    dying = threading.Thread(target=server.close)
+    after_calls_of_a_row(server, 200, dying.start)
     measured = measure([server.url], payload=artifact, concurrency=(1, 2), duration_s=8.0)
     dying.join()
     assert measured.partial
@@ -247,11 +260,9 @@ def test_ctrl_c_under_load_keeps_what_was_measured(make_artifact, serve) -> None
     # Python's own handler, whatever tests before this one in the same process have left.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        interrupt = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGINT))
-        interrupt.start()
+        after_calls_of_a_row(server, 100, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt) as caught:
             measure([server.url], payload=artifact, concurrency=(1, 2), duration_s=20.0)
-        interrupt.join()
     finally:
         signal.signal(signal.SIGINT, before)
     assert isinstance(caught.value, MeasureInterrupted)

@@ -205,7 +205,11 @@ def test_ctrl_c_keeps_the_requests_that_were_sent(make_artifact, serve, tmp_path
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = next(line for line in process.stderr if "offering" in line)
-        time.sleep(5)
+        # Said when the warm-up has ended; what leads in to a schedule is not measured either.
+        enough = server.requests + 250
+        while server.requests < enough:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, said + errors
@@ -213,7 +217,7 @@ def test_ctrl_c_keeps_the_requests_that_were_sent(make_artifact, serve, tmp_path
     report = dlops.read_report(tmp_path / "out")
     assert report.partial
     (row,) = report.measurements
-    assert 20 < row.latency.samples < 400
+    assert 20 < row.latency.samples < 50 * 60
     assert row.errors == {}
     assert "interrupted" in row.verdict.reasons
     assert "at 50 a second" in output

@@ -76,10 +76,8 @@ def save_digits(directory: Path, model: nn.Module, **changes: object) -> Checkpo
     return save_checkpoint(model, directory, **{**settings, **changes})
 
 
-SLUGS = (
-    "torchscript-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8",
-    "onnx-fp32-pruned50", "onnx-int8-pruned50", "torchscript-fp32-pruned50",
-)  # fmt: skip
+DENSE = ("torchscript-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8")
+PRUNED = ("onnx-fp32-pruned50", "onnx-int8-pruned50", "torchscript-fp32-pruned50")
 SaveDigits = Callable[..., Checkpoint]
 
 
@@ -112,10 +110,20 @@ def checkpoint(digits_model: nn.Module, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """Every variant of the digits checkpoint, by slug; tests must not change the folders."""
+def exported_dense(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """Every variant of the digits checkpoint that is not pruned, by slug; tests must not change the folders."""
+    return _exported(checkpoint, DENSE, tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Checkpoint, exported_dense: dict[str, Artifact]) -> dict[str, Artifact]:
+    """Those and the pruned ones, whose recovery takes longer than all else."""
+    return exported_dense | _exported(checkpoint, PRUNED, exported_dense["onnx-fp32"].directory.parents[1])
+
+
+def _exported(checkpoint: Checkpoint, slugs: tuple[str, ...], out: Path) -> dict[str, Artifact]:
     made = export_variants(
-        checkpoint, variants=SLUGS, out=tmp_path_factory.mktemp("artifacts"), model=SmallNet, max_drop=2.0,
+        checkpoint, variants=slugs, out=out, model=SmallNet, max_drop=2.0,
         command=("/opt/venv/bin/dlops", "export", "--out=/opt/elsewhere/artifacts"),
     )  # fmt: skip
     return {artifact.slug: artifact for artifact in made}

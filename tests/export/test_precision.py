@@ -44,8 +44,10 @@ def test_int8_of_a_model_whose_weights_stay_fp32_is_refused_naming_the_operator(
     assert [path.name for path in (tmp_path / "out" / "run").iterdir()] == ["onnx-fp32"]
 
 
-def test_every_weight_of_a_convolutional_network_is_quantized(exported: dict[str, Artifact]) -> None:
-    dense, quantized = (stored_weights(onnx.load(exported[f"onnx-{name}"].path("model"))) for name in ("fp32", "int8"))
+def test_every_weight_of_a_convolutional_network_is_quantized(exported_dense: dict[str, Artifact]) -> None:
+    dense, quantized = (
+        stored_weights(onnx.load(exported_dense[f"onnx-{name}"].path("model"))) for name in ("fp32", "int8")
+    )
     # Batch norms are folded before quantization, so their four vectors a layer are gone.
     matrices = 32 * 9 + 64 * 32 * 9 + 64 * 64 * 9 + 640
     assert quantized.elements["INT8"] == matrices

@@ -44,9 +44,9 @@ def drop_node(model: onnx.ModelProto) -> None:
     ],
 )
 def test_a_file_other_than_asked_for_is_refused(
-    exported: dict[str, Artifact], alter: Callable[[onnx.ModelProto], None], said: str
+    exported_dense: dict[str, Artifact], alter: Callable[[onnx.ModelProto], None], said: str
 ) -> None:
-    artifact = exported["onnx-fp32"]
+    artifact = exported_dense["onnx-fp32"]
     model = written(artifact)
     check_written(model, artifact.signature, precision="fp32", title="it")
     alter(model)
@@ -55,14 +55,16 @@ def test_a_file_other_than_asked_for_is_refused(
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_a_file_in_another_precision_is_refused(exported: dict[str, Artifact], precision: str) -> None:
-    artifact = exported["onnx-fp32"]
+def test_a_file_in_another_precision_is_refused(exported_dense: dict[str, Artifact], precision: str) -> None:
+    artifact = exported_dense["onnx-fp32"]
     with pytest.raises(GateError, match=f"{precision} was asked for"):
         check_written(written(artifact), artifact.signature, precision=precision, title="it")
 
 
-def test_int8_weights_have_a_scale_for_each_channel_and_activations_are_unsigned(exported: dict[str, Artifact]) -> None:
-    model = written(exported["onnx-int8"])
+def test_int8_weights_have_a_scale_for_each_channel_and_activations_are_unsigned(
+    exported_dense: dict[str, Artifact],
+) -> None:
+    model = written(exported_dense["onnx-int8"])
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     weights = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in arrays]
     matrices = [node for node in weights if arrays[node.input[0]].dtype.name == "int8"]
@@ -77,8 +79,8 @@ def test_int8_weights_have_a_scale_for_each_channel_and_activations_are_unsigned
     assert {arrays[node.input[2]].dtype.name for node in points} == {"uint8"}
 
 
-def test_fp16_keeps_the_dtypes_of_inputs_and_outputs(exported: dict[str, Artifact]) -> None:
-    model = written(exported["onnx-fp16"])
+def test_fp16_keeps_the_dtypes_of_inputs_and_outputs(exported_dense: dict[str, Artifact]) -> None:
+    model = written(exported_dense["onnx-fp16"])
     ends = [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)]
     assert ends == [onnx.TensorProto.FLOAT] * 2
 

@@ -46,9 +46,9 @@ def two_outputs(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ],
 )
 def test_a_file_other_than_asked_for_is_refused(
-    exported: dict[str, Artifact], function: Callable[..., object], said: str, tmp_path: Path
+    exported_dense: dict[str, Artifact], function: Callable[..., object], said: str, tmp_path: Path
 ) -> None:
-    artifact = exported["torchscript-fp32"]
+    artifact = exported_dense["torchscript-fp32"]
     check_written(artifact.path("model"), artifact.signature, title="it")
     examples = (torch.zeros(3, 1, 8, 8), torch.zeros(3, 10))[: function.__code__.co_argcount]
     with warnings.catch_warnings(action="ignore"):  # torch announces TorchScript's retirement
@@ -57,8 +57,8 @@ def test_a_file_other_than_asked_for_is_refused(
         check_written(tmp_path / "it.pt", artifact.signature, title="it")
 
 
-def test_a_written_file_has_no_source_locations_and_aligned_tensors(exported: dict[str, Artifact]) -> None:
-    path = exported["torchscript-fp32"].path("model")
+def test_a_written_file_has_no_source_locations_and_aligned_tensors(exported_dense: dict[str, Artifact]) -> None:
+    path = exported_dense["torchscript-fp32"].path("model")
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         names = archive.namelist()
         assert not [name for name in names if "debug_pkl" in name]

@@ -48,15 +48,17 @@ def running(command: list[str], *, port: int, **options):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     try:
         deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
+        # One client for all: each reads the certificates of the whole world.
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            while True:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                try:
+                    if client.get("/v2/health/ready").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.05)
         yield process
     finally:
         if process.poll() is None:
@@ -71,8 +73,9 @@ def test_the_server_and_all_that_it_started_end_with_the_block(digits_artifact) 
         folder = server.log_path.parent
         url = server.url
         # Both workers count into one /metrics, and junk elsewhere on the machine does not.
-        for _ in range(20):
-            httpx.get(f"{url}/v2")
+        with httpx.Client(headers={"Connection": "close"}) as client:
+            for _ in range(20):
+                client.get(f"{url}/v2")
         counts = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if 'route="/v2",status="200"' in line]
         assert counts[0].endswith(" 20.0")
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)

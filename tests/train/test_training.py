@@ -69,6 +69,8 @@ def fit(fabric, config, plan, images, run):
 pytestmark = [
     # tensorboard and lightning on this Python and numpy; nothing that we call can be called otherwise.
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:tensorboard"),
+    # torch's advice where there are more loader workers than cores.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
 
 
