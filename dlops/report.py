@@ -56,9 +56,9 @@ class Latency(Record):
 class Clocks(Record):
     """The parts of a call on a GPU, each with quantiles of its own, which do not add up to those of the latency.
 
-    device: on the device, between an event before the inference and one after it. enqueue: on the host, until the
-    inference was enqueued; null where the runtime waits for its end. copy_in, copy_out: on the host, from and to numpy
-    arrays; null at the boundary "device", which has none.
+    device: on the device, between an event before the inference and one after it, pauses between kernels included.
+    enqueue: on the host, until the inference was enqueued; null where the runtime waits for its end. copy_in, copy_out:
+    on the host, from and to numpy arrays; null at the boundary "device", which has none.
     """
 
     device: Latency
