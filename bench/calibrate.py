@@ -15,9 +15,10 @@ from dlops.bench.arrivals import constant, poisson
 from dlops.bench.load import Loaded, closed_loop
 from dlops.bench.nullserver import null_server
 from dlops.bench.openloop import OpenLoaded, open_loop
+from dlops.bench.peaks import measure_peaks
 from dlops.bench.slo import Found, Outcome, search
 from dlops.environment import describe_environment
-from dlops.report import Calibration, Interval, Machine, SendingCost, TimingCost
+from dlops.report import Calibration, Interval, Machine, Peaks, SendingCost, TimingCost
 from dlops.timing import MIN_ROUNDS, Clock, SystemClock, interleave
 from dlops.version import __version__
 
@@ -35,6 +36,7 @@ _LEAD_IN_NS = 100_000_000
 # Beyond these a calibration says more about what else the machine did.
 _MAX_SHARE = 0.01
 _MAX_WIDTH = 0.5
+_MAX_ABOVE_MEDIAN = 1.25
 _NO_OPS = 1000
 _BLOCKS = 5
 
@@ -57,7 +59,7 @@ QUICK = Effort(timing_s=0.2, closed_s=0.2, warmup_s=0.2, lag_s=0.35, sleeps=50, 
 
 
 def calibrate(*, quick: bool = False, network: bool = True) -> Calibration:
-    """Measure timing, and with `network` sending too. quick: without the rates that the client reaches.
+    """Measure timing, with `network` sending too, and the machine's peaks. quick: without those and the client's rates.
 
     Raises MachineError where the null server or a sender does not start.
     """
@@ -65,9 +67,10 @@ def calibrate(*, quick: bool = False, network: bool = True) -> Calibration:
     # First what is to be least disturbed: no other process of ours is there yet.
     timing = timing_cost(budget_s=effort.timing_s)
     sending, against = sending_cost(effort) if network else (None, [])
+    peaks = None if quick else measure_peaks()
     return Calibration(
-        created=datetime.now(UTC), machine=this_machine(), quick=quick, timing=timing, network=sending,
-        reasons=(*_against_timing(timing), *against),
+        created=datetime.now(UTC), machine=this_machine(), quick=quick, timing=timing, network=sending, peaks=peaks,
+        reasons=(*_against_timing(timing), *against, *_against_peaks(peaks)),
     )  # fmt: skip
 
 
@@ -165,6 +168,16 @@ def _against_timing(cost: TimingCost) -> list[str]:
     if max(share.value, share.high or share.value) <= _MAX_SHARE:
         return []
     return [f"a wait of 1 ms may be recorded over {_MAX_SHARE:.0%} too long; something else used the machine"]
+
+
+def _against_peaks(peaks: Peaks | None) -> list[str]:
+    cpu = () if peaks is None else peaks.cpu
+    pairs = [(one.flops, one.flops_median) for one in cpu] + [(one.bytes_per_s, one.bytes_per_s_median) for one in cpu]
+    if all(best <= _MAX_ABOVE_MEDIAN * median for best, median in pairs):
+        return []
+    return [
+        "the best product or copy was far above the median one: a peak may be higher; something else used the machine"
+    ]
 
 
 def _against_sending(cost: SendingCost, effort: Effort, *, settled: bool) -> list[str]:

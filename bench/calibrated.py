@@ -7,6 +7,7 @@ from dataclasses import replace
 from dlops.bench.calibrate import MAX_LAG_NS
 from dlops.bench.cells import over_grpc, significant
 from dlops.bench.openloop import senders_for
+from dlops.bench.peak_share import shared, unshared
 from dlops.bench.results import Measured
 from dlops.report import Calibration, Measurement, SendingCost, TimingCost, Verdict
 
@@ -16,6 +17,8 @@ _MAX_ADDED_SHARE = 0.01
 _NEAR_FLOOR = 3.0
 # In a closed loop, where more than this share of what the client reaches against a null server was reached.
 _NEAR_CLOSED_RATE = 0.8
+# Nothing goes beyond what it is measured against, unless that was measured on a busier machine.
+_ABOVE_PEAK = 1.05
 
 
 def attach(measured: Measured, calibration: Calibration, *, senders: int | None = None) -> Measured:
@@ -23,15 +26,17 @@ def attach(measured: Measured, calibration: Calibration, *, senders: int | None 
 
     senders: how many processes offered the rates, where that was asked for.
     """
-    rows = tuple(_judged(row, calibration, senders) for row in measured.measurements)
-    report = measured.report.model_copy(update={"calibration": calibration, "measurements": rows})
+    rows = tuple(_judged(shared(row, calibration.peaks), calibration, senders) for row in measured.measurements)
+    notes = (*measured.report.notes, *unshared(rows, calibration.peaks))
+    update = {"calibration": calibration, "measurements": rows, "notes": tuple(dict.fromkeys(notes))}
+    report = measured.report.model_copy(update=update)
     return replace(measured, report=report)
 
 
 def _judged(row: Measurement, calibration: Calibration, senders: int | None) -> Measurement:
     """The row as it was, or with a reason more. Only "client-bound" takes its quotability."""
     if row.boundary != "network":
-        said = _short_call(row, calibration.timing)
+        said = [*_short_call(row, calibration.timing), *_of_peak(row)]
     elif calibration.network is None or over_grpc(row):
         # The null server speaks HTTP.
         said = []
@@ -60,6 +65,13 @@ def _short_call(row: Measurement, timing: TimingCost) -> list[str]:
         return []
     share = timing.added_ns.value / median.value
     return [f"a short call: {share:.1%} of the median is what timing adds (calibration)"]
+
+
+def _of_peak(row: Measurement) -> list[str]:
+    if row.peak_share is None:
+        return []
+    anew = ": dlops bench --calibrate anew" if row.peak_share > _ABOVE_PEAK else ""
+    return [f"achieves {significant(row.peak_share * 100)}% of the measured peak FLOP/s (calibration){anew}"]
 
 
 def _near_floor(row: Measurement, network: SendingCost) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dlops.bench.cells import significant
-from dlops.report import Calibration, Interval, SendingCost, TimingCost
+from dlops.report import Calibration, Interval, Peaks, SendingCost, TimingCost
 
 
 def facts(calibration: Calibration) -> list[tuple[str, str]]:
@@ -17,6 +17,8 @@ def facts(calibration: Calibration) -> list[tuple[str, str]]:
     ]
     if network is not None:
         found += _network_facts(network)
+    if calibration.peaks is not None:
+        found += _peak_facts(calibration.peaks)
     if calibration.reasons:
         found.append(("To be read with care", "; ".join(calibration.reasons)))
     return found
@@ -53,6 +55,24 @@ def _network_facts(network: SendingCost) -> list[tuple[str, str]]:
         if told:
             found.append((what, f"{verb} {', '.join(told)}"))
     return found
+
+
+def _peak_facts(peaks: Peaks) -> list[tuple[str, str]]:
+    found = []
+    for one in peaks.cpu:
+        threads = f"{one.threads} thread{'' if one.threads == 1 else 's'}"
+        rates = f"{_rate(one.flops, 'FLOP/s')} in a float32 matrix product, {_rate(one.bytes_per_s, 'B/s')} in a copy"
+        found.append((f"Peak of {threads}", rates))
+    for number, gpu in enumerate(peaks.gpus):
+        rates = ", ".join(f"{_rate(flops, 'FLOP/s')} ({kind})" for kind, flops in gpu.flops.items())
+        found.append((f"Peak of GPU {number}", f"{rates}, {_rate(gpu.bytes_per_s, 'B/s')} in a copy ({gpu.name})"))
+    found += [(f"No peak: {what}", reason) for what, reason in peaks.absent.items()]
+    return found
+
+
+def _rate(value: float, unit: str) -> str:
+    prefix, scale = next((one for one in (("T", 1e12), ("G", 1e9)) if value >= one[1]), ("M", 1e6))
+    return f"{significant(value / scale)} {prefix}{unit}"
 
 
 def _excess(timing: TimingCost) -> str:

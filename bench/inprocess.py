@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlops.artifact import Artifact
 from dlops.bench.analysis import analyse_turns, shortcomings
+from dlops.bench.macs import UncountedError, count_onnx_macs
 from dlops.bench.payload import artifact_feeds, check_batch, check_fits
 from dlops.bench.pilot import Length
 from dlops.bench.processes import Process
@@ -190,7 +191,7 @@ def measurements(
     for key, one in zip(keys, ready, strict=True):
         run = timed.runs[one.target]
         placement = one.placement
-        fields = accuracy_fields(one.artifact) if one.artifact else {}
+        fields: dict[str, Any] = accuracy_fields(one.artifact) if one.artifact else {}
         if one.artifact is None and reference is not None:
             # What the artifacts were compared with is the dense checkpoint, run eagerly.
             fields = {"accuracy": reference.reference, "accuracy_samples": reference.samples, "drop_points": 0.0}
@@ -219,9 +220,20 @@ def measurements(
                 cold_start=one.cold_start,
                 **figures.as_fields(),
                 **fields,
+                **_work(one.artifact, batch),
             )
         )
     return rows
+
+
+def _work(artifact: Artifact | None, batch: int) -> dict[str, int | str]:
+    """The multiply-accumulates of a call, or why they are not known, as a row's fields."""
+    if artifact is None or artifact.variant.format != "onnx":
+        return {"uncounted": "only those of ONNX graphs are counted"}
+    try:
+        return {"macs": count_onnx_macs(artifact.path("model"), batch=batch)}
+    except UncountedError as error:
+        return {"uncounted": str(error)}
 
 
 def misplaced(options: SessionOptions, placement: Placement) -> tuple[str, ...]:

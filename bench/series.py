@@ -75,8 +75,8 @@ def _series(timeline: Timeline, edges: Integers) -> dict[str, Integers]:
             power = name.removesuffix("_energy_uj") + "_power_mw"
             if power not in timeline.values:
                 found[power] = _whole(growth(name) / 1e3 / seconds)
-        elif name == "memory_stall_us":
-            found["memory_stall_ppm"] = _whole(growth(name) / seconds)
+        elif name.endswith("_stall_us"):
+            found[name.removesuffix("us") + "ppm"] = _whole(growth(name) / seconds)
         elif name.endswith("_count"):
             found[name] = _whole(growth(name))
         elif name.endswith("_bits"):

@@ -154,6 +154,8 @@ class Measurement(Record):
     cold_start: of that process; null where a service or this very process ran it.
     accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
     other_load: share of the CPU time, while the row was measured, that was neither the run's nor the service's.
+    macs: multiply-accumulates of one call, by the shapes of an ONNX graph; null where they are not known, and uncounted
+    why not. peak_share: of the FLOP/s that the calibration measured, with as many threads or on that GPU.
     energy_j_per_item: joules an item by the counters named in energy_sources, which count what else they power too.
     """
 
@@ -190,6 +192,9 @@ class Measurement(Record):
     other_load: float | None = None
     energy_j_per_item: float | None = None
     energy_sources: tuple[str, ...] = ()
+    macs: int | None = None
+    uncounted: str | None = None
+    peak_share: float | None = None
     verdict: Verdict
 
     @property
@@ -264,10 +269,42 @@ class SendingCost(Record):
     oversleep_p99_ns: Interval | None
 
 
+class CpuPeak(Record):
+    """What numpy's matrix product of float32 and a copy reach with `threads`: the best call's rate, and the median's.
+
+    flops: operations a second, a multiplication and an addition counting two, of matrices of `matrix` rows.
+    bytes_per_s: read and written together, `copy_bytes` being copied at once.
+    """
+
+    threads: int = Field(ge=1)
+    matrix: int = Field(ge=1)
+    flops: float = Field(gt=0)
+    flops_median: float = Field(gt=0)
+    copy_bytes: int = Field(ge=1)
+    bytes_per_s: float = Field(gt=0)
+    bytes_per_s_median: float = Field(gt=0)
+
+
+class GpuPeak(Record):
+    """The same of a GPU by torch, the best of several rounds. flops: by "fp32", "tf32" and "fp16"."""
+
+    name: str
+    flops: dict[str, float]
+    bytes_per_s: float = Field(gt=0)
+
+
+class Peaks(Record):
+    """The most that the machine was seen to do. absent: what could not be measured, with the reason."""
+
+    cpu: tuple[CpuPeak, ...] = ()
+    gpus: tuple[GpuPeak, ...] = ()
+    absent: dict[str, str] = {}
+
+
 class Calibration(Record):
     """The harness measured by itself. quick: made within a run; else by `dlops bench --calibrate`.
 
-    network: null where it was not asked for. reasons: what stands against its numbers.
+    network: null where it was not asked for. peaks: null in a quick one. reasons: what stands against its numbers.
     """
 
     created: AwareDatetime
@@ -275,6 +312,7 @@ class Calibration(Record):
     quick: bool
     timing: TimingCost
     network: SendingCost | None
+    peaks: Peaks | None = None
     reasons: tuple[str, ...] = ()
 
 

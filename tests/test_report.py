@@ -16,11 +16,14 @@ from dlops.environment import Environment
 from dlops.errors import CorruptError, UsageError
 from dlops.report import (
     Calibration,
+    CpuPeak,
+    GpuPeak,
     Interval,
     Latency,
     Load,
     Machine,
     Measurement,
+    Peaks,
     Profile,
     ProfiledOperator,
     ProviderUse,
@@ -50,6 +53,16 @@ CALIBRATION = Calibration(
         floor_ns=interval(1e5), closed_concurrency=8, closed_rate=interval(1e4), capacity=4000.0, missed=4400.0,
         lag_rate=500.0, lag_p50_ns=interval(6e4), lag_p99_ns=None, oversleep_p50_ns=interval(7e4),
         oversleep_p99_ns=interval(1.5e5),
+    ),
+    peaks=Peaks(
+        cpu=(
+            CpuPeak(
+                threads=1, matrix=1024, flops=5e10, flops_median=4.9e10, copy_bytes=134217728, bytes_per_s=1e10,
+                bytes_per_s_median=9e9,
+            ),
+        ),
+        gpus=(GpuPeak(name="Example GPU", flops={"fp32": 5e13}, bytes_per_s=2e12),),
+        absent={"2 threads": "a reason"},
     ),
     reasons=("a reason",),
 )  # fmt: skip
@@ -106,6 +119,8 @@ def write(directory: Path, samples: dict[str, np.ndarray] | None = None) -> Repo
         other_load=0.02,
         energy_j_per_item=0.0015,
         energy_sources=("package-0",),
+        macs=1664,
+        peak_share=0.03,
         verdict=Verdict(steady=False, reasons=("p99 is not certified",)),
     )  # fmt: skip
     with DirectoryWriter(directory) as writer:

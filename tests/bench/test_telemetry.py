@@ -158,17 +158,23 @@ def test_sensors_give_what_is_there_and_say_what_is_not(tmp_path) -> None:
         "class__hwmon__hwmon1__temp1_input": "51000",
         "class__hwmon__hwmon1__temp2_input": "63000",
     }
-    sys_, proc = write(tmp_path / "sys", **files), write(tmp_path / "proc", loadavg="1.25 1 1 1/9 99")
+    files |= {
+        "fs__cgroup__a__b__cpu.stat": "usage_usec 9\nthrottled_usec 40", "fs__cgroup__a__cpu.stat": "throttled_usec 2",
+        "fs__cgroup__cpu.stat": "usage_usec 9",
+    }  # fmt: skip
+    sys_ = write(tmp_path / "sys", **files)
+    proc = write(tmp_path / "proc", loadavg="1.25 1 1 1/9 99", self__cgroup="5:cpuset:/x\n0::/a/b")
     found = find_sensors(frozenset({0, 1}), sys=sys_, proc=proc)
     assert found.read() == {
         "cpu_frequency_khz": 3_400_000, "cpu_temperature_mc": 63_000, "cpu_throttle_count": 7, "load_milli": 1250,
+        "quota_stall_us": 42,
     }  # fmt: skip
     assert set(found.absent) == {"memory pressure", "CPU energy"}
 
     bare = find_sensors(frozenset({0}), sys=tmp_path / "none", proc=write(tmp_path / "p", loadavg="0 0 0 1/1 1"))
     assert bare.read() == {"load_milli": 0}
     assert set(bare.absent) == {
-        "CPU frequency", "CPU temperature", "CPU throttle counters", "memory pressure", "CPU energy"
+        "CPU frequency", "CPU temperature", "CPU throttle counters", "CPU quota", "memory pressure", "CPU energy"
     }  # fmt: skip
     assert all(bare.absent.values())
 
@@ -305,6 +311,12 @@ def test_a_processor_that_throttles_marks_the_row(example) -> None:
     assert judged(example, line, seen(6.0, 9.0)).verdict.reasons == ()
     elsewhere = timeline(cpu_throttle_count=count, options={"services": {"u": "elsewhere"}})
     assert judged(example, elsewhere, seen(service="u"), number=4).verdict.reasons == ()
+
+
+def test_a_quota_that_stops_the_run_marks_the_row(example) -> None:
+    (said,) = judged(example, timeline(quota_stall_us=50_000), seen()).verdict.reasons
+    assert said == "throttled: a CPU quota stopped it for 5% of the time, summed over processors"
+    assert judged(example, timeline(quota_stall_us=5_000), seen()).verdict.reasons == ()
 
 
 def test_a_frequency_that_falls_under_load_marks_the_row_and_one_that_falls_with_it_does_not(example) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dlops
+from dlops.bench.nvml import find_gpus
+from dlops.bench.peaks_gpu import gpu_peaks
 from dlops.bench.profile import add_profiles
+from dlops.bench.sensors import Sensors
 from dlops.checkpoint import Checkpoint
 from dlops.parity import self_test
 from dlops.runtimes import SessionOptions, open_session
@@ -81,3 +86,41 @@ def test_doctor_finds_that_cuda_works() -> None:
     status = {probe.name: probe.status for probe in examine().probes}
     assert status["torch cuda"] == "ok"
     assert status["onnxruntime cuda"] == "ok"
+
+
+def test_nvml_reads_every_sensor_and_energy_grows_as_power_says() -> None:
+    sensors = Sensors()
+    names = find_gpus(sensors)
+    assert len(names) >= torch.cuda.device_count()
+    assert sensors.absent == {}
+    work = torch.randn(4096, 4096, device="cuda")
+    before, began = sensors.read(), time.perf_counter()
+    powers = []
+    while time.perf_counter() - began < 3.0:
+        for _ in range(20):
+            work = torch.mm(work, work).clamp(-1, 1)
+        torch.cuda.synchronize()
+        powers.append(sensors.read()["gpu0_power_mw"] / 1e3)
+    after, seconds = sensors.read(), time.perf_counter() - began
+    joules = (after["gpu0_energy_uj"] - before["gpu0_energy_uj"]) / 1e6
+    # Power is an average over some hundred milliseconds, which lags behind.
+    assert joules / seconds == pytest.approx(sum(powers) / len(powers), rel=0.5)
+    assert after["gpu0_memory_bytes"] >= work.nbytes
+
+
+def test_a_run_on_cuda_keeps_what_the_gpu_did(trained: Checkpoint, tmp_path: Path) -> None:
+    [artifact] = dlops.export_variants(trained, variants=["onnx-fp32"], out=tmp_path, device="cuda")
+    measured = dlops.measure([artifact], duration_s=3.0, device="cuda", batch=(256,))
+    (telemetry,) = measured.report.telemetry
+    assert "gpu0_power_mw" in telemetry.series
+    (row,) = measured.measurements
+    assert "gpu0" in row.energy_sources
+    assert row.energy_j_per_item is not None
+    assert row.energy_j_per_item > 0
+
+
+def test_tf32_is_no_slower_than_fp32_and_fp16_faster() -> None:
+    for peak in gpu_peaks(matrix=4096, copy_bytes=1 << 28):
+        assert peak.flops["fp16"] > peak.flops["fp32"] > 1e12
+        assert peak.flops["tf32"] > 0.9 * peak.flops["fp32"]
+        assert peak.bytes_per_s > 1e10

@@ -1,0 +1,46 @@
+"""How much of the machine's measured peak a row reaches, and of which rows that cannot be said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dlops.report import Measurement, Peaks
+
+# The peak that a precision is held against: products of float32 run in TF32 on a GPU unless told otherwise.
+_GPU_KINDS = {"fp32": "tf32", "fp16": "fp16"}
+
+
+def shared(row: Measurement, peaks: Peaks | None) -> Measurement:
+    """The row with its share of the peak FLOP/s, where that is known."""
+    peak = None if peaks is None else _peak(row, peaks)
+    if peak is None or row.macs is None or isinstance(peak, str):
+        return row
+    calls = row.throughput.value / row.load.batch
+    return row.model_copy(update={"peak_share": 2 * row.macs * calls / peak})
+
+
+def unshared(rows: Sequence[Measurement], peaks: Peaks | None) -> list[str]:
+    """Why rows in process have no share, a sentence for each reason."""
+    if peaks is None:
+        return []
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.boundary != "network" and row.peak_share is None:
+            peak = _peak(row, peaks)
+            why = peak if isinstance(peak, str) else f"its MACs are not known: {row.uncounted or 'an older dlops'}"
+            reasons.setdefault(why, {})[row.label] = None
+    return [f"no share of the peak FLOP/s for {', '.join(names)}: {why}" for why, names in reasons.items()]
+
+
+def _peak(row: Measurement, peaks: Peaks) -> float | str:
+    """FLOP/s, or why there are none to hold the row against."""
+    if row.device.startswith("cuda"):
+        number = int(row.device.partition(":")[2] or 0)
+        kind = _GPU_KINDS.get(row.precision)
+        if kind is None or number >= len(peaks.gpus):
+            return f"no peak of {row.precision} on {row.device} was measured"
+        return peaks.gpus[number].flops[kind]
+    if row.precision != "fp32":
+        return f"the peak is of fp32, not of {row.precision}"
+    found = next((one.flops for one in peaks.cpu if one.threads == row.threads), None)
+    return f"no peak with {row.threads} threads was measured" if found is None else found
