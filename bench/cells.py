@@ -13,7 +13,7 @@ from dlops.report import Interval, Measurement, Report, ServerTime
 NONE = "–"
 # The part of a request's time at the client that the server does not count.
 OUTSIDE = "network and framework"
-_NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:\.\d+)?%?")
+_NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?")
 COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory", "energy")
 # A dash in these is a finding, in the others only what does not apply.
 _ALWAYS = ("p50 ms", "p99 ms", "items/s")
@@ -204,7 +204,7 @@ def _in_one(reasons: Sequence[str]) -> str:
     words = _NUMBER.split(reasons[0])
     text = words[0]
     for number, word in zip(zip(*map(_NUMBER.findall, reasons), strict=True), words[1:], strict=True):
-        low, high = (pick(number, key=lambda one: float(one.strip("%"))) for pick in (min, max))
+        low, high = (pick(number, key=lambda one: float(one.strip("%").replace(",", ""))) for pick in (min, max))
         text += (low if low == high else f"{low} to {high}") + word
     return text
 

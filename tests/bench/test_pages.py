@@ -72,6 +72,17 @@ def test_rows_with_the_same_against_them_share_a_line(example) -> None:
     ]
 
 
+def test_numbers_of_four_digits_and_more_make_ranges_too(example) -> None:
+    report = example().report
+    said = ("that takes about 987 s", "that takes about 1,234 s", "that takes about 12,345 s")
+    rows = tuple(
+        row.model_copy(update={"verdict": row.verdict.model_copy(update={"reasons": (reason,)})})
+        for row, reason in zip(report.measurements, said, strict=False)
+    )
+    (line,) = cells.footnotes(report.model_copy(update={"measurements": rows, "notes": ()}))
+    assert line.endswith("that takes about 987 to 12,345 s")
+
+
 def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:
     report = example().report
     assert report.measurements[4].latency.p99_ns is None
