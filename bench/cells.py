@@ -36,16 +36,19 @@ class Group:
 def groups(report: Report) -> list[Group]:
     """The rows by boundary, batch and, where a target ran with several, by threads and device, in the order measured.
 
-    Network rows of one transport are together, whatever their concurrencies and rates.
+    Network rows of one transport are together, whatever their concurrencies and rates; by target where several of one
+    transport serve the same artifact.
     """
     local = [row for row in report.measurements if row.boundary != "network"]
+    remote = [row for row in report.measurements if row.boundary == "network"]
+    services_vary = _vary((f"{over_grpc(row)} {model(row)}", row.target) for row in remote)
     threads_vary = _vary((row.target, row.threads) for row in local)
     devices_vary = _vary((row.target, row.device) for row in local)
 
     def under(row: Measurement) -> str:
         title = f"{'over gRPC' if over_grpc(row) else _BOUNDARIES[row.boundary]}, batch {row.load.batch}"
         if row.boundary == "network":
-            return title
+            return f"{title}, {row.target}" if services_vary else title
         title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
         return title + (f", on {row.device}" if devices_vary else "")
 
@@ -230,7 +233,11 @@ def knees(report: Report) -> list[str]:
     """Where each service is best used, a sentence each; none where too few loads were tried to say."""
     lines = []
     for group in groups(report):
-        rows = [row for row in group.rows if row.boundary == "network" and row.throughput.value > 0]
+        # Those that the curves have a point of: where nothing is certified, the mean is worth as little.
+        rows = [
+            row for row in group.rows
+            if row.boundary == "network" and row.throughput.value > 0 and (row.latency.p50_ns or row.latency.p99_ns)
+        ]  # fmt: skip
         rows.sort(key=lambda row: (row.target, row.load.rate is not None, row.load.rate or 0.0, row.load.concurrency))
         for _, alike in itertools.groupby(rows, key=lambda row: (row.target, row.load.rate is not None)):
             best = knee(list(alike))
