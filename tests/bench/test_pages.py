@@ -22,7 +22,7 @@ import pytest
 from dlops.bench import cells
 from dlops.bench.results import Measured, merge, save_report
 from dlops.bench.table import table_text, to_csv, to_markdown
-from dlops.report import Interval, Profile, ProfiledOperator, ProviderUse, Telemetry
+from dlops.report import ColdStart, Interval, Profile, ProfiledOperator, ProviderUse, ServerTime, Telemetry
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -118,6 +118,32 @@ def test_csv_has_a_line_a_row_in_base_units(example) -> None:
     assert float(rows[0]["p50_ns"]) == report.measurements[0].latency.p50_ns.value
     assert rows[4]["p99_ns"] == ""
     assert rows[4]["errors"] == "2"
+
+
+def test_csv_has_every_number_of_a_row(example) -> None:
+    report = example().report
+    server = ServerTime(
+        requests=301, items=302, executions=303, queue_ns=304.5, compute_input_ns=305.5, compute_infer_ns=306.5,
+        compute_output_ns=307.5, cache_ns=308.5, client_ns=309.5,
+    )  # fmt: skip
+    cold = ColdStart(total_ns=401, load_ns=402, first_call_ns=403)
+    rows = [
+        row.model_copy(update={"server": server, "cold_start": cold, "duration_ns": 404, "lag_p99_ns": 405.5})
+        for row in report.measurements
+    ]
+    rows[0] = rows[0].model_copy(update={"service": rows[0].latency})
+
+    def numbers(part: object) -> list[float]:
+        if isinstance(part, dict):
+            # The service times are told by their quantiles, which are the same here; failed calls are counted together.
+            left_out = ("errors", "verdict", "clocks") + (("service",) if part.get("service") else ())
+            return [one for name, each in part.items() if name not in left_out for one in numbers(each)]
+        return [float(part)] if isinstance(part, int | float) and not isinstance(part, bool) else []
+
+    text = to_csv(report.model_copy(update={"measurements": tuple(rows)}))
+    for row, line in zip(rows, csv.DictReader(io.StringIO(text)), strict=True):
+        written = {float(value) for value in line.values() if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", value)}
+        assert set(numbers(row.model_dump())) <= written
 
 
 def test_merging_keeps_every_rows_samples(example) -> None:
