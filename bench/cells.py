@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?")
 COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory", "energy")
 # A dash in these is a finding, in the others only what does not apply.
 _ALWAYS = ("p50 ms", "p99 ms", "items/s")
-_BOUNDARIES = {
+BOUNDARIES = {
     "device": "on the device",
     "host": "in process",
     "preprocessing": "in process, preprocessing included",
@@ -46,7 +46,7 @@ def groups(report: Report) -> list[Group]:
     devices_vary = _vary((row.target, row.device) for row in local)
 
     def under(row: Measurement) -> str:
-        title = f"{'over gRPC' if over_grpc(row) else _BOUNDARIES[row.boundary]}, batch {row.load.batch}"
+        title = f"{'over gRPC' if over_grpc(row) else BOUNDARIES[row.boundary]}, batch {row.load.batch}"
         if row.boundary == "network":
             return f"{title}, {row.target}" if services_vary else title
         title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
