@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dlops.bench.calibrate import this_machine
 from dlops.directory import write_json
-from dlops.errors import CorruptError, MachineError
+from dlops.errors import CorruptError, MachineError, from_os_error
 from dlops.manifest import Manifest, read_manifest
 from dlops.report import Calibration, Machine
 
@@ -34,14 +34,22 @@ def keep(calibration: Calibration) -> Path:
 
 
 def kept() -> Calibration | None:
-    """What was kept for this machine, None where nothing was. Raises CorruptError where that is damaged or newer."""
+    """What was kept for this machine, None where nothing was.
+
+    Raises CorruptError where that is damaged or newer, MachineError where it cannot be read.
+    """
     machine = this_machine()
     directory = _directory(machine)
-    if not (directory / KeptCalibration.file_name).exists():
+    path = directory / KeptCalibration.file_name
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {path}") from error
+    if not there:
         return None
     calibration = read_manifest(directory, KeptCalibration).calibration
     if calibration.machine != machine:
-        raise CorruptError(f"{directory / KeptCalibration.file_name}: made on another machine")
+        raise CorruptError(f"{path}: made on another machine")
     return calibration
 
 
