@@ -33,6 +33,22 @@ class Group:
     rows: tuple[Measurement, ...]
 
 
+def told_apart(report: Report) -> Report:
+    """The report for showing: where two models have a variant of one slug, each is called by its target instead."""
+    local = [row for row in report.measurements if row.boundary != "network"]
+    titles = {(row.artifact, row.target.partition("#")[0]) for row in local}
+    slugs = [slug for slug, _ in titles if slug]
+    shared = {slug for slug in slugs if slugs.count(slug) > 1}
+    if not shared:
+        return report
+    rows = [
+        row.model_copy(update={"artifact": None}) if row.boundary != "network" and row.artifact in shared else row
+        for row in report.measurements
+    ]
+    profiles = [one.model_copy(update={"artifact": None}) if one.artifact in shared else one for one in report.profiles]
+    return report.model_copy(update={"measurements": tuple(rows), "profiles": tuple(profiles)})
+
+
 def groups(report: Report) -> list[Group]:
     """The rows by boundary, batch and, where a target ran with several, by threads and device, in the order measured.
 

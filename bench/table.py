@@ -20,6 +20,7 @@ _SERVER = tuple(ServerTime.model_fields)
 
 def render_table(report: Report) -> RenderableType:
     """For `Console.print`: one table with a section a load, then where it ran, then footnotes. Fits 80 columns."""
+    report = cells.told_apart(report)
     groups = cells.groups(report)
     headings = cells.headings(report.measurements)
     # In full where there is room for it: `onnx-int8 with 8 in flight`, else `onnx-int8 ×8`.
@@ -84,6 +85,7 @@ def table_text(report: Report, *, width: int = 80) -> str:
 
 def to_markdown(report: Report) -> str:
     """One Markdown table a load, for a page or a pull request."""
+    report = cells.told_apart(report)
     lines = []
     for group in cells.groups(report):
         headings = cells.headings(group.rows)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from dlops.bench import cells
+from dlops.bench.render import render_html
 from dlops.bench.results import Measured, merge, save_report
 from dlops.bench.table import table_text, to_csv, to_markdown
 from dlops.report import ColdStart, Interval, Profile, ProfiledOperator, ProviderUse, ServerTime, Telemetry
@@ -81,6 +82,26 @@ def test_numbers_of_four_digits_and_more_make_ranges_too(example) -> None:
     )
     (line,) = cells.footnotes(report.model_copy(update={"measurements": rows, "notes": ()}))
     assert line.endswith("that takes about 987 to 12,345 s")
+
+
+def test_two_models_of_one_variant_have_names_of_their_own(example) -> None:
+    measured = example()
+    first, second, third, *_ = measured.measurements
+    rows = tuple(
+        row.model_copy(update={"target": target, "artifact": target.partition("/")[2].partition("#")[0] or None})
+        for row, target in ((first, "digits-cnn/onnx-fp32"), (second, "digits-mlp/onnx-fp32"), (third, "eager"))
+    )
+    report = measured.report.model_copy(update={"measurements": rows, "chosen": "digits-mlp/onnx-fp32"})
+    page = render_html(report, measured.samples)
+    for target in ("digits-cnn/onnx-fp32", "digits-mlp/onnx-fp32"):
+        assert f"| {target} " in to_markdown(report)
+        assert any(line.startswith(f"{target} ") for line in table_text(report).splitlines())
+        assert f"</i>{target}</li>" in page
+    # One model twice is one model.
+    again = rows[0].model_copy(update={"target": "digits-cnn/onnx-fp32#2"})
+    text = table_text(report.model_copy(update={"measurements": (rows[0], again), "chosen": None}))
+    names = [line.split()[0] for line in text.splitlines() if "fp32" in line.split(" ")[0]]
+    assert names[:2] == ["onnx-fp32", "digits-cnn/onnx-fp32#2"]
 
 
 def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:
