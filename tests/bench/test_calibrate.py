@@ -415,6 +415,17 @@ def test_a_cache_that_may_not_be_read_costs_no_report(calibration, example, empt
     assert "permission denied" in capfd.readouterr().err
 
 
+def test_a_cache_below_a_file_is_said_and_the_run_goes_on(calibration, tmp_path, monkeypatch, capfd) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(workflow, "calibrate", lambda **_: calibration)
+    assert kept() is None
+    assert workflow.calibrate_first() == calibration
+    assert "not kept: " in capfd.readouterr().err
+    with pytest.raises(MachineError, match="file"):
+        keep(calibration)
+
+
 def test_another_machines_file_in_this_ones_place_is_not_taken(calibration, empty_cache) -> None:
     path = keep(of_here(calibration))
     path.write_text(keep(calibration).read_text())
