@@ -13,11 +13,11 @@ from dlops.report import Interval, Measurement, Report, ServerTime
 NONE = "–"
 # The part of a request's time at the client that the server does not count.
 OUTSIDE = "network and framework"
-_NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:\.\d+)?%?")
+_NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?")
 COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory", "energy")
 # A dash in these is a finding, in the others only what does not apply.
 _ALWAYS = ("p50 ms", "p99 ms", "items/s")
-_BOUNDARIES = {
+BOUNDARIES = {
     "device": "on the device",
     "host": "in process",
     "preprocessing": "in process, preprocessing included",
@@ -33,19 +33,38 @@ class Group:
     rows: tuple[Measurement, ...]
 
 
+def told_apart(report: Report) -> Report:
+    """The report for showing: where two models have a variant of one slug, each is called by its target instead."""
+    local = [row for row in report.measurements if row.boundary != "network"]
+    titles = {(row.artifact, row.target.partition("#")[0]) for row in local}
+    slugs = [slug for slug, _ in titles if slug]
+    shared = {slug for slug in slugs if slugs.count(slug) > 1}
+    if not shared:
+        return report
+    rows = [
+        row.model_copy(update={"artifact": None}) if row.boundary != "network" and row.artifact in shared else row
+        for row in report.measurements
+    ]
+    profiles = [one.model_copy(update={"artifact": None}) if one.artifact in shared else one for one in report.profiles]
+    return report.model_copy(update={"measurements": tuple(rows), "profiles": tuple(profiles)})
+
+
 def groups(report: Report) -> list[Group]:
     """The rows by boundary, batch and, where a target ran with several, by threads and device, in the order measured.
 
-    Network rows of one transport are together, whatever their concurrencies and rates.
+    Network rows of one transport are together, whatever their concurrencies and rates; by target where several of one
+    transport serve the same artifact.
     """
     local = [row for row in report.measurements if row.boundary != "network"]
+    remote = [row for row in report.measurements if row.boundary == "network"]
+    services_vary = _vary((f"{over_grpc(row)} {model(row)}", row.target) for row in remote)
     threads_vary = _vary((row.target, row.threads) for row in local)
     devices_vary = _vary((row.target, row.device) for row in local)
 
     def under(row: Measurement) -> str:
-        title = f"{'over gRPC' if over_grpc(row) else _BOUNDARIES[row.boundary]}, batch {row.load.batch}"
+        title = f"{'over gRPC' if over_grpc(row) else BOUNDARIES[row.boundary]}, batch {row.load.batch}"
         if row.boundary == "network":
-            return title
+            return f"{title}, {row.target}" if services_vary else title
         title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
         return title + (f", on {row.device}" if devices_vary else "")
 
@@ -204,7 +223,7 @@ def _in_one(reasons: Sequence[str]) -> str:
     words = _NUMBER.split(reasons[0])
     text = words[0]
     for number, word in zip(zip(*map(_NUMBER.findall, reasons), strict=True), words[1:], strict=True):
-        low, high = (pick(number, key=lambda one: float(one.strip("%"))) for pick in (min, max))
+        low, high = (pick(number, key=lambda one: float(one.strip("%").replace(",", ""))) for pick in (min, max))
         text += (low if low == high else f"{low} to {high}") + word
     return text
 
@@ -230,7 +249,11 @@ def knees(report: Report) -> list[str]:
     """Where each service is best used, a sentence each; none where too few loads were tried to say."""
     lines = []
     for group in groups(report):
-        rows = [row for row in group.rows if row.boundary == "network" and row.throughput.value > 0]
+        # Those that the curves have a point of: where nothing is certified, the mean is worth as little.
+        rows = [
+            row for row in group.rows
+            if row.boundary == "network" and row.throughput.value > 0 and (row.latency.p50_ns or row.latency.p99_ns)
+        ]  # fmt: skip
         rows.sort(key=lambda row: (row.target, row.load.rate is not None, row.load.rate or 0.0, row.load.concurrency))
         for _, alike in itertools.groupby(rows, key=lambda row: (row.target, row.load.rate is not None)):
             best = knee(list(alike))

@@ -15,7 +15,6 @@ from dlops.bench.compare import Compared, Comparison, Judged, Quantity, Word
 _HEADINGS = ("", "BASE", "NEW", "NEW/BASE", "interval", "verdict")
 _NAMES: dict[Quantity, str] = {"p50": "p50 ms", "p99": "p99 ms", "throughput": "items/s"}
 _STYLES: dict[Word, str] = {"REGRESSED": "bold red", "IMPROVED": "green", "INCONCLUSIVE": "yellow"}
-_BOUNDARIES = {"host": "in process", "network": "over HTTP"}
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
@@ -88,7 +87,11 @@ def _rule(comparison: Comparison) -> str:
 
 
 def _title(row: Compared) -> str:
-    return f"{row.name}, {_BOUNDARIES.get(row.boundary, row.boundary)}, batch {row.load.batch}"
+    boundary = cells.BOUNDARIES.get(row.boundary, row.boundary)
+    if row.boundary == "network":
+        over_grpc = {target.startswith("oip+grpc://") for target in (row.base_target, row.new_target)}
+        boundary = " and ".join("over gRPC" if one else "over HTTP" for one in sorted(over_grpc))
+    return f"{row.name}, {boundary}, batch {row.load.batch}"
 
 
 def _cells(judged: Judged) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dlops.bench.calibrate import this_machine
 from dlops.directory import write_json
-from dlops.errors import CorruptError, MachineError
+from dlops.errors import CorruptError, MachineError, UsageError, from_os_error
 from dlops.manifest import Manifest, read_manifest
 from dlops.report import Calibration, Machine
 
@@ -29,19 +29,31 @@ class KeptCalibration(Manifest):
 def keep(calibration: Calibration) -> Path:
     """Replace what was kept for its machine; the file. Raises MachineError where the cache cannot be written."""
     path = _directory(calibration.machine) / KeptCalibration.file_name
-    write_json(path, KeptCalibration(created=calibration.created, calibration=calibration).to_json())
+    try:
+        write_json(path, KeptCalibration(created=calibration.created, calibration=calibration).to_json())
+    except UsageError as error:
+        # A folder that is a file, or cannot be: of this machine, whatever the command line says.
+        raise MachineError(error.message, hint="set XDG_CACHE_HOME to a folder that can be written to") from None
     return path
 
 
 def kept() -> Calibration | None:
-    """What was kept for this machine, None where nothing was. Raises CorruptError where that is damaged or newer."""
+    """What was kept for this machine, None where nothing was.
+
+    Raises CorruptError where that is damaged or newer, MachineError where it cannot be read.
+    """
     machine = this_machine()
     directory = _directory(machine)
-    if not (directory / KeptCalibration.file_name).exists():
+    path = directory / KeptCalibration.file_name
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {path}") from error
+    if not there:
         return None
     calibration = read_manifest(directory, KeptCalibration).calibration
     if calibration.machine != machine:
-        raise CorruptError(f"{directory / KeptCalibration.file_name}: made on another machine")
+        raise CorruptError(f"{path}: made on another machine")
     return calibration
 
 

@@ -38,6 +38,10 @@ class Length:
     def __str__(self) -> str:
         return f"{self.first_s:g} to {self.longest_s:g} s" if self.is_piloted else f"{self.first_s:g} s"
 
+    def stretch(self, most: float) -> float:
+        """How many times first_s a row that has too few requests by then may last: `most`, or up to longest_s."""
+        return most if self.is_named else min(most, self.longest_s / self.first_s)
+
     def after(self, samples: Integers, *, turns: Integers, spent_s: float) -> float:
         """How long the row is to last in all; spent_s where that is long enough. samples, turns: (n,)."""
         if not self.is_piloted or spent_s >= self.longest_s:

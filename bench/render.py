@@ -30,6 +30,7 @@ _METHOD = (
 
 def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str:
     """The page. samples: what Report.raw_samples gives."""
+    report = cells.told_apart(report)
     groups = cells.groups(report)
     numbers = _numbers(report)
     body = [_header(report), _summary(report), "<section><h2>Results</h2>"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench import cells, inprocess, stats
 from dlops.bench.analysis import remarked
-from dlops.bench.arrivals import Offered, Schedule
+from dlops.bench.arrivals import STRETCH, Offered, Schedule
 from dlops.bench.attended import Attended
 from dlops.bench.disturbed import Seen, attach, seen_in_turns, seen_under_load
 from dlops.bench.inprocess import Conditions, Started
@@ -248,7 +248,7 @@ class _Bench:
     def _offer_rate(
         self, endpoint: Endpoint, sent: Payload, offered: Offered, rate: float, *, warm: Warm, batch: int
     ) -> None:
-        schedule = offered.at(rate, self.lasting.first_s)
+        schedule = offered.at(rate, self.lasting.first_s, stretch=self.lasting.stretch(STRETCH))
         row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
         response_ns, due_ns = self.samples[row.samples], self.samples[row.samples + STARTS]
         assert row.duration_ns is not None
@@ -258,7 +258,7 @@ class _Bench:
         if wanted_s > spent_s and not any(reason.startswith("saturated") for reason in row.verdict.reasons):
             pilot = remarked(self.rows.pop(), self.lasting.remarks(response_ns, turns=turns, spent_s=spent_s))
             others = len(self.rows)
-            schedule = offered.at(rate, wanted_s)
+            schedule = offered.at(rate, wanted_s, stretch=1.0)
             try:
                 row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
             except (KeyboardInterrupt, MachineError):

@@ -133,7 +133,8 @@ def share_bounds(share: float, n: int, *, confidence: float = CONFIDENCE) -> tup
     """Lower and upper bound of a proportion that was `share` of n independent samples, each one-sided. Clopper and
     Pearson 1934; share * n is rounded against whichever bound is asked for."""
     tail = 1 - confidence
-    few, many = math.floor(share * n), math.ceil(share * n)
+    # A share that is a whole number of n must not be rounded for the last bit of its division.
+    few, many = math.floor(share * n + 1e-9), math.ceil(share * n - 1e-9)
 
     def solve(holds: Callable[[float], bool]) -> float:
         low, high = 0.0, 1.0

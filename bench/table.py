@@ -12,13 +12,15 @@ from rich.text import Text
 
 from dlops.bench import breakdown, cells
 from dlops.bench.calibration_text import line
-from dlops.report import CLOCKS, Interval, Latency, Measurement, Report
+from dlops.report import CLOCKS, Interval, Latency, Measurement, Report, ServerTime
 
 _COLUMNS = 80
+_SERVER = tuple(ServerTime.model_fields)
 
 
 def render_table(report: Report) -> RenderableType:
     """For `Console.print`: one table with a section a load, then where it ran, then footnotes. Fits 80 columns."""
+    report = cells.told_apart(report)
     groups = cells.groups(report)
     headings = cells.headings(report.measurements)
     # In full where there is room for it: `onnx-int8 with 8 in flight`, else `onnx-int8 ×8`.
@@ -83,6 +85,7 @@ def table_text(report: Report, *, width: int = 80) -> str:
 
 def to_markdown(report: Report) -> str:
     """One Markdown table a load, for a page or a pull request."""
+    report = cells.told_apart(report)
     lines = []
     for group in cells.groups(report):
         headings = cells.headings(group.rows)
@@ -111,10 +114,12 @@ def to_csv(report: Report) -> str:
     writer.writerow(
         [
             "target", "artifact", "runtime", "provider", "device", "precision", "threads", "boundary", "scenario",
-            "batch", "concurrency", "rate", "samples", "effective_samples", *quantiles, *service, "lag_p99_ns",
+            "batch", "concurrency", "rate", "warmup_calls", "duration_ns", "samples", "effective_samples", *quantiles,
+            "mean_ns", "min_ns", "max_ns", *service, "lag_p99_ns", *(f"server_{name}" for name in _SERVER),
             "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low", "speedup_high", "errors",
             "model_bytes", "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", *clocks, "accuracy",
-            "drop_points", "flips", "other_load", "energy_j_per_item", "steady", "reasons",
+            "accuracy_samples", "drop_points", "drop_low", "drop_high", "flips", "other_load", "energy_j_per_item",
+            "macs", "peak_share", "steady", "reasons",
         ]
     )  # fmt: skip
     for row in report.measurements:
@@ -123,12 +128,13 @@ def to_csv(report: Report) -> str:
             [
                 row.target, row.artifact, row.runtime, row.provider, row.device, row.precision, row.threads,
                 row.boundary, row.load.scenario, row.load.batch, row.load.concurrency, row.load.rate,
-                latency.samples, latency.effective_samples, *_quantiles(latency), *_quantiles(row.service),
-                row.lag_p99_ns, *_ends(row.throughput, row.speedup), row.error_count, row.model_bytes,
-                row.peak_memory_bytes,
+                row.warmup_calls, row.duration_ns, latency.samples, latency.effective_samples, *_quantiles(latency),
+                latency.mean_ns, latency.min_ns, latency.max_ns, *_quantiles(row.service), row.lag_p99_ns,
+                *(getattr(row.server, name) if row.server else None for name in _SERVER),
+                *_ends(row.throughput, row.speedup), row.error_count, row.model_bytes, row.peak_memory_bytes,
                 *((start.total_ns, start.load_ns, start.first_call_ns) if start else (None, None, None)),
-                *_clock_values(row), row.accuracy, row.drop_points, row.flips, row.other_load, row.energy_j_per_item,
-                row.verdict.steady,
+                *_clock_values(row), row.accuracy, row.accuracy_samples, row.drop_points, row.drop_low, row.drop_high,
+                row.flips, row.other_load, row.energy_j_per_item, row.macs, row.peak_share, row.verdict.steady,
                 "; ".join(row.verdict.reasons),
             ]
         )  # fmt: skip

@@ -13,7 +13,7 @@ from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.slo import parse_objective
 from dlops.checkpoint import Checkpoint
 from dlops.console import say
-from dlops.errors import UsageError
+from dlops.errors import MachineError, UsageError
 from dlops.report import Boundary
 from dlops.runtimes.session import Device, SessionOptions
 from dlops.workflows.calibration import calibrate_first, calibrated
@@ -48,8 +48,8 @@ def benchmark(
     calibrate: measure the harness in full first, and keep that. profile: run every target that is no URL once more
     under its runtime's profiler, after the timing.
 
-    Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, or 130 after Ctrl-C, with
-    what was measured until then written and marked partial.
+    Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, 4 where a target failed
+    after others were measured, or 130 after Ctrl-C, with what was measured until then written and marked partial.
     """
     outputs.check()
     artifacts = [target for target in targets if isinstance(target, Artifact)]
@@ -93,6 +93,9 @@ def benchmark(
         status = _INTERRUPTED
         say("interrupted: the report goes without a calibration")
     report = publish(measured, outputs)
+    if status is None and report.partial:
+        say("incomplete: a target failed after others were measured; the report's notes say which")
+        return MachineError.exit_status
     return exit_status(report) if status is None else status
 
 

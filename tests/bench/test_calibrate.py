@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import socket
@@ -398,6 +399,31 @@ def test_a_kept_one_that_is_damaged_is_named_and_made_anew(
     assert said in errors
     assert str(path) in errors
     assert "calibrating in short" in errors
+
+
+def test_a_cache_that_may_not_be_read_costs_no_report(calibration, example, empty_cache, monkeypatch, capfd) -> None:
+    exists = Path.exists
+
+    def refused(path: Path, **options: bool) -> bool:
+        if path.name == "calibration.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    monkeypatch.setattr(workflow, "calibrate", lambda **_: calibration)
+    assert calibrated(example()).report.calibration == calibration
+    assert "permission denied" in capfd.readouterr().err
+
+
+def test_a_cache_below_a_file_is_said_and_the_run_goes_on(calibration, tmp_path, monkeypatch, capfd) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(workflow, "calibrate", lambda **_: calibration)
+    assert kept() is None
+    assert workflow.calibrate_first() == calibration
+    assert "not kept: " in capfd.readouterr().err
+    with pytest.raises(MachineError, match="file"):
+        keep(calibration)
 
 
 def test_another_machines_file_in_this_ones_place_is_not_taken(calibration, empty_cache) -> None:

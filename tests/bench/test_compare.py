@@ -326,6 +326,19 @@ def test_two_reports_without_a_common_row_are_refused(measured: Callable[..., Me
     assert "variant" in refusal.value.hint
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [("http://127.0.0.1:3000", ", over HTTP, batch 1"), ("oip+grpc://a:8001/m", ", over HTTP and over gRPC, batch 1")],
+)
+def test_a_service_is_said_to_be_measured_over_what_it_was(target: str, said: str, example) -> None:
+    base = example()
+    *local, served = base.measurements
+    report = base.report.model_copy(update={"measurements": (*local, served.model_copy(update={"target": target}))})
+    comparison = compare_reports(base, Measured(report=report, samples=base.samples))
+    assert said in comparison_text(comparison)
+    assert said in comparison_markdown(comparison)
+
+
 def test_every_difference_of_the_environment_is_a_warning(example: Callable[..., Measured]) -> None:
     base = example()
     where = base.report.environment

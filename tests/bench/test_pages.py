@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from dlops.bench import cells
+from dlops.bench.render import render_html
 from dlops.bench.results import Measured, merge, save_report
 from dlops.bench.table import table_text, to_csv, to_markdown
-from dlops.report import Interval, Profile, ProfiledOperator, ProviderUse, Telemetry
+from dlops.report import ColdStart, Interval, Profile, ProfiledOperator, ProviderUse, ServerTime, Telemetry
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -72,6 +73,37 @@ def test_rows_with_the_same_against_them_share_a_line(example) -> None:
     ]
 
 
+def test_numbers_of_four_digits_and_more_make_ranges_too(example) -> None:
+    report = example().report
+    said = ("that takes about 987 s", "that takes about 1,234 s", "that takes about 12,345 s")
+    rows = tuple(
+        row.model_copy(update={"verdict": row.verdict.model_copy(update={"reasons": (reason,)})})
+        for row, reason in zip(report.measurements, said, strict=False)
+    )
+    (line,) = cells.footnotes(report.model_copy(update={"measurements": rows, "notes": ()}))
+    assert line.endswith("that takes about 987 to 12,345 s")
+
+
+def test_two_models_of_one_variant_have_names_of_their_own(example) -> None:
+    measured = example()
+    first, second, third, *_ = measured.measurements
+    rows = tuple(
+        row.model_copy(update={"target": target, "artifact": target.partition("/")[2].partition("#")[0] or None})
+        for row, target in ((first, "digits-cnn/onnx-fp32"), (second, "digits-mlp/onnx-fp32"), (third, "eager"))
+    )
+    report = measured.report.model_copy(update={"measurements": rows, "chosen": "digits-mlp/onnx-fp32"})
+    page = render_html(report, measured.samples)
+    for target in ("digits-cnn/onnx-fp32", "digits-mlp/onnx-fp32"):
+        assert f"| {target} " in to_markdown(report)
+        assert any(line.startswith(f"{target} ") for line in table_text(report).splitlines())
+        assert f"</i>{target}</li>" in page
+    # One model twice is one model.
+    again = rows[0].model_copy(update={"target": "digits-cnn/onnx-fp32#2"})
+    text = table_text(report.model_copy(update={"measurements": (rows[0], again), "chosen": None}))
+    names = [line.split()[0] for line in text.splitlines() if "fp32" in line.split(" ")[0]]
+    assert names[:2] == ["onnx-fp32", "digits-cnn/onnx-fp32#2"]
+
+
 def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:
     report = example().report
     assert report.measurements[4].latency.p99_ns is None
@@ -107,6 +139,32 @@ def test_csv_has_a_line_a_row_in_base_units(example) -> None:
     assert float(rows[0]["p50_ns"]) == report.measurements[0].latency.p50_ns.value
     assert rows[4]["p99_ns"] == ""
     assert rows[4]["errors"] == "2"
+
+
+def test_csv_has_every_number_of_a_row(example) -> None:
+    report = example().report
+    server = ServerTime(
+        requests=301, items=302, executions=303, queue_ns=304.5, compute_input_ns=305.5, compute_infer_ns=306.5,
+        compute_output_ns=307.5, cache_ns=308.5, client_ns=309.5,
+    )  # fmt: skip
+    cold = ColdStart(total_ns=401, load_ns=402, first_call_ns=403)
+    rows = [
+        row.model_copy(update={"server": server, "cold_start": cold, "duration_ns": 404, "lag_p99_ns": 405.5})
+        for row in report.measurements
+    ]
+    rows[0] = rows[0].model_copy(update={"service": rows[0].latency})
+
+    def numbers(part: object) -> list[float]:
+        if isinstance(part, dict):
+            # The service times are told by their quantiles, which are the same here; failed calls are counted together.
+            left_out = ("errors", "verdict", "clocks") + (("service",) if part.get("service") else ())
+            return [one for name, each in part.items() if name not in left_out for one in numbers(each)]
+        return [float(part)] if isinstance(part, int | float) and not isinstance(part, bool) else []
+
+    text = to_csv(report.model_copy(update={"measurements": tuple(rows)}))
+    for row, line in zip(rows, csv.DictReader(io.StringIO(text)), strict=True):
+        written = {float(value) for value in line.values() if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", value)}
+        assert set(numbers(row.model_dump())) <= written
 
 
 def test_merging_keeps_every_rows_samples(example) -> None:

@@ -151,6 +151,17 @@ def test_ctrl_c_before_the_longer_run_has_anything_keeps_the_pilot(
     assert len(interruption.value.measured.samples[row.samples]) == row.latency.samples
 
 
+def test_a_low_rate_is_kept_up_no_longer_than_the_longest_a_row_may_last(make_artifact, serve, monkeypatch) -> None:
+    monkeypatch.setattr("dlops.bench.pilot.PILOT_S", 0.5)
+    artifact = make_artifact()
+    service = serve(artifact).url
+    (row,) = measure([service], payload=artifact, offered=Offered(rates=(20,)), max_duration_s=0.8).measurements
+    assert row.duration_ns == pytest.approx(0.8e9)
+    # A named duration is what an independent p99 at a low rate may take three times.
+    (row,) = measure([service], payload=artifact, offered=Offered(rates=(20,)), duration_s=0.4).measurements
+    assert row.duration_ns == pytest.approx(1.2e9)
+
+
 def test_the_command_takes_the_longest_a_row_may_last(make_artifact, tmp_path, capsys) -> None:
     artifact = make_artifact()
     status = run(

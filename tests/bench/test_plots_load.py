@@ -103,3 +103,27 @@ def test_the_page_and_the_tables_have_them(example) -> None:
     assert "Latency against throughput" in page
     assert "kept to 700 a second" in page
     assert any("at 500 a second is the knee" in line for line in cells.explanations(report)), cells.knees(report)
+
+
+def test_the_knee_in_words_is_the_one_that_is_drawn(example) -> None:
+    rows, samples = rows_of()
+    unknown = rows[2].latency.model_copy(update={"p50_ns": None, "p99_ns": None})
+    rows[2] = rows[2].model_copy(update={"latency": unknown})
+    (drawn,) = plots_load.knees(plots_load.at_rates(series_of(rows, samples))).values()
+    (said,) = cells.knees(example().report.model_copy(update={"measurements": tuple(rows)}))
+    assert f"{cells.name(drawn.row)} is the knee" in said
+
+
+def test_two_services_of_one_artifact_are_told_apart(example) -> None:
+    rows, samples = rows_of(rates=(), in_flight=(1, 4, 16))
+    rows = [row.model_copy(update={"artifact": "onnx-fp32"}) for row in rows]
+    slower = [row.model_copy(update={"target": "http://127.0.0.1:4000", "samples": f"{row.samples}b"}) for row in rows]
+    samples |= {f"{key}b": 2 * times for key, times in samples.items()}
+    report = example().report.model_copy(update={"measurements": (*rows, *slower), "chosen": None})
+    titles = [group.title for group in cells.groups(report)]
+    assert titles == [f"over HTTP, batch 1, {url}" for url in (URL, "http://127.0.0.1:4000")]
+    # One curve for each, not one through the points of both.
+    page = render_html(report, samples)
+    assert page.count("<h3>Latency against throughput</h3>") == 2
+    alone = report.model_copy(update={"measurements": tuple(rows)})
+    assert [group.title for group in cells.groups(alone)] == ["over HTTP, batch 1"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dlops.bench.run import Measured, MeasureInterrupted, Offered, choose_fastest, measure, merge, save_report
+from dlops.cli import run
 from dlops.errors import MachineError, UsageError
 from dlops.report import read_report
 from dlops.timing import interleave
@@ -215,3 +216,11 @@ def test_what_was_measured_before_a_service_refuses_is_kept(make_artifact, serve
     assert "none is due" in measured.report.notes[-1]
     with pytest.raises(UsageError, match="none is due"):
         measure([serve(artifact).url], payload=artifact, offered=Offered(rates=(0.001,)), duration_s=0.1)
+
+
+def test_the_command_does_not_end_well_where_a_target_failed(make_artifact, serve, tmp_path, capsys) -> None:
+    artifact = make_artifact()
+    load = ["--rate", "0.001", "--duration", "0.1", "--threads", "1", "--out", str(tmp_path / "r")]
+    assert run(["bench", str(artifact.directory), serve(artifact).url, *load]) == 4
+    assert "incomplete: a target failed" in capsys.readouterr().err
+    assert read_report(tmp_path / "r").partial

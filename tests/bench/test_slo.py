@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -45,6 +46,17 @@ def test_share_bounds_are_those_of_the_binomial() -> None:
     low, high = stats.share_bounds(0.01, 10_000)
     assert low == pytest.approx(0.0084, abs=0.0002)
     assert high == pytest.approx(0.0118, abs=0.0002)
+
+
+@pytest.mark.parametrize(("late", "n"), [(29, 100), (7, 100)])
+def test_share_bounds_of_a_whole_number_are_that_numbers(late: int, n: int) -> None:
+    # 29 / 100 * 100 is below 29, 7 / 100 * 100 above 7.
+    def at_least(count: int, p: float) -> float:
+        return sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(count, n + 1))
+
+    low, high = stats.share_bounds(late / n, n)
+    assert at_least(late, low) == pytest.approx(0.05)
+    assert at_least(late + 1, high) == pytest.approx(0.95)
 
 
 def test_share_bounds_hold_as_often_as_they_say() -> None:
