@@ -106,14 +106,14 @@ def test_a_server_that_dies_half_way_is_noticed_and_the_rest_is_not_sent(make_ar
     requests = requests_for(artifact, server)
     dying = threading.Thread(target=server.close)
     server.behave = lambda count: dying.start() if count == 30 else None
-    began = time.monotonic()
     loaded = open_loop("127.0.0.1", server.port, requests, constant(50, duration_s=60))
     dying.join()
-    assert time.monotonic() - began < 30
     assert loaded.stopped is not None
     assert "the server is gone" in loaded.stopped
     assert loaded.succeeded.sum() > 10
-    assert {"connection refused", "not sent: the server was gone"} <= set(loaded.errors)
+    assert "connection refused" in loaded.errors
+    # Of 3,000 in a minute: it does not go on to the end of the schedule.
+    assert loaded.errors["not sent: the server was gone"] > 1000
 
 
 def test_nobody_there_is_refusals_not_a_hang(free_port: int) -> None:
