@@ -29,6 +29,7 @@ _FREQUENCY_SAMPLES = 12
 # A GPU that is used less than this is not what the row ran on.
 _GPU_USED_PPM = 50_000
 _THROTTLED_SAMPLES = 0.05
+_STOPPED = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +135,10 @@ def _throttled(row: Measurement, timeline: Timeline, seen: Seen) -> list[str]:
         if rose is not None and rose >= 1:
             against.append(f"throttled: the processor's thermal throttle counters rose by {rose:.0f}")
         against += _frequency_fell(timeline, seen)
+        stopped = timeline.grown("quota_stall_us", seen.begin_ns, seen.end_ns)
+        share = 0.0 if stopped is None else stopped / 1e6 / seen.seconds
+        if share >= _STOPPED:
+            against.append(f"throttled: a CPU quota stopped it for {share:.0%} of the time, summed over processors")
     if on_gpu or seen.service is not None:
         against += _gpu_throttled(timeline, seen)
     return against

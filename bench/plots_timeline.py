@@ -58,6 +58,7 @@ _LINES = (
     ("Temperature, °C", "_temperature_mc", 1e3),
     ("GPU memory in use, GB", "_memory_bytes", 1e9),
     ("Waiting for memory, %", "memory_stall_ppm", 1e4),
+    ("Stopped by the CPU quota, %", "quota_stall_ppm", 1e4),
     ("Thermal throttle events of the CPU", "cpu_throttle_count", 1.0),
 )
 

@@ -44,6 +44,7 @@ def find_sensors(cpus: frozenset[int], *, sys: Path = SYS, proc: Path = PROC) ->
     _find_frequency(found, cpus, sys, proc)
     _find_temperature(found, sys)
     _find_throttling(found, cpus, sys)
+    _find_quota(found, sys, proc)
     found.add(lambda: {"load_milli": round(float((proc / "loadavg").read_text().split()[0]) * 1000)})
     _find_pressure(found, proc)
     rapl = Rapl(sys)
@@ -150,6 +151,28 @@ def _find_throttling(found: Sensors, cpus: frozenset[int], sys: Path) -> None:
         found.absent["CPU throttle counters"] = "no thermal_throttle under /sys/devices/system/cpu/cpu*"
         return
     found.add(lambda: {"cpu_throttle_count": sum(int(path.read_text()) for path in paths)})
+
+
+def _find_quota(found: Sensors, sys: Path, proc: Path) -> None:
+    """How long the CPU quotas of the control groups around this process have stopped it (version 2 of cgroups)."""
+    group = next((line[3:] for line in _lines(proc / "self" / "cgroup") if line.startswith("0::")), "/")
+    folder = sys / "fs" / "cgroup" / group.strip("/")
+    levels = [folder, *folder.parents[: len(Path(group.strip("/")).parts)]]
+    paths = [level / "cpu.stat" for level in levels]
+    paths = [path for path in paths if any(line.startswith("throttled_usec") for line in _lines(path))]
+    if not paths:
+        found.absent["CPU quota"] = f"no control group of version 2 with a cpu.stat under {sys / 'fs' / 'cgroup'}"
+        return
+
+    def read() -> Reading:
+        lines = [line.split() for path in paths for line in path.read_text().splitlines()]
+        return {"quota_stall_us": sum(int(value) for name, value in lines if name == "throttled_usec")}
+
+    found.add(read)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 def _find_pressure(found: Sensors, proc: Path) -> None:

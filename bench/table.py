@@ -108,7 +108,7 @@ def to_csv(report: Report) -> str:
             "batch", "concurrency", "rate", "samples", "effective_samples", *quantiles, *service, "lag_p99_ns",
             "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low", "speedup_high", "errors",
             "model_bytes", "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", "accuracy", "drop_points",
-            "flips", "other_load", "energy_j_per_item", "steady", "reasons",
+            "flips", "other_load", "energy_j_per_item", "macs", "peak_share", "steady", "reasons",
         ]
     )  # fmt: skip
     for row in report.measurements:
@@ -121,8 +121,8 @@ def to_csv(report: Report) -> str:
                 row.lag_p99_ns, *_ends(row.throughput, row.speedup), row.error_count, row.model_bytes,
                 row.peak_memory_bytes,
                 *((start.total_ns, start.load_ns, start.first_call_ns) if start else (None, None, None)),
-                row.accuracy, row.drop_points, row.flips, row.other_load, row.energy_j_per_item, row.verdict.steady,
-                "; ".join(row.verdict.reasons),
+                row.accuracy, row.drop_points, row.flips, row.other_load, row.energy_j_per_item, row.macs,
+                row.peak_share, row.verdict.steady, "; ".join(row.verdict.reasons),
             ]
         )  # fmt: skip
     return buffer.getvalue()

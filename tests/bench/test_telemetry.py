@@ -158,17 +158,23 @@ def test_sensors_give_what_is_there_and_say_what_is_not(tmp_path) -> None:
         "class__hwmon__hwmon1__temp1_input": "51000",
         "class__hwmon__hwmon1__temp2_input": "63000",
     }
-    sys_, proc = write(tmp_path / "sys", **files), write(tmp_path / "proc", loadavg="1.25 1 1 1/9 99")
+    files |= {
+        "fs__cgroup__a__b__cpu.stat": "usage_usec 9\nthrottled_usec 40", "fs__cgroup__a__cpu.stat": "throttled_usec 2",
+        "fs__cgroup__cpu.stat": "usage_usec 9",
+    }  # fmt: skip
+    sys_ = write(tmp_path / "sys", **files)
+    proc = write(tmp_path / "proc", loadavg="1.25 1 1 1/9 99", self__cgroup="5:cpuset:/x\n0::/a/b")
     found = find_sensors(frozenset({0, 1}), sys=sys_, proc=proc)
     assert found.read() == {
         "cpu_frequency_khz": 3_400_000, "cpu_temperature_mc": 63_000, "cpu_throttle_count": 7, "load_milli": 1250,
+        "quota_stall_us": 42,
     }  # fmt: skip
     assert set(found.absent) == {"memory pressure", "CPU energy"}
 
     bare = find_sensors(frozenset({0}), sys=tmp_path / "none", proc=write(tmp_path / "p", loadavg="0 0 0 1/1 1"))
     assert bare.read() == {"load_milli": 0}
     assert set(bare.absent) == {
-        "CPU frequency", "CPU temperature", "CPU throttle counters", "memory pressure", "CPU energy"
+        "CPU frequency", "CPU temperature", "CPU throttle counters", "CPU quota", "memory pressure", "CPU energy"
     }  # fmt: skip
     assert all(bare.absent.values())
 
@@ -307,6 +313,12 @@ def test_a_processor_that_throttles_marks_the_row(example) -> None:
     assert judged(example, elsewhere, seen(service="u"), number=4).verdict.reasons == ()
 
 
+def test_a_quota_that_stops_the_run_marks_the_row(example) -> None:
+    (said,) = judged(example, timeline(quota_stall_us=50_000), seen()).verdict.reasons
+    assert said == "throttled: a CPU quota stopped it for 5% of the time, summed over processors"
+    assert judged(example, timeline(quota_stall_us=5_000), seen()).verdict.reasons == ()
+
+
 def test_a_frequency_that_falls_under_load_marks_the_row_and_one_that_falls_with_it_does_not(example) -> None:
     fell = [3_400_000] * 10 + [2_900_000] * 11
     busy = timeline(20, cpu_frequency_khz=fell, busy_ticks=100, ours_ticks=100, steal_ticks=0)
@@ -412,6 +424,16 @@ def test_a_long_timeline_is_kept_in_few_points_that_lose_no_time_and_no_event() 
     (at,) = np.flatnonzero(arrays["telemetry00.gpu0_clock_events_bits"])
     assert abs(times[at] - 777 * SECOND) <= 4 * SECOND
     assert all(array.dtype == np.int64 and len(array) == len(times) for array in arrays.values())
+
+
+def test_a_last_sample_just_after_another_makes_no_point_of_its_own() -> None:
+    times = np.array([0, 1, 2, 2.001]) * SECOND
+    ticks = np.array([0, 50, 100, 101])
+    values = {"busy_ticks": ticks, "ours_ticks": ticks, "steal_ticks": ticks * 0}
+    line = Timeline(interval_s=1.0, times_ns=times.astype(np.int64), values=values, cpus=1)
+    _, arrays = recorded(line, spans={}, key="t")
+    assert len(arrays["t.cpu_ours_ppm"]) == 2
+    assert arrays["t.cpu_ours_ppm"] == pytest.approx([500_000, 505_000], rel=0.01)
 
 
 def test_where_nothing_can_be_sampled_the_report_says_why(example, monkeypatch) -> None:
