@@ -24,7 +24,7 @@ def recorded(
     start = (
         int(timeline.times_ns[0]) if len(timeline.times_ns) else min((begin for begin, _ in spans.values()), default=0)
     )
-    edges = _edges(len(timeline.times_ns))
+    edges = _edges(timeline)
     series = _series(timeline, edges)
     arrays = {f"{key}.{name}": array for name, array in series.items()}
     if series:
@@ -44,12 +44,17 @@ def recorded(
     return telemetry, arrays
 
 
-def _edges(samples: int) -> Integers:
+def _edges(timeline: Timeline) -> Integers:
     """The samples between which the points lie."""
+    samples = len(timeline.times_ns)
     if samples < 2:
         return np.zeros(min(samples, 1), np.int64)
     step = math.ceil((samples - 1) / MOST_POINTS)
-    return np.unique(np.append(np.arange(0, samples, step), samples - 1)).astype(np.int64)
+    edges = np.unique(np.append(np.arange(0, samples, step), samples - 1)).astype(np.int64)
+    # The last sample comes when the run ends: a clock tick over so short a stretch would be a share of many times one.
+    if len(edges) > 2 and np.ptp(timeline.times_ns[edges[-2:]]) < timeline.interval_s * 1e9 / 2:
+        edges = np.delete(edges, -2)
+    return edges
 
 
 def _series(timeline: Timeline, edges: Integers) -> dict[str, Integers]:

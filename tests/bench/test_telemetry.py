@@ -426,6 +426,16 @@ def test_a_long_timeline_is_kept_in_few_points_that_lose_no_time_and_no_event() 
     assert all(array.dtype == np.int64 and len(array) == len(times) for array in arrays.values())
 
 
+def test_a_last_sample_just_after_another_makes_no_point_of_its_own() -> None:
+    times = np.array([0, 1, 2, 2.001]) * SECOND
+    ticks = np.array([0, 50, 100, 101])
+    values = {"busy_ticks": ticks, "ours_ticks": ticks, "steal_ticks": ticks * 0}
+    line = Timeline(interval_s=1.0, times_ns=times.astype(np.int64), values=values, cpus=1)
+    _, arrays = recorded(line, spans={}, key="t")
+    assert len(arrays["t.cpu_ours_ppm"]) == 2
+    assert arrays["t.cpu_ours_ppm"] == pytest.approx([500_000, 505_000], rel=0.01)
+
+
 def test_where_nothing_can_be_sampled_the_report_says_why(example, monkeypatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with Recorder() as recorder:
