@@ -15,12 +15,15 @@ from dlops.artifact import Artifact, open_artifact
 from dlops.bench import inprocess
 from dlops.bench.arrivals import Offered, Schedule
 from dlops.bench.inprocess import Conditions, Started
+from dlops.bench.loadgen import check_installed
+from dlops.bench.payload import most_items
 from dlops.bench.results import Measured, MeasureInterrupted, choose_fastest, merge, row_key, save_report
+from dlops.bench.scenarios import Asked, Step, numbers, steps
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar, say
 from dlops.environment import describe_environment
 from dlops.errors import MachineError, UsageError
-from dlops.report import STARTS, TURNS, Boundary, Measurement, Objective, Report
+from dlops.report import STARTS, TURNS, Boundary, Engine, Measurement, Objective, Report, Scenario
 from dlops.runtimes import SessionOptions
 from dlops.runtimes.session import Device
 from dlops.timing import Interleaved, TimingInterrupted
@@ -44,12 +47,15 @@ def measure(
     *,
     checkpoint: Checkpoint | None = None,
     compiled: bool = False,
-    batch: Sequence[int] = (1,),
+    batch: Sequence[int] | None = None,
     boundary: Sequence[Boundary] = ("host",),
     threads: int | Sequence[int] | None = None,
     device: Device | Sequence[Device] = "auto",
     concurrency: Sequence[int] | None = None,
     offered: Offered | None = None,
+    scenarios: Sequence[Scenario] = (),
+    samples_per_query: int | None = None,
+    engine: Engine = "dlops",
     duration_s: float = 3.0,
     payload: Artifact | None = None,
     model: ModuleSource | str | None = None,
@@ -62,45 +68,58 @@ def measure(
     `oip+grpc://HOST:PORT`, a service of the Open Inference Protocol. checkpoint: adds its eager module as the row that
     speed-ups are counted from (without it, the first of several artifacts is), with `compiled` through torch.compile,
     too; model: what builds the module where the checkpoint names no builder, best as "python:package.module:function":
-    a module or a function keeps the two in this process. batch, boundary, threads and device are axes: for each
-    combination all targets take turns within one run. boundary "preprocessing": from the raw input, decoding included.
-    concurrency: calls kept in flight at URLs, by default 1 unless `offered` is given. offered: requests at rates or
-    from a trace, whether or not earlier ones are answered. duration_s: for each row, on the clock: the waits between
-    turns count, the warm-up does not. payload: whose samples are sent to URLs; without it the first artifact among the
-    targets, else random numbers within the signature.
+    a module or a function keeps the two in this process. batch (by default 1), boundary, threads and device are axes:
+    for each combination all targets take turns within one run. boundary "preprocessing": from the raw input, decoding
+    included. concurrency: calls kept in flight at URLs, by default 1 unless `offered` is given. offered: requests at
+    rates or from a trace, whether or not earlier ones are answered. scenarios: MLPerf's, instead of those axes: batch
+    and concurrency are then for "offline" (by default 32 items or what all targets take, and 8 in flight), `offered`
+    for "server", in process too, and samples_per_query (8) for "multi_stream". engine: "loadgen" has MLCommons' LoadGen
+    run them. duration_s: for each row, on the clock: the waits between turns count, the warm-up does not. payload:
+    whose samples are sent to URLs; without it the first artifact among the targets, else random numbers within the
+    signature.
 
     Raises UsageError and MachineError before anything is timed where a target is not there or cannot run what is
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
     """
     artifacts, urls = _sorted_out(targets)
-    if concurrency is None:
-        concurrency = (1,) if offered is None else ()
-    batches, calls = _numbers("batch", batch), _numbers("concurrency", concurrency) if concurrency else []
     if duration_s <= 0:
         raise UsageError(f"a duration of {duration_s:g} s")
     if not artifacts and not urls and checkpoint is None:
         raise UsageError("nothing to measure", hint="name an artifact's folder or http://HOST:PORT")
-    if not urls and (calls != [1] or offered is not None):
-        what = "concurrency" if offered is None else "a rate"
-        raise UsageError(f"{what} is for URLs: in process, one session runs one call at a time")
     if compiled and checkpoint is None:
         raise UsageError("torch.compile is for a checkpoint's module", hint="name its run with --checkpoint")
     chosen = inprocess.subjects(artifacts, checkpoint=checkpoint, model=model, compiled=compiled)
-    conditions = _conditions(batches, boundary, threads, device)
-    inprocess.check(chosen, batches=batches, boundaries=boundary)
-    endpoints = _find_endpoints(urls, payload or next(iter(artifacts), None))
+    sent = payload or next(iter(artifacts), None)
+    asked = Asked(
+        scenarios=scenarios, engine=engine, batch=batch, concurrency=concurrency, offered=offered,
+        samples_per_query=samples_per_query,
+    )  # fmt: skip
+    signatures = [one.signature for one in chosen] + ([sent.signature] if urls and sent else [])
+    planned = steps(
+        asked, in_process=bool(chosen), over_network=bool(urls), most_items=min(map(most_items, signatures), default=32)
+    )
+    if engine == "loadgen":
+        check_installed()
+    conditions = _conditions(planned, boundary, threads, device)
+    alone = [step for step in planned if engine == "loadgen" or step.scenario == "server"]
+    inprocess.check(
+        chosen, batches=sorted({step.batch for step in planned}), boundaries=boundary, own_process=bool(alone)
+    )
+    endpoints = _find_endpoints(urls, sent)
 
     bench = _Bench(title=title or _title(artifacts, urls), command=tuple(command), duration_s=duration_s)
     try:
         if chosen:
-            bench.baseline = chosen[0].target if len(chosen) > 1 or checkpoint is not None else None
-            for condition in conditions:
-                bench.time_in_process(chosen, condition)
+            if alone != planned and (len(chosen) > 1 or checkpoint is not None):
+                bench.baseline = chosen[0].target
+            for step, condition in conditions:
+                if step in alone:
+                    bench.time_alone(chosen, condition, step, engine=engine)
+                else:
+                    bench.time_in_process(chosen, condition)
         for endpoint in endpoints:
-            for size in batches:
-                bench.load(
-                    endpoint, payload or next(iter(artifacts), None), batch=size, concurrency=calls, offered=offered
-                )
+            for step in planned:
+                bench.load(endpoint, sent, step, engine=engine)
     except KeyboardInterrupt:
         if not bench.rows:
             raise
@@ -160,62 +179,130 @@ class _Bench:
                 raise
         self._keep(ready, timed, conditions)
 
-    def load(
-        self, endpoint: Endpoint, artifact: Artifact | None, *, batch: int, concurrency: Sequence[int],
-        offered: Offered | None,
+    def time_alone(
+        self, chosen: Sequence[inprocess.Subject], conditions: Conditions, step: Step, *, engine: Engine
+    ) -> None:
+        """The rows of all targets at each rate, one after the other, each with a queue in front of its session or under
+        LoadGen, and in a fresh process. Where one fails after others are measured, those are kept."""
+        for subject in chosen:
+            for rate in _rates(step):
+                try:
+                    with inprocess.started([subject], conditions, samples=inprocess.first_artifact(chosen)) as (one,):
+                        self._time_one(one, conditions, step, rate, engine, _artifacts(chosen))
+                except MachineError as error:
+                    if not self.rows:
+                        raise
+                    say(str(error))
+                    self.failures.append(error.message)
+
+    def _time_one(
+        self, one: Started, conditions: Conditions, step: Step, rate: float | None, engine: Engine,
+        artifacts: Sequence[Artifact],
     ) -> None:  # fmt: skip
-        """The rows of one URL at one batch. One that fails half-way is noted, and the others are kept."""
-        from dlops.bench.network import measure_endpoint, prepare
+        from dlops.bench.inprocess_rates import measure_queue, process_of
+
+        warmth = process_of(one).warm_up(max(2.0, self.duration_s))
+        key = row_key(len(self.rows))
+        if engine == "loadgen":
+            from dlops.bench.loadgen_rows import measure_session, note
+
+            say(f"LoadGen on {one.target}: {conditions.scenario}, {self.duration_s:g} s or more")
+            (row, samples), said = measure_session(
+                one, conditions, rate=rate, duration_s=self.duration_s, warmth=warmth, artifacts=artifacts, key=key
+            )
+            self._add(row, samples)
+            self.note(note(said.version))
+            return
+        assert step.offered is not None
+        assert rate is not None
+        schedule = step.offered.at(rate, self.duration_s)
+        say(f"offering {one.target}: {rate:,.5g} requests/s for {schedule.duration_s:.3g} s")
+        row, samples, interrupted = measure_queue(
+            one, schedule, warmth=warmth, conditions=conditions, artifacts=artifacts, key=key
+        )
+        self._add(row, samples)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _add(self, row: Measurement, samples: dict[str, NDArray[np.int64]]) -> None:
+        self.rows.append(row)
+        self.samples |= samples
+
+    def load(self, endpoint: Endpoint, artifact: Artifact | None, step: Step, *, engine: Engine) -> None:
+        """The rows of one URL at one step. One that fails half-way is noted, and the others are kept."""
+        from dlops.bench.network import prepare
 
         try:
-            sent = prepare(endpoint, artifact, batch=batch)
+            sent = prepare(endpoint, artifact, batch=step.batch)
             for note in sent.notes:
                 self.note(note)
-            for calls in concurrency:
-                say(
-                    f"loading {endpoint.url}: batch {batch}, {calls} in flight, {self.duration_s:g} s after the warm-up"
-                )
-                key = row_key(len(self.rows))
-                row, samples, loaded = measure_endpoint(
-                    endpoint, sent, batch=batch, concurrency=calls, duration_s=self.duration_s, key=key
-                )
-                self.rows.append(row)
-                self.samples |= samples
-                if loaded.interrupted:
-                    raise KeyboardInterrupt
-            if offered is not None:
-                self._offer(endpoint, sent, offered, batch=batch)
+            if engine == "loadgen":
+                self._drive(endpoint, sent, step)
+                return
+            for calls in step.concurrency:
+                self._load_one(endpoint, sent, step, calls)
+            if step.offered is not None:
+                self._offer(endpoint, sent, step.offered, step)
         except MachineError as error:
             say(str(error))
             self.failures.append(error.message)
 
-    def _offer(self, endpoint: Endpoint, sent: Payload, offered: Offered, *, batch: int) -> None:
+    def _load_one(self, endpoint: Endpoint, sent: Payload, step: Step, calls: int) -> None:
+        from dlops.bench.network import measure_endpoint
+
+        said = f"batch {step.batch}, {calls} in flight, {self.duration_s:g} s after the warm-up"
+        say(f"loading {endpoint.url}: {said}")
+        row, samples, loaded = measure_endpoint(
+            endpoint, sent, batch=step.batch, concurrency=calls, duration_s=self.duration_s,
+            key=row_key(len(self.rows)), scenario=step.scenario,
+        )  # fmt: skip
+        self._add(row, samples)
+        if loaded.interrupted:
+            raise KeyboardInterrupt
+
+    def _drive(self, endpoint: Endpoint, sent: Payload, step: Step) -> None:
+        from dlops.bench.loadgen_rows import measure_url, note
+        from dlops.bench.rates import warm_up
+
+        assert step.scenario is not None
+        warm = warm_up(endpoint, sent)
+        for rate in _rates(step):
+            for calls in step.concurrency or (1,):
+                say(f"LoadGen on {endpoint.url}: {step.scenario}, {self.duration_s:g} s or more")
+                (row, samples), said = measure_url(
+                    endpoint, sent, step.scenario, batch=step.batch, concurrency=calls, rate=rate,
+                    duration_s=self.duration_s, warm=warm, key=row_key(len(self.rows)),
+                )  # fmt: skip
+                self._add(row, samples)
+                self.note(note(said.version))
+
+    def _offer(self, endpoint: Endpoint, sent: Payload, offered: Offered, step: Step) -> None:
         from dlops.bench.rates import warm_up
 
         warm = warm_up(endpoint, sent)
         for schedule in offered.schedules(self.duration_s):
-            self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
+            self._offer_one(endpoint, sent, schedule, step, warm=warm, senders=offered.senders)
         if offered.objective is not None:
-            self._find_highest(endpoint, sent, offered, offered.objective, warm=warm, batch=batch)
+            self._find_highest(endpoint, sent, offered, offered.objective, step, warm=warm)
 
     def _offer_one(
-        self, endpoint: Endpoint, sent: Payload, schedule: Schedule, *, warm: Warm, batch: int, senders: int | None
+        self, endpoint: Endpoint, sent: Payload, schedule: Schedule, step: Step, *, warm: Warm, senders: int | None
     ) -> Measurement:
         from dlops.bench.rates import measure_rate
 
         title = f"{schedule.rate:,.5g} requests/s"
-        say(f"offering {endpoint.url}: batch {batch}, {title} for {schedule.duration_s:.3g} s")
+        say(f"offering {endpoint.url}: batch {step.batch}, {title} for {schedule.duration_s:.3g} s")
         row, samples, loaded = measure_rate(
-            endpoint, sent, schedule, warm=warm, batch=batch, senders=senders, key=row_key(len(self.rows)), title=title
-        )
-        self.rows.append(row)
-        self.samples |= samples
+            endpoint, sent, schedule, warm=warm, batch=step.batch, senders=senders, key=row_key(len(self.rows)),
+            title=title, scenario=step.scenario,
+        )  # fmt: skip
+        self._add(row, samples)
         if loaded.interrupted:
             raise KeyboardInterrupt
         return row
 
     def _find_highest(
-        self, endpoint: Endpoint, sent: Payload, offered: Offered, objective: Objective, *, warm: Warm, batch: int
+        self, endpoint: Endpoint, sent: Payload, offered: Offered, objective: Objective, step: Step, *, warm: Warm
     ) -> None:
         from dlops.bench.slo import judge, samples_for, search
 
@@ -223,7 +310,7 @@ class _Bench:
 
         def probe(rate: float) -> Outcome:
             schedule = offered.at(rate, self.duration_s, wanted=wanted, stretch=_SEARCH_STRETCH)
-            row = self._offer_one(endpoint, sent, schedule, warm=warm, batch=batch, senders=offered.senders)
+            row = self._offer_one(endpoint, sent, schedule, step, warm=warm, senders=offered.senders)
             outcome = judge(row, self.samples[row.samples], self.samples[row.samples + STARTS], objective)
             say(f"{rate:,.5g} requests/s: {outcome}")
             return outcome
@@ -233,7 +320,7 @@ class _Bench:
         found = search(probe, start=warm.rate / 4, least=wanted / (_SEARCH_STRETCH * self.duration_s))
         tried = tuple(row.samples for row in self.rows[first:])
         self.rows[first:] = sorted(self.rows[first:], key=lambda row: row.load.rate or 0.0)
-        key = endpoint.url if batch == 1 else f"{endpoint.url} at batch {batch}"
+        key = endpoint.url if step.batch == 1 else f"{endpoint.url} at batch {step.batch}"
         update = {"rate": found.met, "missed": found.missed, "tried": tried}
         self.objectives[key] = objective.model_copy(update=update)
 
@@ -278,28 +365,37 @@ def _sorted_out(targets: Sequence[Artifact | Path | str]) -> tuple[list[Artifact
     return artifacts, urls
 
 
-def _numbers(what: str, given: Sequence[int]) -> list[int]:
-    if not given or any(number < 1 for number in given):
-        raise UsageError(f"{what} {', '.join(map(str, given)) or 'empty'}: whole numbers from 1 up are wanted")
-    return sorted(set(given))
-
-
 def _conditions(
-    batches: Sequence[int],
+    planned: Sequence[Step],
     boundaries: Sequence[Boundary],
     threads: int | Sequence[int] | None,
     devices: Device | Sequence[Device],
-) -> list[Conditions]:
-    """Every combination, the batches of one set of options next to one another."""
-    counts = [None] if threads is None else _numbers("threads", [threads] if isinstance(threads, int) else threads)
+) -> list[tuple[Step, Conditions]]:
+    """Every combination, the steps under one set of options next to one another."""
+    counts = [None] if threads is None else numbers("threads", [threads] if isinstance(threads, int) else threads)
     places: Sequence[Device] = [devices] if isinstance(devices, str) else list(dict.fromkeys(devices))
     return [
-        Conditions(batch=batch, boundary=boundary, options=SessionOptions(device=place, threads=count))
+        (
+            step,
+            Conditions(
+                batch=step.batch, boundary=boundary, options=SessionOptions(device=place, threads=count),
+                scenario=step.scenario,
+            ),
+        )
         for place in places
         for count in counts
         for boundary in dict.fromkeys(boundaries)
-        for batch in batches
-    ]
+        for step in planned
+    ]  # fmt: skip
+
+
+def _rates(step: Step) -> list[float | None]:
+    """Each rate that is offered; None where none is."""
+    return [None] if step.offered is None else [*sorted(set(step.offered.rates))]
+
+
+def _artifacts(chosen: Sequence[inprocess.Subject]) -> list[Artifact]:
+    return [one.artifact for one in chosen if one.artifact is not None]
 
 
 def _find_endpoints(urls: Sequence[str], artifact: Artifact | None) -> list[Endpoint]:
