@@ -154,7 +154,7 @@ def compare_reports(
     if not matched:
         raise UsageError(
             "no row of NEW measured what a row of BASE did: " + "; ".join(unmatched),
-            hint="rows belong together where variant, runtime, provider, boundary, batch, concurrency and "
+            hint="rows belong together where variant, runtime, provider, boundary, generator, batch, concurrency and "
             "rate are the same",
         )
     pairs = [_Pair(one, other, _calls(one, base), _calls(other, new)) for one, other in matched]

@@ -66,7 +66,7 @@ def steps(asked: Asked, *, in_process: bool, over_network: bool, most_items: int
             assert asked.offered is not None
             found.append(Step(scenario=scenario, batch=1, offered=asked.offered))
         elif scenario == "offline":
-            batches = asked.batch or (min(_OFFLINE_BATCH, most_items),)
+            batches = (min(_OFFLINE_BATCH, most_items),) if asked.batch is None else asked.batch
             in_flight = numbers("concurrency", asked.concurrency or (_OFFLINE_IN_FLIGHT,))
             found += [Step(scenario=scenario, batch=one, concurrency=in_flight) for one in numbers("batch", batches)]
         else:
@@ -82,15 +82,16 @@ def _without_scenarios(asked: Asked, *, in_process: bool, over_network: bool) ->
         raise UsageError(
             "--samples-per-query is for --scenario multi_stream", hint="--batch gives the items of other calls"
         )
-    given = asked.concurrency
-    concurrency = numbers("concurrency", given) if given else (1,) if asked.offered is None else ()
+    given = ((1,) if asked.offered is None else ()) if asked.concurrency is None else asked.concurrency
+    # Beside a rate none in flight may be asked for.
+    concurrency = numbers("concurrency", given) if given else ()
     if not over_network and (concurrency != (1,) or asked.offered is not None):
         what = "concurrency" if asked.offered is None else "a rate"
         hint = None if asked.offered is None else "add --scenario server for a queue in front of the session"
         raise UsageError(f"{what} is for URLs: in process, one session runs one call at a time", hint=hint)
     return [
         Step(scenario=None, batch=batch, concurrency=concurrency, offered=asked.offered)
-        for batch in numbers("batch", asked.batch or (1,))
+        for batch in numbers("batch", (1,) if asked.batch is None else asked.batch)
     ]
 
 
