@@ -244,7 +244,8 @@ def _timed_ns(profile: Profile, report: Report) -> float | None:
     """The median that the timing gave, null where it was not certified."""
     for row in report.measurements:
         placed = (row.target, row.load.batch, row.device, row.threads)
-        if row.boundary == "host" and placed == (profile.target, profile.batch, profile.device, profile.threads):
+        in_turns = row.boundary == "host" and row.duration_ns is None
+        if in_turns and placed == (profile.target, profile.batch, profile.device, profile.threads):
             return row.latency.p50_ns.value if row.latency.p50_ns else None
     return None
 

@@ -35,7 +35,10 @@ def attach(measured: Measured, calibration: Calibration, *, senders: int | None 
 
 def _judged(row: Measurement, calibration: Calibration, senders: int | None) -> Measurement:
     """The row as it was, or with a reason more. Only "client-bound" takes its quotability."""
-    if row.boundary != "network":
+    if row.engine != "dlops":
+        # What was calibrated is our own timing and sending.
+        said = []
+    elif row.boundary != "network":
         said = [*_short_call(row, calibration.timing), *_of_peak(row)]
     elif calibration.network is None or over_grpc(row):
         # The null server speaks HTTP.

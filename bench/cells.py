@@ -13,10 +13,15 @@ from dlops.report import Interval, Measurement, Report, ServerTime
 NONE = "–"
 # The part of a request's time at the client that the server does not count.
 OUTSIDE = "network and framework"
+LOADGEN = "LoadGen, non-MLPerf workload"
 _NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?")
-COLUMNS = ("size", "acc %", "change", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory", "energy")
+COLUMNS = (
+    "size", "acc %", "change", "result", "p50 ms", "p99 ms", "service p99", "items/s", "speed", "memory", "energy"
+)  # fmt: skip
 # A dash in these is a finding, in the others only what does not apply.
 _ALWAYS = ("p50 ms", "p99 ms", "items/s")
+# What the console leaves out where it shows results of scenarios; pages, Markdown and CSV have it.
+_BESIDE_RESULT = ("size", "acc %", "change", "service p99")
 BOUNDARIES = {
     "device": "on the device",
     "host": "in process",
@@ -62,13 +67,23 @@ def groups(report: Report) -> list[Group]:
     devices_vary = _vary((row.target, row.device) for row in local)
 
     def under(row: Measurement) -> str:
-        title = f"{'over gRPC' if over_grpc(row) else BOUNDARIES[row.boundary]}, batch {row.load.batch}"
+        title = f"{'over gRPC' if over_grpc(row) else BOUNDARIES[row.boundary]}, {_load(row)}"
+        if row.engine == "loadgen":
+            title = f"{LOADGEN}: {title}"
         if row.boundary == "network":
             return f"{title}, {row.target}" if services_vary else title
         title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
         return title + (f", on {row.device}" if devices_vary else "")
 
     return [Group(title=title, rows=tuple(rows)) for title, rows in itertools.groupby(report.measurements, key=under)]
+
+
+def _load(row: Measurement) -> str:
+    """`batch 32`, or the scenario that was asked for by name."""
+    if row.load.metric is None:
+        return f"batch {row.load.batch}"
+    items = {"multi_stream": f" of {row.load.batch}", "offline": f", batch {row.load.batch}"}
+    return row.load.scenario + items.get(row.load.scenario, "")
 
 
 def over_grpc(row: Measurement) -> bool:
@@ -85,14 +100,19 @@ def name(row: Measurement) -> str:
     """What a row is called inside its group, in full."""
     if row.load.rate is not None:
         return f"{model(row)} at {row.load.rate:,.5g} a second"
-    return f"{model(row)} with {row.load.concurrency} in flight" if row.boundary == "network" else model(row)
+    return f"{model(row)} with {row.load.concurrency} in flight" if _says_in_flight(row) else model(row)
 
 
 def short_name(row: Measurement) -> str:
     """The same where there is no room: `onnx-int8 ×8` with 8 requests in flight, `onnx-int8 @500` at 500 a second."""
     if row.load.rate is not None:
         return f"{model(row)} @{row.load.rate:,.5g}"
-    return f"{model(row)} ×{row.load.concurrency}" if row.boundary == "network" else model(row)
+    return f"{model(row)} ×{row.load.concurrency}" if _says_in_flight(row) else model(row)
+
+
+def _says_in_flight(row: Measurement) -> bool:
+    # A stream is one call at a time by its name.
+    return row.boundary == "network" and (row.load.metric is None or row.load.scenario == "offline")
 
 
 def model(row: Measurement) -> str:
@@ -113,12 +133,19 @@ def headings(rows: Sequence[Measurement]) -> list[str]:
     return ["variant", *[one for one in COLUMNS if one in _ALWAYS or any(cell[one] != NONE for cell in filled)]]
 
 
+def console_headings(rows: Sequence[Measurement]) -> list[str]:
+    """The same for 80 characters: beside a scenario's result there is no room for everything."""
+    left_out = _BESIDE_RESULT if any(row.load.metric is not None for row in rows) else ()
+    return [one for one in headings(rows) if one not in left_out]
+
+
 def values(row: Measurement) -> dict[str, str]:
     """Every column of a row but its name, as text."""
     texts = (
         size(row.model_bytes),
         percent(row.accuracy),
         change(row.drop_points),
+        result(row),
         milliseconds(row.latency.p50_ns),
         milliseconds(row.latency.p99_ns),
         NONE if row.service is None else milliseconds(row.service.p99_ns),
@@ -140,9 +167,26 @@ def ranges(row: Measurement) -> dict[str, str]:
             texts[column] = f"{significant(interval.low / scale)}–{significant(interval.high / scale)}"
     if row.throughput.low is not None and row.throughput.high is not None:
         texts["items/s"] = f"{_rate(row.throughput.low)}–{_rate(row.throughput.high)}"
+    if (
+        row.load.metric is not None
+        and (interval := row.result)
+        and interval.low is not None
+        and interval.high is not None
+    ):
+        scale, number = (1.0, _rate) if row.load.metric == "throughput" else (1e6, significant)
+        texts["result"] = f"{number(interval.low / scale)}–{number(interval.high / scale)}"
     if row.flips is not None:
         texts["change"] = f"{row.flips} of {row.accuracy_samples} flipped"
     return texts
+
+
+def result(row: Measurement) -> str:
+    """Its scenario's number, where it was asked for by name: `p90 0.21 ms`, `9,105/s`."""
+    if row.load.metric is None:
+        return NONE
+    if row.load.metric == "throughput":
+        return f"{rate(row.throughput)}/s"
+    return f"{row.load.metric} {NONE if row.result is None else f'{milliseconds(row.result)} ms'}"
 
 
 def milliseconds(interval: Interval | None) -> str:
@@ -315,7 +359,11 @@ def explanations(report: Report) -> list[str]:
     if any(row.load.rate is not None for row in report.measurements):
         lines.append("at a rate, p50 and p99 are of the response time, from when a request was due to its answer")
     if any(row.service is not None and row.service.p99_ns is not None for row in report.measurements):
-        lines.append("service p99: in ms, from a request's send to its answer")
+        local = any(row.service and row.boundary != "network" and row.engine == "dlops" for row in report.measurements)
+        alone = "; in process, of its call alone" if local else ""
+        lines.append(f"service p99: in ms, from a request's send to its answer{alone}")
+    if any(row.load.metric is not None for row in report.measurements):
+        lines.append("result: by MLPerf's rules the number of its scenario")
     sources = dict.fromkeys(name for row in report.measurements for name in row.energy_sources)
     if sources:
         lines.append(f"energy: of an item, by the counters of {', '.join(sources)}, which count all that they power")

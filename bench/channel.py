@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import numpy as np
 
+from dlops.errors import DlopsError
 from dlops.timing import Turn
 
 Message = tuple[dict[str, Any], bytes]
@@ -18,7 +21,7 @@ class Channel:
     """Both directions of a pipe pair. Where the other end is gone `receive` gives None, `send` BrokenPipeError."""
 
     def __init__(self, reader: IO[bytes], writer: IO[bytes]) -> None:
-        self._reader, self._writer = reader, writer
+        self.reader, self._writer = reader, writer
 
     @classmethod
     def of_child(cls) -> Channel:
@@ -36,11 +39,11 @@ class Channel:
 
     def receive(self) -> Message | None:
         """The next message, None where the other end has closed or died in the middle of one."""
-        line = self._reader.readline()
+        line = self.reader.readline()
         if not line.endswith(b"\n"):
             return None
         header: dict[str, Any] = json.loads(line)
-        payload = self._reader.read(header["bytes"])
+        payload = self.reader.read(header["bytes"])
         return (header, payload) if len(payload) == header["bytes"] else None
 
 
@@ -55,3 +58,18 @@ def read_turn(message: Message) -> Turn:
     names = header["parts"]
     starts, latencies, *parts = np.frombuffer(payload, np.int64).reshape(2 + len(names), -1)
     return Turn(starts_ns=starts, latencies_ns=latencies, parts_ns=dict(zip(names, parts, strict=True)))
+
+
+@contextmanager
+def telling(channel: Channel, target: str, *, hint: str | None = None) -> Iterator[None]:
+    """What goes wrong in a child is told to the run, and ends the child. hint: beside what a runtime raised."""
+    try:
+        yield
+    except DlopsError as error:
+        channel.send({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+        sys.exit(error.exit_status)
+    except Exception as error:  # noqa: BLE001 - a runtime raises classes of its own; the run says what it was
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        said = f"{target}: running it failed: {type(error).__name__}: {first}"
+        channel.send({"error": "MachineError", "message": said, "hint": hint})
+        sys.exit(1)

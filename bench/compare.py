@@ -154,7 +154,7 @@ def compare_reports(
     if not matched:
         raise UsageError(
             "no row of NEW measured what a row of BASE did: " + "; ".join(unmatched),
-            hint="rows belong together where variant, runtime, provider, boundary, scenario, batch, concurrency and "
+            hint="rows belong together where variant, runtime, provider, boundary, generator, batch, concurrency and "
             "rate are the same",
         )
     pairs = [_Pair(one, other, _calls(one, base), _calls(other, new)) for one, other in matched]
@@ -338,8 +338,9 @@ def _match(
 def _key(row: Measurement) -> tuple[object, ...]:
     load = row.load
     what = row.artifact or row.target
+    # What the scenario is called follows from these.
     return (
-        what, row.runtime, row.provider, row.boundary, load.scenario, load.batch, load.concurrency, load.rate,
+        what, row.engine, row.runtime, row.provider, row.boundary, load.batch, load.concurrency, load.rate,
     )  # fmt: skip
 
 

@@ -13,11 +13,12 @@ from dlops.bench.macs import UncountedError, count_onnx_macs
 from dlops.bench.payload import artifact_feeds, check_batch, check_fits
 from dlops.bench.pilot import Length
 from dlops.bench.processes import Process
+from dlops.bench.scenarios import load_of
 from dlops.bench.worker import Job, Kind, local_arm, open_module
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar
 from dlops.errors import UsageError
-from dlops.report import Boundary, ColdStart, Load, Measurement
+from dlops.report import Boundary, ColdStart, Measurement, Scenario
 from dlops.runtimes import Placement, SessionOptions
 from dlops.signature import Signature
 from dlops.timing import Arm, Interleaved, interleave
@@ -81,11 +82,15 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """Under which a row is measured; what is compared is measured under the same."""
+    """Under which a row is measured; what is compared is measured under the same.
+
+    scenario: as it was asked for by name, else None.
+    """
 
     batch: int
     boundary: Boundary
     options: SessionOptions
+    scenario: Scenario | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +128,19 @@ def subjects(
     return found
 
 
-def check(chosen: Sequence[Subject], *, batches: Sequence[int], boundaries: Sequence[Boundary]) -> None:
-    """Raise UsageError for what cannot be asked of these subjects, before any is started."""
-    samples = _samples(chosen)
+def check(
+    chosen: Sequence[Subject], *, batches: Sequence[int], boundaries: Sequence[Boundary], own_process: bool = False
+) -> None:
+    """Raise UsageError for what cannot be asked of these subjects, before any is started.
+
+    own_process: what is asked takes a process of its own for each.
+    """
+    if own_process and (local := next((one for one in chosen if one.is_local), None)):
+        raise UsageError(
+            f"{local.target}: --scenario server and LoadGen take a process that builds the module itself",
+            hint='name what builds it: "python:package.module:function"',
+        )
+    samples = first_artifact(chosen)
     for batch in batches:
         for one in chosen:
             check_batch(one.signature, batch, where=one.target)
@@ -138,12 +153,15 @@ def check(chosen: Sequence[Subject], *, batches: Sequence[int], boundaries: Sequ
 
 
 @contextmanager
-def started(chosen: Sequence[Subject], conditions: Conditions) -> Iterator[list[Started]]:
+def started(
+    chosen: Sequence[Subject], conditions: Conditions, *, samples: Artifact | None = None
+) -> Iterator[list[Started]]:
     """A process for each, started one after the other so that none slows another's start; all ended at the end.
 
+    samples: the artifact whose samples are fed, by default the first of those to be started.
     Raises what opening or calling one of them raised: MachineError, in one line, where this machine cannot run it.
     """
-    samples = _samples(chosen)
+    samples = samples or first_artifact(chosen)
     with ExitStack() as stack:
         ready: list[Started] = []
         with progress_bar(f"starting {_plural(len(chosen))}", total=len(chosen)) as bar:
@@ -184,46 +202,51 @@ def measurements(
     lasting: as they were timed. interrupted: by Ctrl-C.
     """
     batch = conditions.batch
-    reference = next((one.artifact.accuracy for one in ready if one.artifact and one.artifact.accuracy), None)
     base_turns = timed.runs[baseline].by_turn() if baseline is not None else None
     base_key = next((key for key, one in zip(keys, ready, strict=True) if one.target == baseline), None)
+    artifacts = [one.artifact for one in ready if one.artifact]
     rows = []
     for key, one in zip(keys, ready, strict=True):
         run = timed.runs[one.target]
-        placement = one.placement
-        fields: dict[str, Any] = accuracy_fields(one.artifact) if one.artifact else {}
-        if one.artifact is None and reference is not None:
-            # What the artifacts were compared with is the dense checkpoint, run eagerly.
-            fields = {"accuracy": reference.reference, "accuracy_samples": reference.samples, "drop_points": 0.0}
         seen = shortcomings(warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted)
         figures = analyse_turns(
             run.latencies_ns, run.turns, run.parts_ns, batch=batch, baseline=base_turns,
-            observed=(*misplaced(conditions.options, placement), *seen),
+            observed=(*misplaced(conditions.options, one.placement), *seen),
             remarks=lasting.remarks(run.latencies_ns, turns=run.turns, spent_s=timed.spent_s / len(ready)),
         )  # fmt: skip
         rows.append(
             Measurement(
-                target=one.target,
-                artifact=one.artifact.slug if one.artifact else None,
-                runtime=placement.runtime,
-                provider=placement.provider,
-                device=placement.device,
-                precision=placement.precision,
-                threads=placement.threads,
-                boundary=conditions.boundary,
-                load=Load(scenario="single_stream" if batch == 1 else "offline", batch=batch),
+                load=load_of(conditions.scenario, batch=batch),
                 samples=key,
                 paired_with=base_key,
                 warmup_calls=run.warmup_calls,
-                model_bytes=one.artifact.model_bytes if one.artifact else None,
-                peak_memory_bytes=one.peak_memory_bytes,
-                cold_start=one.cold_start,
                 **figures.as_fields(),
-                **fields,
-                **_work(one.artifact, batch),
+                **placed_fields(one, conditions, artifacts),
             )
         )
     return rows
+
+
+def placed_fields(one: Started, conditions: Conditions, artifacts: Sequence[Artifact]) -> dict[str, Any]:
+    """What a row says of its target, whatever the load. artifacts: all that are measured."""
+    placement = one.placement
+    known = accuracy_fields(one.artifact) if one.artifact else _eager_accuracy(artifacts)
+    return {
+        "target": one.target, "artifact": one.artifact.slug if one.artifact else None, "runtime": placement.runtime,
+        "provider": placement.provider, "device": placement.device, "precision": placement.precision,
+        "threads": placement.threads, "boundary": conditions.boundary,
+        "model_bytes": one.artifact.model_bytes if one.artifact else None,
+        "peak_memory_bytes": one.peak_memory_bytes, "cold_start": one.cold_start, **known,
+        **_work(one.artifact, conditions.batch),
+    }  # fmt: skip
+
+
+def _eager_accuracy(artifacts: Sequence[Artifact]) -> dict[str, float | int]:
+    """What the artifacts were compared with is the dense checkpoint, run eagerly."""
+    accuracy = next((one.accuracy for one in artifacts if one.accuracy), None)
+    if accuracy is None:
+        return {}
+    return {"accuracy": accuracy.reference, "accuracy_samples": accuracy.samples, "drop_points": 0.0}
 
 
 def _work(artifact: Artifact | None, batch: int) -> dict[str, int | str]:
@@ -274,7 +297,7 @@ def _start_here(stack: ExitStack, subject: Subject, samples: Artifact | None, co
     return Started(subject=subject, arm=arm, placement=session.placement)
 
 
-def _samples(chosen: Sequence[Subject]) -> Artifact | None:
+def first_artifact(chosen: Sequence[Subject]) -> Artifact | None:
     """The same are fed to all: the first artifact's, or none where only the module is measured."""
     return next((one.artifact for one in chosen if one.artifact is not None), None)
 

@@ -200,7 +200,7 @@ async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorde
                 start = time.perf_counter_ns()
             answer = await connection.send(request, timeout_s=caller.timeout_s)
         except (OSError, ValueError) as error:
-            recorder.failure(start, _kind(error))
+            recorder.failure(start, failure_kind(error))
             await asyncio.sleep(_RECONNECT_PAUSE_S)
             continue
         if answer.status == pacing.ANSWERED:
@@ -237,7 +237,8 @@ def _enough(recorder: _Recorder, duration_s: float) -> bool:
     return len(recorder.latencies) >= _MIN_SAMPLES or elapsed >= _STRETCH * duration_s
 
 
-def _kind(error: BaseException) -> str:
+def failure_kind(error: BaseException) -> str:
+    """What became of a call that got no answer, in words."""
     if isinstance(error, TimeoutError):
         return "timed out"
     if isinstance(error, ConnectionRefusedError):

@@ -14,11 +14,12 @@ from dlops.bench.inprocess import accuracy_fields
 from dlops.bench.load import TIMEOUT_S, Loaded, closed_loop
 from dlops.bench.oip import Endpoint, encode_request
 from dlops.bench.payload import artifact_feeds, check_fits, random_feed
+from dlops.bench.scenarios import load_of
 from dlops.bench.server_time import NoStatisticsError, Sent, Watch
 from dlops.bench.stats import Integers
 from dlops.errors import GateError, MachineError, UsageError
 from dlops.parity import compare, shortfalls
-from dlops.report import EARLIER, STARTS, Load, Measurement
+from dlops.report import EARLIER, STARTS, Measurement, Scenario
 from dlops.signature import Feed
 from dlops.tasks import open_task
 
@@ -71,9 +72,10 @@ def prepare(endpoint: Endpoint, artifact: Artifact | None, *, batch: int) -> Pay
 
 
 def measure_endpoint(
-    endpoint: Endpoint, payload: Payload, *, batch: int, concurrency: int, duration_s: float, key: str
-) -> tuple[Measurement, dict[str, Integers], Loaded]:
-    """One row, its samples by name, and the run itself.
+    endpoint: Endpoint, payload: Payload, *, batch: int, concurrency: int, duration_s: float, key: str,
+    scenario: Scenario | None = None,
+) -> tuple[Measurement, dict[str, Integers], Loaded]:  # fmt: skip
+    """One row, its samples by name, and the run itself. scenario: as it was asked for by name.
 
     Raises MachineError, naming the errors, where no call succeeded.
     """
@@ -105,9 +107,7 @@ def measure_endpoint(
         observed=(*seen, *accounted.against), remarks=accounted.remarks,
     )  # fmt: skip
     row = Measurement(
-        load=Load(
-            scenario="single_stream" if concurrency == 1 else "multi_stream", batch=batch, concurrency=concurrency
-        ),
+        load=load_of(scenario, batch=batch, concurrency=concurrency),
         samples=key,
         duration_ns=loaded.duration_ns,
         server=accounted.server,

@@ -56,6 +56,11 @@ def check_batch(signature: Signature, batch: int, *, where: str) -> None:
         raise UsageError(f"{where}: batch {batch} asked, it takes {limits.min} to {limits.max}")
 
 
+def most_items(signature: Signature) -> int:
+    """The largest batch that the model takes."""
+    return signature.dims["batch"].max if "batch" in signature.dims else 1
+
+
 def check_fits(feeds: list[Feed], signature: Signature, *, where: str) -> None:
     """Raise UsageError where feeds made for one model do not fit another that is measured beside it."""
     try:

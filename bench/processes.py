@@ -8,10 +8,13 @@ import sys
 import tempfile
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from dlops import errors
 from dlops.bench.channel import Channel, read_turn
+from dlops.bench.fifo import Integers, Kept
 from dlops.bench.worker import Job, Ready
 from dlops.errors import DlopsError, MachineError
 from dlops.timing import Turn, WarmUp
@@ -19,18 +22,17 @@ from dlops.timing import Turn, WarmUp
 _GRACE_S = 5.0
 
 
-class Process:
-    """An arm (see dlops.timing) whose calls are made in a fresh process, until `close`.
+class Child:
+    """A fresh process that runs a module of this package, and a channel to it, until `close`.
 
     What goes wrong there is raised here as what it was, and a process that dies as MachineError with its last words.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._target = job.target
+    def __init__(self, target: str, module: str, argument: str) -> None:
+        self._target = target
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        job = job.model_copy(update={"spawned_ns": time.perf_counter_ns()})
         # -P: a file of the working folder that is named like a library is not imported for it.
-        command = [sys.executable, "-P", "-m", "dlops.bench.worker", job.model_dump_json()]
+        command = [sys.executable, "-P", "-m", module, argument]
         self._child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, start_new_session=True
         )
@@ -41,18 +43,6 @@ class Process:
     @property
     def pid(self) -> int:
         return self._child.pid
-
-    def ready(self) -> Ready:
-        """Wait until the target has answered its first calls. Raises what opening or calling it raised."""
-        header, _ = self._receive()
-        return Ready.model_validate(header["ready"])
-
-    def warm_up(self, limit_s: float) -> WarmUp:
-        header, _ = self._ask({"warm_up": limit_s})
-        return WarmUp(calls=header["calls"], settled=header["settled"])
-
-    def take_turn(self, turn_s: float) -> Turn:
-        return read_turn(self._ask({"turn": turn_s}))
 
     def close(self) -> None:
         """Nothing is lost with it: what it measured has arrived with each turn."""
@@ -66,7 +56,7 @@ class Process:
                 continue  # what was still to be written had nobody to read it
         self._stderr.close()
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -74,14 +64,18 @@ class Process:
     ) -> None:
         self.close()
 
-    def _ask(self, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    def ask(self, order: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
+        """Send an order and wait for its answer."""
+        self.tell(order, payload)
+        return self.receive()
+
+    def tell(self, order: dict[str, Any], payload: bytes = b"") -> None:
         try:
-            self._channel.send(order)
+            self._channel.send(order, payload)
         except BrokenPipeError:
             raise self._death() from None
-        return self._receive()
 
-    def _receive(self) -> tuple[dict[str, Any], bytes]:
+    def receive(self) -> tuple[dict[str, Any], bytes]:
         message = self._channel.receive()
         if message is None:
             raise self._death()
@@ -101,6 +95,42 @@ class Process:
         return MachineError(
             f"{self._target}: the process that ran it {how}{f': {said[-1][:300]}' if said else ''}", hint=hint
         )
+
+
+class Process(Child):
+    """An arm (see dlops.timing) whose calls are made in a fresh process."""
+
+    def __init__(self, job: Job) -> None:
+        job = job.model_copy(update={"spawned_ns": time.perf_counter_ns()})
+        super().__init__(job.target, "dlops.bench.worker", job.model_dump_json())
+
+    def ready(self) -> Ready:
+        """Wait until the target has answered its first calls. Raises what opening or calling it raised."""
+        header, _ = self.receive()
+        return Ready.model_validate(header["ready"])
+
+    def warm_up(self, limit_s: float) -> WarmUp:
+        header, _ = self.ask({"warm_up": limit_s})
+        return WarmUp(calls=header["calls"], settled=header["settled"])
+
+    def take_turn(self, turn_s: float) -> Turn:
+        return read_turn(self.ask({"turn": turn_s}))
+
+    def keep_schedule(self, due_ns: Integers, *, give_up_ns: int) -> Kept:
+        """Run a request at each of these times from the schedule's start, queued while another runs.
+
+        On Ctrl-C what was done until then is given, marked so.
+        """
+        self.tell({"schedule": {"give_up_ns": give_up_ns}}, due_ns.tobytes())
+        interrupted = False
+        try:
+            header, payload = self.receive()
+        except KeyboardInterrupt:
+            interrupted = True
+            self.tell({"stop": True})
+            header, payload = self.receive()
+        begun, ended = np.frombuffer(payload, np.int64).reshape(2, -1)
+        return Kept(begun_ns=begun, ended_ns=ended, interrupted=interrupted or header["interrupted"])
 
 
 def _raised(header: dict[str, Any]) -> DlopsError:

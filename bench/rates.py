@@ -12,9 +12,10 @@ from dlops.bench.load import closed_loop
 from dlops.bench.network import Payload, encoded, served_fields, watch_server
 from dlops.bench.oip import Endpoint
 from dlops.bench.openloop import OpenLoaded, open_loop
+from dlops.bench.scenarios import load_of
 from dlops.bench.server_time import Sent
 from dlops.errors import MachineError
-from dlops.report import EARLIER, SERVICE, STARTS, Load, Measurement
+from dlops.report import EARLIER, SERVICE, STARTS, Measurement, Scenario
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +55,12 @@ def measure_rate(
     senders: int | None,
     key: str,
     title: str,
+    scenario: Scenario | None = None,
 ) -> tuple[Measurement, dict[str, Integers], OpenLoaded]:
-    """One row, its samples by name, and the run itself. Raises MachineError where no request succeeded."""
+    """One row, its samples by name, and the run itself. Raises MachineError where no request succeeded.
+
+    scenario: as it was asked for by name.
+    """
     requests = encoded(endpoint, payload)
     watch = watch_server(endpoint, payload)
     watch.before()
@@ -97,7 +102,7 @@ def measure_rate(
         observed=(*seen, *accounted.against), remarks=accounted.remarks,
     )  # fmt: skip
     row = Measurement(
-        load=Load(scenario="server", batch=batch, concurrency=1, rate=schedule.rate),
+        load=load_of(scenario, batch=batch, rate=schedule.rate),
         samples=key,
         duration_ns=duration_ns,
         server=accounted.server,

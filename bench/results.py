@@ -107,7 +107,7 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
     go before those that are not; where only the latter are left, `chosen_because` says so. Where nothing qualifies,
     `chosen` is None and `chosen_because` says why.
     """
-    rows = [row for row in measured.measurements if row.boundary == "host" and row.artifact]
+    rows = [row for row in measured.measurements if row.boundary == "host" and row.artifact and row.load.rate is None]
     smallest = min((row.load.batch for row in rows), default=1)
     candidates = [row for row in rows if row.load.batch == smallest]
     kept = [row for row in candidates if row.drop_points is not None and row.drop_points <= max_drop]

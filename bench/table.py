@@ -22,7 +22,7 @@ def render_table(report: Report) -> RenderableType:
     """For `Console.print`: one table with a section a load, then where it ran, then footnotes. Fits 80 columns."""
     report = cells.told_apart(report)
     groups = cells.groups(report)
-    headings = cells.headings(report.measurements)
+    headings = cells.console_headings(report.measurements)
     # In full where there is room for it: `onnx-int8 with 8 in flight`, else `onnx-int8 ×8`.
     full = _width(groups, headings) <= _COLUMNS
     # The box's own divider is a space: with padding 0, ten columns and a long slug fit 80 characters.
@@ -42,9 +42,9 @@ def render_table(report: Report) -> RenderableType:
     lines += [report.chosen_because] if report.chosen_because and not report.chosen else []
     lines += [*cells.placements(report.measurements), *breakdown.placements(report)]
     if not full:
-        network = [row for row in report.measurements if row.boundary == "network"]
-        lines += ["×8: with 8 requests in flight"] if any(row.load.rate is None for row in network) else []
-        lines += ["@500: at 500 requests a second"] if any(row.load.rate is not None for row in network) else []
+        names = [cells.short_name(row) for row in report.measurements]
+        lines += ["×8: with 8 requests in flight"] if any(" ×" in one for one in names) else []
+        lines += ["@500: at 500 requests a second"] if any(" @" in one for one in names) else []
     lines += cells.explanations(report)
     return Group(table, *[Text(line) for line in ("", *lines)], *breakdown.render_tables(report))
 
@@ -120,6 +120,7 @@ def to_csv(report: Report) -> str:
             "model_bytes", "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", *clocks, "accuracy",
             "accuracy_samples", "drop_points", "drop_low", "drop_high", "flips", "other_load", "energy_j_per_item",
             "macs", "peak_share", "steady", "reasons",
+            "engine", "result_metric", "result", "result_low", "result_high",
         ]
     )  # fmt: skip
     for row in report.measurements:
@@ -136,6 +137,7 @@ def to_csv(report: Report) -> str:
                 *_clock_values(row), row.accuracy, row.accuracy_samples, row.drop_points, row.drop_low, row.drop_high,
                 row.flips, row.other_load, row.energy_j_per_item, row.macs, row.peak_share, row.verdict.steady,
                 "; ".join(row.verdict.reasons),
+                row.engine, row.load.metric, *_ends(row.result),
             ]
         )  # fmt: skip
     return buffer.getvalue()

@@ -13,15 +13,18 @@ import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from dlops import catalog
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench.boundcall import bound_arm
-from dlops.bench.channel import Channel, turn_message
+from dlops.bench.channel import Channel, telling, turn_message
+from dlops.bench.fifo import PipeTicker, keep_schedule
 from dlops.bench.payload import artifact_feeds, random_feed, raw_batches
 from dlops.checkpoint import Checkpoint, import_model_source, load_checkpoint
-from dlops.errors import DlopsError, UsageError, missing_package
+from dlops.errors import UsageError, missing_package
 from dlops.manifest import Record
 from dlops.report import Boundary, ColdStart
 from dlops.runtimes.session import Device, Placement, Session, SessionOptions
@@ -174,15 +177,26 @@ def _serve(job: Job, channel: Channel) -> None:
         first = caller(session, samples=None, batch=job.batch, boundary="host")
     ready = _ready(job, session, load_ns, first)
     arm = local_arm(job.target, session, samples=samples, batch=job.batch, boundary=job.boundary)
+    call = caller(session, samples=samples, batch=job.batch, boundary=job.boundary)
     channel.send({"ready": ready.model_dump(mode="json")})
     with collector_off():
         while (message := channel.receive()) is not None:
-            order, _ = message
+            order, payload = message
             if "warm_up" in order:
                 warmth = arm.warm_up(order["warm_up"])
                 channel.send({"calls": warmth.calls, "settled": warmth.settled})
-            else:
+            elif "turn" in order:
                 channel.send(*turn_message(arm.take_turn(order["turn"])))
+            elif "schedule" in order:
+                due_ns = np.frombuffer(payload, np.int64)
+                ticker = PipeTicker(channel.reader)
+                kept = keep_schedule(call, due_ns, give_up_ns=order["schedule"]["give_up_ns"], ticker=ticker)
+                channel.send({"interrupted": kept.interrupted}, np.stack([kept.begun_ns, kept.ended_ns]).tobytes())
+            elif "loadgen" in order:
+                from dlops.bench.loadgen import Settings, drive_session
+
+                driven = drive_session(call, Settings.model_validate(order["loadgen"]))
+                channel.send({"said": driven.said.model_dump(mode="json")}, driven.arrays().tobytes())
     session.close()
 
 
@@ -191,23 +205,9 @@ def main(argument: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel.of_child()
     job = Job.model_validate_json(argument)
-    try:
+    hint = "torch.compile needs a C++ compiler (g++) on the CPU" if job.kind == "compiled" else None
+    with telling(channel, job.target, hint=hint):
         _serve(job, channel)
-    except DlopsError as error:
-        channel.send({"error": type(error).__name__, "message": error.message, "hint": error.hint})
-        sys.exit(error.exit_status)
-    except Exception as error:  # noqa: BLE001 - a runtime raises classes of its own; the run says what it was
-        channel.send(_failed(job, error))
-        sys.exit(1)
-
-
-def _failed(job: Job, error: Exception) -> dict[str, Any]:
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    return {
-        "error": "MachineError",
-        "message": f"{job.target}: running it failed: {type(error).__name__}: {first}",
-        "hint": "torch.compile needs a C++ compiler (g++) on the CPU" if job.kind == "compiled" else None,
-    }
 
 
 if __name__ == "__main__":

@@ -37,6 +37,13 @@ class _Device(StrEnum):
     CUDA = "cuda"
 
 
+class _Scenario(StrEnum):
+    SINGLE_STREAM = "single_stream"
+    MULTI_STREAM = "multi_stream"
+    SERVER = "server"
+    OFFLINE = "offline"
+
+
 class _Boundary(StrEnum):
     DEVICE = "device"
     HOST = "host"
@@ -192,6 +199,11 @@ def bench(
         str | None, typer.Option(metavar="QUANTILE=TIME", help="Find the highest rate that keeps it, as in p99=20ms.")
     ] = None,
     senders: Annotated[int | None, typer.Option(min=1, help="Processes that send at a rate.")] = None,
+    scenario: Annotated[list[_Scenario] | None, typer.Option(help="One of MLPerf's; repeatable.")] = None,
+    samples_per_query: Annotated[int | None, typer.Option(min=1, help="With multi_stream; default 8.")] = None,
+    engine: Annotated[
+        Literal["dlops", "loadgen"], typer.Option(help="What runs scenarios: our generator, or MLCommons' LoadGen.")
+    ] = "dlops",
     duration: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds a row. Default: until p50 is known to 1%, p99 to 5%.")
     ] = None,
@@ -239,13 +251,16 @@ def bench(
         targets,
         checkpoint=_checkpoint(checkpoint) if checkpoint else None,
         compiled=compile_,
-        batch=batch or [1],
+        batch=batch or None,
         boundary=[one.value for one in boundary or [_Boundary.HOST]],
         device=[one.value for one in device or [_Device.AUTO]],
         cuda_graph=cuda_graph,
         threads=threads or None,
         concurrency=concurrency,
         offered=offered,
+        scenarios=[one.value for one in scenario or []],
+        samples_per_query=samples_per_query,
+        engine=engine,
         duration_s=duration,
         max_duration_s=max_duration,
         payload=_artifact(payload) if payload else None,

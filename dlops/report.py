@@ -16,6 +16,9 @@ from dlops.version import __version__
 
 Boundary = Literal["device", "host", "preprocessing", "network"]
 Scenario = Literal["single_stream", "multi_stream", "server", "offline"]
+Metric = Literal["p90", "p99", "throughput"]
+# What made the requests and took their times: this package, or MLCommons' LoadGen.
+Engine = Literal["dlops", "loadgen"]
 # Beside the latencies under "<key>", the samples file holds when each call began (under a rate: was due), in which
 # turn, under a rate its service time, -1 where it failed, and when calls that began before the row were answered.
 STARTS, TURNS, SERVICE, EARLIER = ".starts", ".turns", ".service", ".earlier"
@@ -70,12 +73,15 @@ class Clocks(Record):
 class Load(Record):
     """What was asked of the target.
 
-    scenario: MLPerf's words. single_stream: one call after the other. multi_stream: a fixed number of calls in
-    flight. server: calls at a rate, whether or not earlier ones are answered. offline: large batches back to back.
+    scenario: MLPerf's words. single_stream: one call of one item after the other. multi_stream: the same with several
+    items a call. server: calls at a rate, whether or not earlier ones are answered. offline: as much as it takes, in
+    batches or with several calls in flight. metric: the number that is the scenario's result by MLPerf's rules; null
+    where the scenario was not asked for by name, but follows from the rest of the load.
     batch: items a call. concurrency: calls in flight. rate: offered calls a second, null in a closed loop.
     """
 
     scenario: Scenario = "single_stream"
+    metric: Metric | None = None
     batch: int = Field(1, ge=1)
     concurrency: int = Field(1, ge=1)
     rate: float | None = None
@@ -140,10 +146,12 @@ class Measurement(Record):
     """One target under one load.
 
     target: what was measured ("digits/onnx-int8", "eager", a URL). artifact: its slug where it is one.
+    engine: what made the requests. LoadGen's rows are of no MLPerf workload, and no MLPerf results.
     runtime, provider, device, precision: what truly ran; "unknown" where a server does not say.
     boundary: what the latency includes. samples: the key of the raw latencies in the report's samples file.
     paired_with: the key of the row that its turns are paired with, which the speed-up is over.
-    duration_ns: how long a row over the network lasted, after the warm-up; null where targets took turns.
+    duration_ns: how long a row lasted that is over the network, at a rate or LoadGen's, after the warm-up; null where
+    targets took turns.
     throughput: items a second. errors: calls that failed, by kind; in a closed loop they are in no latency, in an open
     loop each counts as the worst latency. speedup: over the report's baseline under the same load, from paired turns.
     latency: under a rate, response time: from when a call was due to its answer. service, null without a rate: from its
@@ -161,6 +169,7 @@ class Measurement(Record):
 
     target: str
     artifact: str | None
+    engine: Engine = "dlops"
     runtime: str
     provider: str
     device: str
@@ -200,6 +209,18 @@ class Measurement(Record):
     @property
     def error_count(self) -> int:
         return sum(self.errors.values())
+
+    @property
+    def result(self) -> Interval | None:
+        """The number that its scenario is judged by; None where none was asked for, or the sample cannot certify it."""
+        match self.load.metric:
+            case "p90":
+                return self.latency.p90_ns
+            case "p99":
+                return self.latency.p99_ns
+            case "throughput":
+                return self.throughput
+        return None
 
     @property
     def label(self) -> str:

@@ -14,7 +14,7 @@ from dlops.bench.slo import parse_objective
 from dlops.checkpoint import Checkpoint
 from dlops.console import say
 from dlops.errors import MachineError, UsageError
-from dlops.report import Boundary
+from dlops.report import Boundary, Engine, Scenario
 from dlops.runtimes.session import Device, SessionOptions
 from dlops.workflows.calibration import calibrate_first, calibrated
 from dlops.workflows.publish import Outputs, exit_status, publish
@@ -27,12 +27,15 @@ def benchmark(
     *,
     checkpoint: Checkpoint | None,
     compiled: bool,
-    batch: Sequence[int],
+    batch: Sequence[int] | None,
     boundary: Sequence[Boundary],
     device: Sequence[Device],
     threads: Sequence[int] | None,
     concurrency: Sequence[int] | None,
     offered: Offered | None,
+    scenarios: Sequence[Scenario],
+    samples_per_query: int | None,
+    engine: Engine,
     duration_s: float | None,
     payload: Artifact | None,
     model: str | None,
@@ -71,6 +74,9 @@ def benchmark(
             threads=threads,
             concurrency=concurrency,
             offered=offered,
+            scenarios=scenarios,
+            samples_per_query=samples_per_query,
+            engine=engine,
             duration_s=duration_s,
             max_duration_s=LONGEST_S if max_duration_s is None else max_duration_s,
             payload=payload,

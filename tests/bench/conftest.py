@@ -328,7 +328,7 @@ def example_report(*, title: str = "digits") -> Measured:
             precision="int8",
             threads=None,
             boundary="network",
-            load=Load(scenario="multi_stream", concurrency=8),
+            load=Load(scenario="offline", concurrency=8),
             samples="row04",
             latency=summarize(latencies),
             throughput=rate_interval(np.full(30, 10), np.full(30, 0.03)),

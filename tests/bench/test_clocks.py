@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 import dlops
-from dlops.bench import run as bench_run
 from dlops.bench.analysis import analyse_turns, launch_bound
 from dlops.bench.attended import Attended
 from dlops.bench.boundcall import bound_arm
 from dlops.bench.channel import read_turn, turn_message
 from dlops.bench.inprocess import Conditions, Started, Subject
 from dlops.bench.pilot import length
-from dlops.bench.run import Measured, measure, save_report
+from dlops.bench.rows import Rows
+from dlops.bench.run import Measured, measure, merge, save_report
+from dlops.bench.session_rows import keep_turns
 from dlops.bench.table import table_text, to_csv
 from dlops.bench.telemetry import Recorder
 from dlops.cli import run
@@ -172,10 +173,10 @@ def on_cuda(make_artifact) -> Measured:
         subject = Subject(target=artifact.title, kind="artifact", source=artifact)
         conditions = Conditions(batch=1, boundary=boundary, options=SessionOptions())
         with Recorder() as recorder:
-            bench = bench_run._Bench(title="gpu", command=(), lasting=length(1.0), recorder=recorder)
-            bench._keep([Started(subject=subject, arm=arm, placement=ON_CUDA)], [arm], timed, conditions)
-            made = bench.result(partial=False)
-        measured = made if measured is None else bench_run.merge(measured, made)
+            rows = Rows(title="gpu", command=(), lasting=length(1.0), recorder=recorder)
+            keep_turns(rows, [Started(subject=subject, arm=arm, placement=ON_CUDA)], [arm], timed, conditions)
+            made = rows.result(partial=False)
+        measured = made if measured is None else merge(measured, made)
     return measured
 
 

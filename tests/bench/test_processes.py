@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_a_process_that_is_killed_is_named_with_its_signal(process: Process) -> 
 def test_ctrl_c_is_not_for_the_processes(process: Process) -> None:
     os.kill(process.pid, signal.SIGINT)
     assert len(process.take_turn(0.02).latencies_ns) > 0
+
+
+def test_ctrl_c_ends_a_schedule_and_the_process_still_answers(process: Process) -> None:
+    due = np.arange(100_000) * 10_000_000
+    timer = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    kept = process.keep_schedule(due, give_up_ns=2**62)
+    timer.join()
+    assert kept.interrupted
+    ran = kept.begun_ns >= 0
+    assert not ran[-1]
+    assert np.all(kept.ended_ns[ran] >= kept.begun_ns[ran])
+    assert np.all(kept.begun_ns[ran] >= due[ran])
+    assert len(process.take_turn(0.01).latencies_ns) >= 1
 
 
 def test_none_is_left_when_the_run_is_killed(make_artifact) -> None:

@@ -1,0 +1,85 @@
+"""The rows of a run as they come in, with their samples and with what a report says beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlops.bench.disturbed import Seen, attach
+from dlops.bench.pilot import Length
+from dlops.bench.results import Measured, row_key
+from dlops.bench.sensors import Rapl
+from dlops.bench.telemetry import Recorder
+from dlops.console import say
+from dlops.environment import describe_environment
+from dlops.errors import MachineError, UsageError
+from dlops.report import Measurement, Objective, Report
+
+Samples = dict[str, NDArray[np.int64]]
+
+
+@dataclass(slots=True)
+class Rows:
+    """lasting: how long each row is measured. recorder: what watches the machine meanwhile. failures: of targets."""
+
+    title: str
+    command: tuple[str, ...]
+    lasting: Length
+    recorder: Recorder
+    energy: Rapl = field(default_factory=Rapl)
+    seen: dict[str, Seen] = field(default_factory=dict)
+    baseline: str | None = None
+    rows: list[Measurement] = field(default_factory=list)
+    samples: Samples = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    objectives: dict[str, Objective] = field(default_factory=dict)
+
+    @property
+    def next_key(self) -> str:
+        return row_key(len(self.rows))
+
+    def add(self, row: Measurement, samples: Samples, seen: Seen) -> None:
+        """seen: when it was measured."""
+        self.rows.append(row)
+        self.samples |= samples
+        self.seen[row.samples] = seen
+
+    def note(self, text: str) -> None:
+        """Say it, and once in the report."""
+        if text not in self.notes:
+            say(f"note: {text}")
+            self.notes.append(text)
+
+    @contextmanager
+    def keeping_what_there_is(self, *, even_of_none: bool = False) -> Iterator[None]:
+        """Where a target fails after others are measured, those are kept, and the failure is said and noted.
+
+        even_of_none: a machine's failure is noted too where nothing is measured yet: other targets may still be.
+        """
+        try:
+            yield
+        except (MachineError, UsageError) as error:
+            if not self.rows and not (even_of_none and isinstance(error, MachineError)):
+                raise
+            say(str(error))
+            self.failures.append(error.message)
+
+    def result(self, *, partial: bool) -> Measured:
+        report = Report(
+            title=self.title,
+            created=datetime.now(UTC),
+            command=self.command,
+            environment=describe_environment(),
+            measurements=tuple(self.rows),
+            objectives=self.objectives,
+            baseline=self.baseline,
+            notes=(*self.notes, *self.failures),
+            partial=partial,
+        )
+        return attach(Measured(report=report, samples=self.samples), self.recorder.end(), self.seen)

@@ -1,0 +1,161 @@
+"""The rows of services: with calls in flight, at rates, by a search for the highest, or under LoadGen."""
+
+from __future__ import annotations
+
+import time
+
+from dlops.artifact import Artifact
+from dlops.bench import cells, stats
+from dlops.bench.analysis import remarked
+from dlops.bench.arrivals import STRETCH, Offered, Schedule
+from dlops.bench.disturbed import Seen, seen_under_load
+from dlops.bench.loadgen_rows import measure_url, note
+from dlops.bench.network import Payload, measure_endpoint, prepare
+from dlops.bench.oip import Endpoint
+from dlops.bench.rates import Warm, measure_rate, warm_up
+from dlops.bench.rows import Rows, Samples
+from dlops.bench.scenarios import Step
+from dlops.bench.slo import Outcome, judge, samples_for, search
+from dlops.bench.stats import Integers
+from dlops.console import say
+from dlops.errors import MachineError
+from dlops.report import STARTS, Engine, Measurement, Objective
+
+# A low rate may be offered this many times as long as asked, when the question is whether it keeps an objective.
+_SEARCH_STRETCH = 10.0
+
+
+def load_service(rows: Rows, endpoint: Endpoint, artifact: Artifact | None, step: Step, *, engine: Engine) -> None:
+    """Add the rows of one URL at one step. One that fails half-way is noted, and the others are kept.
+
+    Raises UsageError for what the service does not take where nothing is measured yet, KeyboardInterrupt on Ctrl-C.
+    """
+    with rows.keeping_what_there_is(even_of_none=True):
+        sent = prepare(endpoint, artifact, batch=step.batch)
+        for one in sent.notes:
+            rows.note(one)
+        if engine == "loadgen":
+            _drive(rows, endpoint, sent, step)
+            return
+        for calls in step.concurrency:
+            _keep_in_flight(rows, endpoint, sent, step, concurrency=calls)
+        if step.offered is not None:
+            _Offering(rows, endpoint, sent, step, step.offered).all_of_it()
+
+
+def _keep_in_flight(rows: Rows, endpoint: Endpoint, sent: Payload, step: Step, *, concurrency: int) -> None:
+    key, seconds = rows.next_key, rows.lasting.first_s
+    made: tuple[Measurement, Samples, Seen] | None = None
+    try:
+        while True:
+            under = f"batch {step.batch}, {concurrency} in flight"
+            say(f"loading {endpoint.url}: {under}, {seconds:.3g} s after the warm-up")
+            row, samples, loaded = measure_endpoint(
+                endpoint, sent, batch=step.batch, concurrency=concurrency, duration_s=seconds, key=key,
+                scenario=step.scenario,
+            )  # fmt: skip
+            spent_s = loaded.duration_ns / 1e9
+            turns = stats.stretches(loaded.starts_ns, loaded.duration_ns)
+            wanted_s = rows.lasting.after(loaded.latencies_ns, turns=turns, spent_s=spent_s)
+            said = rows.lasting.remarks(loaded.latencies_ns, turns=turns, spent_s=spent_s)
+            seen = seen_under_load(row, began_ns=loaded.began_ns, service=endpoint.url)
+            made = remarked(row, said), samples, seen
+            # The pilot only says how long the row has to be: it is made anew, once.
+            if loaded.interrupted or loaded.stopped or seconds > rows.lasting.first_s or wanted_s <= spent_s:
+                break
+            seconds = wanted_s
+    finally:
+        # Where nothing comes of the longer run, by Ctrl-C or a dead server, its pilot is what there is.
+        if made is not None:
+            rows.add(*made)
+    if loaded.interrupted:
+        raise KeyboardInterrupt
+
+
+def _drive(rows: Rows, endpoint: Endpoint, sent: Payload, step: Step) -> None:
+    assert step.scenario is not None
+    warm = warm_up(endpoint, sent)
+    for rate in step.rates:
+        for calls in step.concurrency or (1,):
+            say(f"LoadGen on {endpoint.url}: {step.scenario}, {rows.lasting.first_s:g} s or more")
+            began_ns = time.perf_counter_ns()
+            (row, samples), said = measure_url(
+                endpoint, sent, step.scenario, batch=step.batch, concurrency=calls, rate=rate,
+                duration_s=rows.lasting.first_s, warm=warm, key=rows.next_key,
+            )  # fmt: skip
+            items = row.latency.samples * step.batch
+            seen = Seen(begin_ns=began_ns, end_ns=time.perf_counter_ns(), items=items, service=endpoint.url)
+            rows.add(row, samples, seen)
+            rows.note(note(said.version))
+
+
+class _Offering:
+    """What is offered to one service at one step, whether or not it keeps up."""
+
+    def __init__(self, rows: Rows, endpoint: Endpoint, sent: Payload, step: Step, offered: Offered) -> None:
+        self._rows, self._endpoint, self._sent, self._step, self._offered = rows, endpoint, sent, step, offered
+        self._warm: Warm = warm_up(endpoint, sent)
+
+    def all_of_it(self) -> None:
+        """Each rate, then the trace, then the search."""
+        for rate in sorted(set(self._offered.rates)):
+            self._rate(rate)
+        if self._offered.trace is not None:
+            self._one(self._offered.replayed())
+        if self._offered.objective is not None:
+            self._find_highest(self._offered.objective)
+
+    def _rate(self, rate: float) -> None:
+        rows, lasting = self._rows, self._rows.lasting
+        row = self._one(self._offered.at(rate, lasting.first_s, stretch=lasting.stretch(STRETCH)))
+        response_ns, turns, spent_s = self._measured(row)
+        wanted_s = lasting.after(response_ns, turns=turns, spent_s=spent_s)
+        # Under a service that does not keep up, longer is only worse.
+        if wanted_s > spent_s and not any(reason.startswith("saturated") for reason in row.verdict.reasons):
+            pilot = remarked(rows.rows.pop(), lasting.remarks(response_ns, turns=turns, spent_s=spent_s))
+            others = len(rows.rows)
+            try:
+                row = self._one(self._offered.at(rate, wanted_s, stretch=1.0))
+            except (KeyboardInterrupt, MachineError):
+                # As with calls in flight: the pilot stays where nothing comes of the longer run.
+                rows.rows += [pilot] if len(rows.rows) == others else []
+                raise
+            response_ns, turns, spent_s = self._measured(row)
+        rows.rows[-1] = remarked(row, lasting.remarks(response_ns, turns=turns, spent_s=spent_s))
+
+    def _measured(self, row: Measurement) -> tuple[Integers, Integers, float]:
+        """A row's response times, their stretches, and how long it lasted in seconds."""
+        assert row.duration_ns is not None
+        due_ns = self._rows.samples[row.samples + STARTS]
+        return self._rows.samples[row.samples], stats.stretches(due_ns, row.duration_ns), row.duration_ns / 1e9
+
+    def _one(self, schedule: Schedule) -> Measurement:
+        rows, endpoint, step = self._rows, self._endpoint, self._step
+        title = f"{schedule.rate:,.5g} requests/s"
+        say(f"offering {endpoint.url}: batch {step.batch}, {title} for {schedule.duration_s:.3g} s")
+        row, samples, loaded = measure_rate(
+            endpoint, self._sent, schedule, warm=self._warm, batch=step.batch, senders=self._offered.senders,
+            key=rows.next_key, title=title, scenario=step.scenario,
+        )  # fmt: skip
+        rows.add(row, samples, seen_under_load(row, began_ns=loaded.began_ns, service=endpoint.url))
+        if loaded.interrupted:
+            raise KeyboardInterrupt
+        return row
+
+    def _find_highest(self, objective: Objective) -> None:
+        rows, first_s = self._rows, self._rows.lasting.first_s
+        wanted = samples_for(objective)
+
+        def probe(rate: float) -> Outcome:
+            row = self._one(self._offered.at(rate, first_s, wanted=wanted, stretch=_SEARCH_STRETCH))
+            outcome = judge(row, rows.samples[row.samples], rows.samples[row.samples + STARTS], objective)
+            say(f"{rate:,.5g} requests/s: {outcome}")
+            return outcome
+
+        first = len(rows.rows)
+        # Far enough below what one caller gets that the first try is likely to be kept.
+        found = search(probe, start=self._warm.rate / 4, least=wanted / (_SEARCH_STRETCH * first_s))
+        tried = tuple(row.samples for row in rows.rows[first:])
+        rows.rows[first:] = sorted(rows.rows[first:], key=lambda row: row.load.rate or 0.0)
+        update = {"rate": found.met, "missed": found.missed, "tried": tried}
+        rows.objectives[cells.service(rows.rows[first])] = objective.model_copy(update=update)

@@ -1,0 +1,121 @@
+"""The rows of targets on this machine: in turns within one run, or one after the other with a queue or LoadGen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dlops.artifact import Artifact
+from dlops.bench import inprocess
+from dlops.bench.attended import Attended
+from dlops.bench.disturbed import Seen, seen_in_turns
+from dlops.bench.inprocess import Conditions, Started, Subject
+from dlops.bench.results import row_key
+from dlops.bench.rows import Rows
+from dlops.bench.scenarios import Step
+from dlops.console import progress_bar, say
+from dlops.report import STARTS, TURNS, Engine
+from dlops.timing import Interleaved, TimingInterrupted
+
+_PROGRESS_STEPS = 100
+
+
+def time_in_turns(rows: Rows, chosen: Sequence[Subject], conditions: Conditions) -> None:
+    """Add the rows of all targets under one condition. Where one fails after others are measured, those are kept.
+
+    Raises what opening or calling one of them raised where nothing is measured yet, KeyboardInterrupt on Ctrl-C.
+    """
+    for subject in chosen:
+        if subject.note:
+            rows.note(subject.note)
+    with rows.keeping_what_there_is(), inprocess.started(chosen, conditions) as ready:
+        _time(rows, ready, conditions)
+
+
+def time_alone(rows: Rows, chosen: Sequence[Subject], conditions: Conditions, step: Step, *, engine: Engine) -> None:
+    """Add the rows of all targets at each rate, each with a queue in front of its session or under LoadGen, and in a
+    fresh process. Where one fails after others are measured, those are kept."""
+    artifacts = [one.artifact for one in chosen if one.artifact is not None]
+    for subject in chosen:
+        for rate in step.rates:
+            with (
+                rows.keeping_what_there_is(),
+                inprocess.started([subject], conditions, samples=inprocess.first_artifact(chosen)) as (one,),
+            ):
+                _time_one(rows, one, conditions, step, rate, engine, artifacts)
+
+
+def keep_turns(
+    rows: Rows, ready: Sequence[Started], arms: Sequence[Attended], timed: Interleaved, conditions: Conditions, *,
+    interrupted: bool = False,
+) -> None:  # fmt: skip
+    """Add the rows of targets that took turns. arms: theirs, in the same order. interrupted: by Ctrl-C."""
+    keys = [row_key(len(rows.rows) + index) for index in range(len(ready))]
+    made = inprocess.measurements(
+        ready, timed, conditions=conditions, baseline=rows.baseline, keys=keys, lasting=rows.lasting,
+        interrupted=interrupted,
+    )  # fmt: skip
+    # After Ctrl-C some have had a turn more than there are whole rounds.
+    turns = [arm.turns[: timed.rounds] for arm in arms]
+    for number, (key, row, one) in enumerate(zip(keys, made, ready, strict=True)):
+        run = timed.runs[one.target]
+        samples = {key: run.latencies_ns, key + STARTS: run.starts_ns, key + TURNS: run.turns}
+        samples |= {key + suffix: part for suffix, part in run.parts_ns.items()}
+        rows.add(row, samples, seen_in_turns(turns, number, batch=conditions.batch))
+
+
+def _time(rows: Rows, ready: Sequence[Started], conditions: Conditions) -> None:
+    title = f"batch {conditions.batch}"
+    say(
+        f"timing {len(ready)} targets in turns at {title}, {rows.lasting} each with the waits between turns,"
+        " after the warm-up"
+    )
+    read_energy = rows.energy.read if rows.energy.domains else None
+    arms = [Attended(one.arm, read_energy) for one in ready]
+    ready = [replace(one, arm=arm) for one, arm in zip(ready, arms, strict=True)]
+    with progress_bar(title, total=_PROGRESS_STEPS) as bar:
+        done = 0
+
+        def advance(fraction: float) -> None:
+            nonlocal done
+            steps = round(fraction * _PROGRESS_STEPS) - done
+            done += steps
+            bar.advance(steps)
+
+        try:
+            timed = inprocess.time_targets(ready, lasting=rows.lasting, on_progress=advance)
+        except TimingInterrupted as interruption:
+            keep_turns(rows, ready, arms, interruption.partial, conditions, interrupted=True)
+            raise
+    keep_turns(rows, ready, arms, timed, conditions)
+
+
+def _time_one(
+    rows: Rows, one: Started, conditions: Conditions, step: Step, rate: float | None, engine: Engine,
+    artifacts: Sequence[Artifact],
+) -> None:  # fmt: skip
+    from dlops.bench.inprocess_rates import measure_queue, process_of
+
+    warmth = process_of(one).warm_up(max(2.0, rows.lasting.first_s))
+    key, began_ns, interrupted = rows.next_key, time.perf_counter_ns(), False
+    if engine == "loadgen":
+        from dlops.bench.loadgen_rows import measure_session, note
+
+        say(f"LoadGen on {one.target}: {conditions.scenario}, {rows.lasting.first_s:g} s or more")
+        (row, samples), said = measure_session(
+            one, conditions, rate=rate, duration_s=rows.lasting.first_s, warmth=warmth, artifacts=artifacts, key=key
+        )
+        rows.note(note(said.version))
+    else:
+        assert step.offered is not None
+        assert rate is not None
+        schedule = step.offered.at(rate, rows.lasting.first_s)
+        say(f"offering {one.target}: {rate:,.5g} requests/s for {schedule.duration_s:.3g} s")
+        row, samples, interrupted = measure_queue(
+            one, schedule, warmth=warmth, conditions=conditions, artifacts=artifacts, key=key
+        )
+    items = row.latency.samples * conditions.batch
+    rows.add(row, samples, Seen(begin_ns=began_ns, end_ns=time.perf_counter_ns(), items=items))
+    if interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,65 @@
+"""One run of a target of known length, by our generator or by LoadGen, in this process.
+
+The order comes as JSON in the only argument, under the server scenario with the due times on standard input; latencies,
+starts and lateness leave as int64 nanoseconds on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from dlops.bench.fifo import PipeTicker, keep_schedule
+from dlops.bench.loadgen import Settings, drive_session
+from dlops.timing import Local, collector_off
+
+
+def sleeping(length_ns: int) -> Callable[[], None]:
+    """Sleeps so long; nothing at all where that is 0."""
+    return (lambda: time.sleep(length_ns / 1e9)) if length_ns else (lambda: None)
+
+
+def by_dlops(order: dict, call: Callable[[], None], due_ns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Latencies, starts, and how late calls were made."""
+    if order["scenario"] == "single_stream":
+        turn = Local("target", call).take_turn(order["duration_s"])
+        return turn.latencies_ns, turn.starts_ns, np.zeros(len(turn.starts_ns), np.int64)
+    # Nothing ever comes on this pipe.
+    reader, _ = os.pipe()
+    with os.fdopen(reader, "rb") as pipe:
+        assert not select.select([pipe], [], [], 0)[0]
+        kept = keep_schedule(call, due_ns, give_up_ns=2**62, ticker=PipeTicker(pipe))
+    return kept.ended_ns - due_ns, due_ns, kept.lag_ns(due_ns)
+
+
+def by_loadgen(order: dict, call: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    settings = Settings(
+        scenario=order["scenario"], duration_s=order["duration_s"], rate=order["rate"],
+        expected_ns=max(order["length_ns"], 20_000),
+    )  # fmt: skip
+    driven = drive_session(call, settings)
+    return driven.latencies_ns, driven.starts_ns, driven.lag_ns
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    due_ns = np.frombuffer(sys.stdin.buffer.read(), np.int64)
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    call = sleeping(order["length_ns"])
+    for _ in range(50):
+        call()
+    with collector_off():
+        found = by_dlops(order, call, due_ns) if order["generator"] == "dlops" else by_loadgen(order, call)
+    answer.write(np.stack(found).tobytes())
+    answer.close()
+
+
+if __name__ == "__main__":
+    main()
