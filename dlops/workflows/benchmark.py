@@ -32,9 +32,6 @@ def benchmark(
     threads: Sequence[int] | None,
     concurrency: Sequence[int] | None,
     offered: Offered | None,
-    scenarios: Sequence[Scenario],
-    samples_per_query: int | None,
-    engine: Engine,
     duration_s: float,
     payload: Artifact | None,
     model: str | None,
@@ -42,6 +39,9 @@ def benchmark(
     outputs: Outputs,
     command: Sequence[str],
     calibrate: bool = False,
+    scenarios: Sequence[Scenario] = (),
+    samples_per_query: int | None = None,
+    engine: Engine = "dlops",
 ) -> int:
     """Write and print a report.
 
