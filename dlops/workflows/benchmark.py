@@ -33,9 +33,6 @@ def benchmark(
     threads: Sequence[int] | None,
     concurrency: Sequence[int] | None,
     offered: Offered | None,
-    scenarios: Sequence[Scenario],
-    samples_per_query: int | None,
-    engine: Engine,
     duration_s: float | None,
     payload: Artifact | None,
     model: str | None,
@@ -45,6 +42,9 @@ def benchmark(
     calibrate: bool = False,
     max_duration_s: float | None = None,
     cuda_graph: bool = False,
+    scenarios: Sequence[Scenario] = (),
+    samples_per_query: int | None = None,
+    engine: Engine = "dlops",
 ) -> int:
     """Write and print a report.
 
