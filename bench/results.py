@@ -71,7 +71,7 @@ def merge(first: Measured, *others: Measured) -> Measured:
             new = telemetry_key(len(telemetry))
             arrays = {name: part.samples[name] for name in part.samples if name.startswith(watched.key + ".")}
             samples |= {new + name.removeprefix(watched.key): array for name, array in arrays.items()}
-            spans = {keys[key]: span for key, span in watched.spans.items()}
+            spans = {keys[key]: span for key, span in watched.spans.items() if key in keys}
             telemetry.append(watched.model_copy(update={"key": new, "spans": spans}))
     numbers = itertools.count()
     profiles: list[Profile] = []
