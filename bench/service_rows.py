@@ -15,7 +15,7 @@ from dlops.bench.oip import Endpoint
 from dlops.bench.rates import Warm, measure_rate, warm_up
 from dlops.bench.rows import Rows, Samples
 from dlops.bench.scenarios import Step
-from dlops.bench.slo import Outcome, judge, samples_for, search
+from dlops.bench.slo import Outcome, found_among, judge, samples_for, search
 from dlops.bench.stats import Integers
 from dlops.console import say
 from dlops.errors import MachineError
@@ -145,16 +145,26 @@ class _Offering:
     def _find_highest(self, objective: Objective) -> None:
         rows, first_s = self._rows, self._rows.lasting.first_s
         wanted = samples_for(objective)
+        outcomes: list[tuple[float, Outcome]] = []
 
         def probe(rate: float) -> Outcome:
             row = self._one(self._offered.at(rate, first_s, wanted=wanted, stretch=_SEARCH_STRETCH))
             outcome = judge(row, rows.samples[row.samples], rows.samples[row.samples + STARTS], objective)
             say(f"{rate:,.5g} requests/s: {outcome}")
+            outcomes.append((rate, outcome))
             return outcome
 
         first = len(rows.rows)
-        # Far enough below what one caller gets that the first try is likely to be kept.
-        found = search(probe, start=self._warm.rate / 4, least=wanted / (_SEARCH_STRETCH * first_s))
+        try:
+            # Far enough below what one caller gets that the first try is likely to be kept.
+            found = search(probe, start=self._warm.rate / 4, least=wanted / (_SEARCH_STRETCH * first_s))
+        except MachineError as error:
+            # A rate at which nothing was answered, or a server that has gone: what was found until then stands.
+            if not outcomes:
+                raise
+            say(str(error))
+            rows.failures.append(error.message)
+            found = found_among(outcomes)
         tried = tuple(row.samples for row in rows.rows[first:])
         rows.rows[first:] = sorted(rows.rows[first:], key=lambda row: row.load.rate or 0.0)
         update = {"rate": found.met, "missed": found.missed, "tried": tried}

@@ -67,10 +67,8 @@ def keep_turns(
 
 def _time(rows: Rows, ready: Sequence[Started], conditions: Conditions) -> None:
     title = f"batch {conditions.batch}"
-    say(
-        f"timing {len(ready)} targets in turns at {title}, {rows.lasting} each with the waits between turns,"
-        " after the warm-up"
-    )
+    count = f"{len(ready)} target{'' if len(ready) == 1 else 's'}"
+    say(f"timing {count} in turns at {title}, {rows.lasting} each with the waits between turns, after the warm-up")
     read_energy = rows.energy.read if rows.energy.domains else None
     arms = [Attended(one.arm, read_energy) for one in ready]
     ready = [replace(one, arm=arm) for one, arm in zip(ready, arms, strict=True)]

@@ -243,6 +243,12 @@ def bench(
         raise typer.Exit(calibrate_alone(json=json, also_given=_given(context, but={"calibrate", "json"})))
     if duration is not None and max_duration is not None:
         _usage("--duration sets the seconds, and --max-duration limits what a pilot sets", "leave one of them out")
+    if payload is not None and not any("://" in name for name in target or []):
+        _usage("--payload is what URLs are sent, and there is none", "leave it out, or name http://HOST:PORT")
+    if model is not None and checkpoint is None:
+        _usage("--model builds a checkpoint's module, and there is none", "name its run with --checkpoint")
+    if not rate and slo is None and "--arrivals" in _given(context, but=set()):
+        _usage("--arrivals is for requests at a rate", "add --rate or --slo")
     offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, slo=slo, senders=senders)
     targets: list[Artifact | str] = [name if "://" in name else _artifact(Path(name)) for name in target or []] or [
         _artifact(None)

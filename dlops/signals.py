@@ -18,8 +18,8 @@ class Interrupted(KeyboardInterrupt):
     """
 
 
-class Terminated(BaseException):
-    """SIGTERM. No Exception: nothing that goes on after an error may go on after this."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what keeps its work on Ctrl-C keeps it here too, as when a batch job reaches its time limit."""
 
 
 _STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -78,6 +78,9 @@ MISTAKES = [
     pytest.param(["verify"], ["no artifact", "dlops export"], id="no artifact yet"),
     pytest.param(["serve"], ["no artifact"], id="nothing to serve"),
     pytest.param(["bench"], ["no artifact"], id="nothing to bench"),
+    pytest.param(["bench", "a", "--payload", "b"], ["--payload", "URL"], id="a payload for nothing"),
+    pytest.param(["bench", "a", "--model", "python:a:b"], ["--model", "--checkpoint"], id="a builder for nothing"),
+    pytest.param(["bench", "a", "--arrivals", "poisson"], ["--arrivals", "--rate"], id="arrivals of nothing"),
     pytest.param(["compare", "one", "other"], ["BASE one", "no such file"], id="nothing to compare"),
     pytest.param(["compare", "one", "other", "--margin", "5"], ["--margin '5'", "5%"], id="margin without a unit"),
     pytest.param(
@@ -149,6 +152,22 @@ def test_a_signal_ends_training_with_its_status_and_without_a_traceback(
         process.wait(timeout=60)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
+
+
+def test_a_bench_that_is_told_to_end_writes_the_rows_that_it_has(working_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    artifact = "artifacts/digits-cnn/onnx-fp32"
+    command = [*DLOPS, "bench", artifact, "--batch", "1", "--batch", "2", "--duration", "2", "--out", str(out)]
+    with subprocess.Popen(command, cwd=working_folder, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "at batch 2" in line)
+        process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode == 143, errors
+    report = dlops_api.read_report(out)
+    assert report.partial
+    assert report.measurements[0].load.batch == 1
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ class Outputs:
         if len(printed) > 1:
             raise UsageError(f"{' and '.join(printed)} both want stdout", hint="give one of them a file")
 
+    @property
+    def copies(self) -> dict[str, str]:
+        """Where copies go, by the option that says so."""
+        given = {"--json": self.json, "--markdown": self.markdown, "--csv": self.csv, "--html": self.html}
+        return {option: str(copy) for option, copy in given.items() if copy is not None}
+
     def check(self, *, report: bool = True) -> None:
         """Raise UsageError or MachineError where the report or a copy has no place: to be asked before measuring.
 
@@ -42,9 +48,8 @@ class Outputs:
         """
         if report:
             _check_folder("--out", self.directory or Path("reports"))
-        copies = {"--json": self.json, "--markdown": self.markdown, "--csv": self.csv, "--html": self.html}
-        for option, copy in copies.items():
-            if copy is not None and copy != "-":
+        for option, copy in self.copies.items():
+            if copy != "-":
                 if Path(copy).is_dir():
                     raise UsageError(f"{option} {copy}: a folder", hint="name a file")
                 _check_folder(option, Path(copy).parent)

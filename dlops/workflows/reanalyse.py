@@ -26,5 +26,8 @@ def reanalyse_report(path: Path, outputs: Outputs, *, also_given: Sequence[str] 
     report = read_report(path)
     if outputs.directory is not None and outputs.directory.resolve() == report.directory.resolve():
         raise UsageError(f"--out {outputs.directory}: the report itself is there", hint="name another folder")
+    for option, copy in outputs.copies.items():
+        if copy != "-" and Path(copy).resolve().parent == report.directory.resolve():
+            raise UsageError(f"{option} {copy}: the report itself is there", hint="name another folder")
     say(f"working out {report.directory} again: {len(report.measurements)} rows, nothing is measured")
     return exit_status(publish(reanalyse(report), outputs))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dlops.bench import network, rates, stats
+from dlops.bench import service_rows, stats
 from dlops.bench.arrivals import Offered
 from dlops.bench.pilot import LONGEST_S, Length, half_width, length, seconds_wanted
 from dlops.bench.run import MeasureInterrupted, measure
@@ -124,16 +124,16 @@ def test_rows_that_stay_unsure_last_longer_and_say_so_in_process_and_over_http(
 
 
 @pytest.mark.parametrize(
-    ("module", "load", "how"),
-    [(network, "measure_endpoint", {"concurrency": (2,)}), (rates, "measure_rate", {"offered": Offered(rates=(200,))})],
+    ("load", "how"),
+    [("measure_endpoint", {"concurrency": (2,)}), ("measure_rate", {"offered": Offered(rates=(200,))})],
     ids=["calls in flight", "at a rate"],
 )
 def test_ctrl_c_before_the_longer_run_has_anything_keeps_the_pilot(
-    module, load, how, make_artifact, serve, monkeypatch
+    load, how, make_artifact, serve, monkeypatch
 ) -> None:
     monkeypatch.setattr("dlops.bench.pilot.WANTED", {0.5: 1e-5})
     monkeypatch.setattr("dlops.bench.pilot.PILOT_S", 0.5)
-    real, made = getattr(module, load), []
+    real, made = getattr(service_rows, load), []
 
     def second_is_interrupted(*arguments, **options):
         if made:
@@ -141,7 +141,7 @@ def test_ctrl_c_before_the_longer_run_has_anything_keeps_the_pilot(
         made.append(real(*arguments, **options))
         return made[0]
 
-    monkeypatch.setattr(module, load, second_is_interrupted)
+    monkeypatch.setattr(service_rows, load, second_is_interrupted)
     artifact = make_artifact()
     with pytest.raises(MeasureInterrupted) as interruption:
         measure([serve(artifact).url], payload=artifact, **how)

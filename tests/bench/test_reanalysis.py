@@ -207,10 +207,11 @@ def test_one_copy_may_go_to_stdout_and_not_two(kept: Path, tmp_path, capsys) -> 
         (["http://127.0.0.1:1", "--duration", "3", "--rate", "5"], "TARGET, --rate, --duration: nothing is measured"),
         (["--device", "auto"], "--device: nothing is measured with --from"),
         (["--out", "KEPT"], "the report itself is there"),
+        (["--json", "KEPT/report.json"], "the report itself is there"),
     ],
 )
 def test_what_says_what_to_measure_is_refused_beside_a_kept_report(kept, capsys, arguments, said) -> None:
-    assert run(["bench", "--from", str(kept), *[str(kept) if one == "KEPT" else one for one in arguments]]) == 2
+    assert run(["bench", "--from", str(kept), *[one.replace("KEPT", str(kept)) for one in arguments]]) == 2
     assert said in capsys.readouterr().err
 
 

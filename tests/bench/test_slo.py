@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import dlops
-from dlops.bench import cells, slo, stats
+from dlops.bench import cells, service_rows, slo, stats
 from dlops.bench.arrivals import Offered
 from dlops.bench.run import measure, save_report
 from dlops.bench.slo import Found, judge, parse_objective, search
@@ -170,4 +171,24 @@ def test_a_service_of_known_capacity_is_found_out(make_artifact, serve, tmp_path
     assert dlops.read_report(report.directory).objectives == measured.report.objectives
     assert "requests a second is the highest rate that kept p90 ≤ 1,000 ms" in " ".join(cells.objectives(report))
     assert "the highest rate that kept" in " ".join(table_text(report).split())
-    assert "Response time against rate" in (report.directory / "report.html").read_text()
+
+
+def test_a_search_that_a_server_ends_keeps_what_it_found(make_artifact, serve, monkeypatch) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    # After the second rate it answers nothing.
+    probes = itertools.count(1)
+
+    def judged(*arguments: object) -> str:
+        if next(probes) == 2:
+            server.behave = lambda count: (503, b"{}")
+        return "met"
+
+    monkeypatch.setattr(service_rows, "judge", judged)
+    offered = Offered(objective=parse_objective("p50=50ms"))
+    measured = measure([server.url], payload=artifact, offered=offered, duration_s=0.3)
+    assert measured.partial
+    assert any("no request succeeded" in note for note in measured.report.notes)
+    (found,) = measured.report.objectives.values()
+    assert found.rate == max(row.load.rate for row in measured.measurements)
+    assert len(found.tried) == 2

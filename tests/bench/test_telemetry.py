@@ -459,16 +459,17 @@ def test_a_sampling_process_that_is_killed_ends_no_run() -> None:
 @LINUX
 def test_a_stranger_is_seen_beside_a_run_whose_own_work_is_not(make_artifact, serve, tmp_path) -> None:
     artifact = make_artifact(hidden=64)
-    stranger = subprocess.Popen([sys.executable, "-c", SPIN.format(600)])
+    # No child of this process, which is the run: its shell has ended.
+    command = ["sh", "-c", '"$0" -c "$1" >/dev/null & echo $!', sys.executable, SPIN.format(600)]
+    stranger = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     try:
         measured = measure([artifact], duration_s=1.2, threads=1)
     finally:
-        stranger.kill()
-        stranger.wait()
+        os.kill(stranger, signal.SIGKILL)
     network = measure([serve(artifact).url], payload=artifact, duration_s=0.3)
     (row,) = measured.measurements
-    # The stranger alone takes up to one processor; what else runs only adds to it.
-    assert row.other_load > 0.5 / len(os.sched_getaffinity(0))
+    # The stranger takes half of one processor or more; what else runs only adds to it.
+    assert row.other_load > 0.25 / len(os.sched_getaffinity(0))
     said = any(reason.startswith("other load on the machine") for reason in row.verdict.reasons)
     assert said == (row.other_load >= 0.03)
     assert network.report.telemetry[0].absent.keys() == measured.report.telemetry[0].absent.keys()
