@@ -21,6 +21,8 @@ def main() -> NoReturn:
         status = interrupted
     signals.die_on_signals()
     if status in (130, 143):
+        # A command that keeps its work ends alike on both; which it was decides.
+        status = signals.received_status() or status
         sys.stderr.write("dlops: interrupted\n" if status == 130 else "dlops: terminated\n")
     sys.exit(status)
 
