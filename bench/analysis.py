@@ -39,15 +39,15 @@ class Figures:
 
 
 def analyse_turns(
-    latencies_ns: Integers, turns: Integers, parts_ns: Mapping[str, Integers], *, batch: int,
+    latencies_ns: Integers, turns: Integers, parts_ns: Mapping[str, Integers], *, batch: int, concurrency: int = 1,
     baseline: Sequence[Integers] | None, observed: Sequence[str], remarks: Sequence[str] = (),
 ) -> Figures:  # fmt: skip
     """A target that took turns in one run with others.
 
     latencies_ns, turns: (n,), the round of each call. parts_ns: by the suffix of CLOCKS, what else was timed of each
-    call, (n,); empty off CUDA. baseline: by turn, the latencies of the row that speed-ups are counted from, of the same
-    run; None gives no speed-up. observed: what stands against the row that no sample shows; remarks: what no sample
-    shows either and does not.
+    call, (n,); empty off CUDA. concurrency: calls that were made at once. baseline: by turn, the latencies of the row
+    that speed-ups are counted from, of the same run; None gives no speed-up. observed: what stands against the row that
+    no sample shows; remarks: what no sample shows either and does not.
     """
     own = by_turn(latencies_ns, turns)
     counts = np.array([batch * len(turn) for turn in own], np.int64)
@@ -58,7 +58,8 @@ def analyse_turns(
     against += _unsteady(medians, "the medians of turns vary by {:.0%}; something else used the machine")
     return Figures(
         latency=stats.summarize(latencies_ns, turns=turns),
-        throughput=stats.rate_interval(counts, np.array([turn.sum() / 1e9 for turn in own])),
+        # Little's law: callers that never wait between calls spend all their time in them.
+        throughput=stats.rate_interval(counts, np.array([turn.sum() / 1e9 / concurrency for turn in own])),
         speedup=None if baseline is None else stats.ratio_interval(baseline, own),
         clocks=_clocks(parts_ns, turns),
         verdict=_verdict(against, observed, latencies_ns, turns, remarks, said=launch_bound(latencies_ns, parts_ns)),

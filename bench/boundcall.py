@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from dlops.cudart import Stopwatch
 from dlops.report import COPY_IN, COPY_OUT, DEVICE, ENQUEUE, Boundary
-from dlops.runtimes.cudart import Stopwatch
 from dlops.runtimes.session import Bound, Session
 from dlops.signature import Feed
 from dlops.timing import Local
 
 
 class DeviceClock(Protocol):
-    """Times what is put on a stream between start and stop (see dlops.runtimes.cudart.Stopwatch)."""
+    """Times what is put on a stream between start and stop (see dlops.cudart.Stopwatch)."""
 
     def start(self) -> None: ...
     def stop(self) -> None: ...

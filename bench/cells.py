@@ -111,8 +111,10 @@ def short_name(row: Measurement) -> str:
 
 
 def _says_in_flight(row: Measurement) -> bool:
-    # A stream is one call at a time by its name.
-    return row.boundary == "network" and (row.load.metric is None or row.load.scenario == "offline")
+    # A stream is one call at a time by its name, and in process that is what is usual.
+    if row.boundary != "network":
+        return row.load.concurrency > 1
+    return row.load.metric is None or row.load.scenario == "offline"
 
 
 def model(row: Measurement) -> str:

@@ -63,7 +63,9 @@ class Subject:
         """Whether only this process can build it."""
         return self.model is not None and not isinstance(self.model, str)
 
-    def job(self, *, samples: Artifact | None, batch: int, boundary: Boundary, options: SessionOptions) -> Job:
+    def job(
+        self, *, samples: Artifact | None, batch: int, boundary: Boundary, options: SessionOptions, concurrency: int = 1
+    ) -> Job:
         """What a process of its own is told to do."""
         assert self.model is None or isinstance(self.model, str)
         return Job(
@@ -77,6 +79,7 @@ class Subject:
             device=options.device,
             threads=options.threads,
             cuda_graph=options.cuda_graph,
+            concurrency=concurrency,
         )
 
 
@@ -84,13 +87,14 @@ class Subject:
 class Conditions:
     """Under which a row is measured; what is compared is measured under the same.
 
-    scenario: as it was asked for by name, else None.
+    scenario: as it was asked for by name, else None. concurrency: threads that call one session at once.
     """
 
     batch: int
     boundary: Boundary
     options: SessionOptions
     scenario: Scenario | None = None
+    concurrency: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,13 +214,14 @@ def measurements(
         run = timed.runs[one.target]
         seen = shortcomings(warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted)
         figures = analyse_turns(
-            run.latencies_ns, run.turns, run.parts_ns, batch=batch, baseline=base_turns,
+            run.latencies_ns, run.turns, run.parts_ns, batch=batch, concurrency=conditions.concurrency,
+            baseline=base_turns,
             observed=(*misplaced(conditions.options, one.placement), *seen),
             remarks=lasting.remarks(run.latencies_ns, turns=run.turns, spent_s=timed.spent_s / len(ready)),
         )  # fmt: skip
         rows.append(
             Measurement(
-                load=load_of(conditions.scenario, batch=batch),
+                load=load_of(conditions.scenario, batch=batch, concurrency=conditions.concurrency),
                 samples=key,
                 paired_with=base_key,
                 warmup_calls=run.warmup_calls,
@@ -279,7 +284,10 @@ def accuracy_fields(artifact: Artifact) -> dict[str, float | int]:
 
 
 def _start(stack: ExitStack, subject: Subject, samples: Artifact | None, conditions: Conditions) -> Started:
-    job = subject.job(samples=samples, batch=conditions.batch, boundary=conditions.boundary, options=conditions.options)
+    job = subject.job(
+        samples=samples, batch=conditions.batch, boundary=conditions.boundary, options=conditions.options,
+        concurrency=conditions.concurrency,
+    )  # fmt: skip
     process = stack.enter_context(Process(job))
     ready = process.ready()
     return Started(
@@ -293,7 +301,10 @@ def _start_here(stack: ExitStack, subject: Subject, samples: Artifact | None, co
     assert not isinstance(subject.model, str)
     session = open_module(subject.kind, subject.source, subject.model, conditions.options)
     stack.callback(session.close)
-    arm = local_arm(subject.target, session, samples=samples, batch=conditions.batch, boundary=conditions.boundary)
+    arm = local_arm(
+        subject.target, session, samples=samples, batch=conditions.batch, boundary=conditions.boundary,
+        concurrency=conditions.concurrency,
+    )  # fmt: skip
     return Started(subject=subject, arm=arm, placement=session.placement)
 
 

@@ -68,7 +68,8 @@ def _figures(report: Report, row: Measurement, rows: Mapping[str, Measurement], 
         )  # fmt: skip
     latencies, turns = _arrays(report, row, samples, "", TURNS)
     return analyse_turns(
-        latencies, turns, _parts(report, row, samples), batch=batch, baseline=_baseline(report, row, rows, samples),
+        latencies, turns, _parts(report, row, samples), batch=batch, concurrency=row.load.concurrency,
+        baseline=_baseline(report, row, rows, samples),
         observed=observed, remarks=row.verdict.remarks,
     )  # fmt: skip
 

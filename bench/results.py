@@ -108,6 +108,8 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
     `chosen` is None and `chosen_because` says why.
     """
     rows = [row for row in measured.measurements if row.boundary == "host" and row.artifact and row.load.rate is None]
+    fewest = min((row.load.concurrency for row in rows), default=1)
+    rows = [row for row in rows if row.load.concurrency == fewest]
     smallest = min((row.load.batch for row in rows), default=1)
     candidates = [row for row in rows if row.load.batch == smallest]
     kept = [row for row in candidates if row.drop_points is not None and row.drop_points <= max_drop]

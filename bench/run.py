@@ -62,13 +62,14 @@ def measure(
     a module or a function keeps the two in this process. batch (by default 1), boundary, threads and device are axes:
     for each combination all targets take turns within one run. boundary "device": the inference alone, inputs in place;
     "preprocessing": from the raw input, decoding included. cuda_graph: inferences replay a CUDA graph. concurrency:
-    calls kept in flight at URLs, by default 1 unless `offered` is given. offered: requests at rates or from a trace,
-    whether or not earlier ones are answered. scenarios: MLPerf's, instead of those axes: batch and concurrency are then
-    for "offline" (by default 32 items or what all targets take, and 8 in flight), `offered` for "server", in process
-    too, and samples_per_query (8) for "multi_stream". engine: "loadgen" has MLCommons' LoadGen run them. duration_s:
-    for each row, on the clock: the waits between turns count, the warm-up does not; without it a row lasts as long as
-    it takes to know p50 to 1 % and p99 to 5 %, from 3 s to max_duration_s. payload: whose samples are sent to URLs;
-    without it the first artifact among the targets, else random numbers within the signature.
+    calls kept in flight, at URLs and in process by as many threads on one session, by default 1 unless `offered` is
+    given. offered: requests at rates or from a trace, whether or not earlier ones are answered. scenarios: MLPerf's,
+    instead of those axes: batch and concurrency are then for "offline" (by default 32 items or what all targets take,
+    and 8 in flight), `offered` for "server", in process too, and samples_per_query (8) for "multi_stream". engine:
+    "loadgen" has MLCommons' LoadGen run them. duration_s: for each row, on the clock: the waits between turns count,
+    the warm-up does not; without it a row lasts as long as it takes to know p50 to 1 % and p99 to 5 %, from 3 s to
+    max_duration_s. payload: whose samples are sent to URLs; without it the first artifact among the targets, else
+    random numbers within the signature.
 
     Raises UsageError and MachineError before anything is timed where a target is not there or cannot run what is
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
@@ -95,6 +96,10 @@ def measure(
     if cuda_graph and (not chosen or any(one.options.device == "cpu" for _, one in conditions)):
         what = "a service runs its models itself" if not chosen else "there is none on the CPU"
         raise UsageError(f"a CUDA graph was asked for, and {what}", hint="leave --cuda-graph out, or --device cuda")
+    one_at_a_time = cuda_graph or "device" in boundary
+    if chosen and one_at_a_time and any(one.concurrency > 1 for _, one in conditions):
+        what = "a CUDA graph" if cuda_graph else "--boundary device"
+        raise UsageError(f"{what} has one call at a time: its buffers are one caller's", hint="--concurrency 1")
     alone = [step for step in planned if engine == "loadgen" or step.scenario == "server"]
     inprocess.check(
         chosen, batches=sorted({step.batch for step in planned}), boundaries=boundary, own_process=bool(alone)
@@ -160,7 +165,7 @@ def _conditions(
         (
             step,
             Conditions(
-                batch=step.batch, boundary=boundary, scenario=step.scenario,
+                batch=step.batch, boundary=boundary, scenario=step.scenario, concurrency=callers,
                 options=SessionOptions(device=place, threads=count, own_stream=True, cuda_graph=cuda_graph),
             ),
         )
@@ -168,6 +173,7 @@ def _conditions(
         for count in counts
         for boundary in dict.fromkeys(boundaries)
         for step in planned
+        for callers in step.callers
     ]  # fmt: skip
 
 

@@ -23,13 +23,19 @@ _OFFLINE_BATCH, _OFFLINE_IN_FLIGHT = 32, 8
 class Step:
     """What every target is asked at one batch. scenario: as it was asked for by name, else None.
 
-    concurrency: of URLs. offered: of URLs, and in process where the scenario is "server".
+    concurrency: requests in flight at URLs, and without a scenario threads that call in process. offered: of URLs, and
+    in process where the scenario is "server".
     """
 
     scenario: Scenario | None
     batch: int
     concurrency: tuple[int, ...] = ()
     offered: Offered | None = None
+
+    @property
+    def callers(self) -> tuple[int, ...]:
+        """Threads that call a session in process."""
+        return (self.concurrency or (1,)) if self.scenario is None else (1,)
 
     @property
     def rates(self) -> list[float | None]:
@@ -90,10 +96,8 @@ def _without_scenarios(asked: Asked, *, in_process: bool, over_network: bool) ->
     given = ((1,) if asked.offered is None else ()) if asked.concurrency is None else asked.concurrency
     # Beside a rate none in flight may be asked for.
     concurrency = numbers("concurrency", given) if given else ()
-    if not over_network and (concurrency != (1,) or asked.offered is not None):
-        what = "concurrency" if asked.offered is None else "a rate"
-        hint = None if asked.offered is None else "add --scenario server for a queue in front of the session"
-        raise UsageError(f"{what} is for URLs: in process, one session runs one call at a time", hint=hint)
+    if not over_network and asked.offered is not None:
+        raise UsageError("a rate is for URLs", hint="add --scenario server for a queue in front of the session")
     return [
         Step(scenario=None, batch=batch, concurrency=concurrency, offered=asked.offered)
         for batch in numbers("batch", (1,) if asked.batch is None else asked.batch)

@@ -23,6 +23,7 @@ from dlops.bench.boundcall import bound_arm
 from dlops.bench.channel import Channel, telling, turn_message
 from dlops.bench.fifo import PipeTicker, keep_schedule
 from dlops.bench.payload import artifact_feeds, random_feed, raw_batches
+from dlops.bench.together import Together
 from dlops.checkpoint import Checkpoint, import_model_source, load_checkpoint
 from dlops.errors import UsageError, missing_package
 from dlops.manifest import Record
@@ -57,6 +58,7 @@ class Job(Record):
     device: Device = "auto"
     threads: int | None = None
     cuda_graph: bool = False
+    concurrency: int = 1
     spawned_ns: int = 0
 
 
@@ -120,8 +122,16 @@ def caller(session: Session, *, samples: Artifact | None, batch: int, boundary: 
     return lambda: session.run(feed())
 
 
-def local_arm(target: str, session: Session, *, samples: Artifact | None, batch: int, boundary: Boundary) -> Local:
-    """The arm of a session in this process: what it times of a call is what `boundary` includes."""
+def local_arm(
+    target: str, session: Session, *, samples: Artifact | None, batch: int, boundary: Boundary, concurrency: int = 1
+) -> Local | Together:
+    """The arm of a session in this process: what it times of a call is what `boundary` includes.
+
+    concurrency: threads that call at once; several have no clocks on CUDA.
+    """
+    if concurrency > 1:
+        calls = [caller(session, samples=samples, batch=batch, boundary=boundary) for _ in range(concurrency)]
+        return Together([Local(target, call) for call in calls])
     if boundary == "device" or session.placement.device.startswith("cuda"):
         feed = _feeder(session, samples=samples, batch=batch, boundary=boundary)
         return bound_arm(target, session, feed, boundary=boundary)
@@ -176,7 +186,9 @@ def _serve(job: Job, channel: Channel) -> None:
     else:
         first = caller(session, samples=None, batch=job.batch, boundary="host")
     ready = _ready(job, session, load_ns, first)
-    arm = local_arm(job.target, session, samples=samples, batch=job.batch, boundary=job.boundary)
+    arm = local_arm(
+        job.target, session, samples=samples, batch=job.batch, boundary=job.boundary, concurrency=job.concurrency
+    )
     call = caller(session, samples=samples, batch=job.batch, boundary=job.boundary)
     channel.send({"ready": ready.model_dump(mode="json")})
     with collector_off():

@@ -188,7 +188,9 @@ def bench(
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="For one operator; repeatable; all cores if left out.")
     ] = None,
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Calls in flight, for URLs.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Calls in flight; in process, of as many threads.")
+    ] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Requests a second offered to URLs; repeatable.")] = None,
     arrivals: Annotated[Literal["poisson", "constant"], typer.Option(help="How requests at a rate come.")] = "poisson",
     pauses: Annotated[

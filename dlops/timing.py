@@ -165,11 +165,17 @@ class Local:
             if len(window) >= _WARMUP_WINDOW_CALLS:
                 windows.append(np.array(window, np.int64))
             settled = steady(windows)
-        _settle(clock)
+        settle(clock)
         return WarmUp(calls=calls, settled=settled)
 
     def take_turn(self, turn_s: float) -> Turn:
-        """A call longer than the lead-in needs none and drops none."""
+        turn = self.calls_for(turn_s)
+        gc.collect(0)
+        settle(self._clock)
+        return turn
+
+    def calls_for(self, turn_s: float) -> Turn:
+        """The calls of a turn, without the rest after it. One longer than the lead-in needs none and drops none."""
         clock = self._clock
         starts: list[int] = []
         latencies: list[int] = []
@@ -185,8 +191,6 @@ class Local:
                 starts.append(start)
                 if self._parts is not None:
                     parts.append(self._parts())
-        gc.collect(0)
-        _settle(clock)
         return Turn(
             starts_ns=np.array(starts, np.int64),
             latencies_ns=np.array(latencies, np.int64),
@@ -325,7 +329,7 @@ class _Kept:
         )
 
 
-def _settle(clock: Clock) -> None:
+def settle(clock: Clock) -> None:
     """Wait until this process uses next to no CPU, for at most 0.15 s."""
     began = clock.now_ns()
     while clock.now_ns() - began < _SETTLE_LIMIT_S * 1e9:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,6 +91,13 @@ def cache_folder(calibration: Calibration, tmp_path_factory: pytest.TempPathFact
 
         keep(calibration.model_copy(update={"machine": this_machine()}))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def python_answers_ctrl_c() -> Iterator[None]:
+    """Commands and libraries that run in this process may leave SIGINT handled otherwise, or not at all."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

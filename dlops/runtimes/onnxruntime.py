@@ -9,9 +9,9 @@ from typing import Any
 import onnxruntime as ort
 
 from dlops.artifact import Artifact
+from dlops.cudart import Stream
 from dlops.environment import available_cores
 from dlops.errors import CorruptError, MachineError
-from dlops.runtimes.cudart import Stream
 from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph, graph_provider
 from dlops.signature import Array, Feed, Signature
 

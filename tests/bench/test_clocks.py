@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import dlops
+from dlops import cudart
 from dlops.bench.analysis import analyse_turns, launch_bound
 from dlops.bench.attended import Attended
 from dlops.bench.boundcall import bound_arm
@@ -25,7 +26,7 @@ from dlops.bench.telemetry import Recorder
 from dlops.cli import run
 from dlops.errors import CorruptError, MachineError, UsageError
 from dlops.report import CLOCKS, COPY_IN, COPY_OUT, DEVICE, ENQUEUE, Boundary, read_report
-from dlops.runtimes import Placement, SessionOptions, cudart, open_session
+from dlops.runtimes import Placement, SessionOptions, open_session
 from dlops.runtimes.onnxruntime import cuda_works
 from dlops.timing import Local, interleave
 

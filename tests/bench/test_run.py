@@ -176,11 +176,6 @@ def test_a_batch_that_the_signature_does_not_allow_is_refused_before_anything_ru
         measure([make_artifact()], batch=(1, 65))
 
 
-def test_concurrency_without_a_url_is_refused(make_artifact) -> None:
-    with pytest.raises(UsageError, match="concurrency is for URLs"):
-        measure([make_artifact()], concurrency=(4,))
-
-
 def test_a_report_that_was_there_is_replaced_whole(example, tmp_path) -> None:
     save_report(example(title="old"), tmp_path / "r")
     save_report(example(title="new"), tmp_path / "r")

@@ -11,9 +11,9 @@ import torch
 
 from dlops.artifact import Artifact
 from dlops.bench.run import measure
+from dlops.cudart import Stopwatch
 from dlops.report import COPY_IN, COPY_OUT, DEVICE, ENQUEUE
 from dlops.runtimes import Session, SessionOptions, open_session
-from dlops.runtimes.cudart import Stopwatch
 from dlops.runtimes.eager import open_compiled, open_eager
 
 # Cycles of torch.cuda._sleep: some 50 ms at the clock rates of today's GPUs.

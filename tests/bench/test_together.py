@@ -1,0 +1,82 @@
+"""Several calls at once on one target of this machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dlops
+from dlops.bench import cells
+from dlops.bench.run import measure, save_report
+from dlops.bench.together import Together
+from dlops.errors import UsageError
+from dlops.report import read_report
+from dlops.timing import Local
+
+
+def test_calls_of_all_callers_overlap_and_come_by_when_they_began() -> None:
+    most, now, lock = 0, 0, threading.Lock()
+
+    def call() -> None:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.002)
+        with lock:
+            now -= 1
+
+    arm = Together([Local("it", call) for _ in range(3)])
+    warmth = arm.warm_up(0.5)
+    turn = arm.take_turn(0.05)
+    assert most == 3
+    assert warmth.calls >= 3
+    assert np.all(np.diff(turn.starts_ns) >= 0)
+    assert turn.latencies_ns.min() >= 2_000_000
+    overlapping = turn.starts_ns[1:] < turn.starts_ns[:-1] + turn.latencies_ns[:-1]
+    assert overlapping.mean() > 0.5
+
+
+def test_what_one_call_raises_goes_through() -> None:
+    def broken() -> None:
+        raise ValueError("no more")
+
+    arm = Together([Local("fine", lambda: None), Local("broken", broken)])
+    with pytest.raises(ValueError, match="no more") as caught:
+        arm.take_turn(0.01)
+    assert caught.value.__notes__ == ["while timing broken"]
+
+
+def test_concurrency_is_an_axis_in_process(make_artifact, tmp_path: Path) -> None:
+    slow, fast = make_artifact("onnx-fp32", hidden=20_000), make_artifact("onnx-int8")
+    measured = measure([slow, fast], concurrency=(1, 3), threads=1, duration_s=0.4)
+    rows = measured.measurements
+    assert [(row.artifact, row.load.concurrency) for row in rows] == [
+        ("onnx-fp32", 1), ("onnx-int8", 1), ("onnx-fp32", 3), ("onnx-int8", 3)
+    ]  # fmt: skip
+    for row in rows:
+        # Little's law, which the throughput is made by.
+        assert row.throughput.value * row.latency.mean_ns / 1e9 == pytest.approx(row.load.concurrency, rel=1e-6)
+    assert [cells.name(row) for row in rows[::2]] == ["onnx-fp32", "onnx-fp32 with 3 in flight"]
+    # Each number in flight has a baseline of its own.
+    assert [row.paired_with for row in rows] == ["row00", "row00", "row02", "row02"]
+    save_report(measured, tmp_path / "report")
+    report = read_report(tmp_path / "report")
+    assert dlops.reanalyse(report).measurements == report.measurements
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"boundary": ("device",)}, "--boundary device has one call at a time"), ({"device": "cpu"}, None)],
+)
+def test_bound_buffers_are_one_callers(make_artifact, options, said) -> None:
+    if said is None:
+        (row,) = measure([make_artifact()], concurrency=(2,), duration_s=0.1, **options).measurements
+        assert row.load.concurrency == 2
+        return
+    with pytest.raises(UsageError, match=said):
+        measure([make_artifact()], concurrency=(2,), duration_s=0.1, **options)
