@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from dlops.bench.channel import Channel
 from dlops.bench.stats import Integers
 
 INTERVAL_S = 0.25
+_ANSWER_S = 10.0
 _GRACE_S = 5.0
 
 
@@ -140,6 +142,12 @@ class Recorder:
 
     def _receive(self) -> tuple[dict[str, Any], bytes]:
         assert self._channel is not None
+        assert self._child is not None
+        # A run must not wait for what only watches it.
+        if not select.select([self._channel.reader], [], [], _ANSWER_S)[0]:
+            self._child.kill()
+            self._failed = f"the process that samples did not answer within {_ANSWER_S:g} s"
+            return {}, b""
         message = self._channel.receive()
         return self._death() if message is None else message
 

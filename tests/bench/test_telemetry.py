@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlops.bench import nvml
+from dlops.bench import nvml, telemetry
 from dlops.bench.attended import Attended, AttendedTurn
 from dlops.bench.cputime import Ticks, Trees, is_here, listeners, machine_ticks
 from dlops.bench.disturbed import Seen, attach, other_load, seen_in_turns
@@ -486,3 +486,11 @@ def test_a_stranger_is_seen_beside_a_run_whose_own_work_is_not(make_artifact, se
     again = reanalyse(read_report(tmp_path / "report"))
     assert again.measurements == report.measurements
     assert again.report.telemetry == report.telemetry
+
+
+@LINUX
+def test_a_run_does_not_wait_for_what_only_watches_it(monkeypatch) -> None:
+    monkeypatch.setattr(telemetry, "_ANSWER_S", 0.0)
+    with Recorder() as recorder:
+        timeline = recorder.end()
+    assert timeline.absent["telemetry"] == "the process that samples did not answer within 0 s"
