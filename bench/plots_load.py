@@ -97,12 +97,13 @@ def _draw(points: Sequence[_Point], width: int, axis: str, objectives: Sequence[
     times += [one.limit_ns / 1e6 for one in shown]
     loads = [end for point in points for end in _ends(point.load)]
     y_range = (math.log10(min(times) / 1.2), math.log10(max(times) * 1.2))
-    frame = make_frame(340, width, x=log_scale(min(loads) / 1.15, max(loads) * 1.15), y_range=y_range)
+    least, most = min(loads) / 1.15, max(loads) * 1.15
+    frame = make_frame(340, width, x=log_scale(least, most), y_range=y_range)
     parts = y_grid(
         frame, [math.log10(tick) for tick in log_ticks(10 ** y_range[0], 10 ** y_range[1], 7)],
         lambda tick: f"{10**tick:,.0f} ms" if tick >= 2 else f"{10**tick:.3g} ms",
     )  # fmt: skip
-    parts += x_grid(frame, log_ticks(min(loads) / 1.15, max(loads) * 1.15, tick_limit(frame)), axis)
+    parts += x_grid(frame, log_ticks(least, most, tick_limit(frame)), axis)
     for objective in shown:
         parts += _objective(frame, objective)
     parts += _knees(frame, points)
@@ -113,7 +114,9 @@ def _draw(points: Sequence[_Point], width: int, axis: str, objectives: Sequence[
             ends = (_y(frame, end) for end in (point.time.low, point.time.high))
             parts.append(line_between(x, next(ends), x, next(ends), f"bar {point.one.look}"))
         if point.load.low is not None and point.load.high is not None:
-            parts.append(line_between(frame.x(point.load.low), y, frame.x(point.load.high), y, f"bar {point.one.look}"))
+            # An interval that reaches down to nothing ends where the axis does: it has no logarithm.
+            low = max(point.load.low, least)
+            parts.append(line_between(frame.x(low), y, frame.x(point.load.high), y, f"bar {point.one.look}"))
         said = f"{point.one.name}: {point.kind} {cells.milliseconds(point.time)} ms"
         parts.append(dot(x, y, point.one, said))
     return svg_of(frame, parts, title)

@@ -92,6 +92,14 @@ def test_calls_in_flight_make_a_curve_of_two_or_more() -> None:
     assert plots_load.latency_against_throughput(drawn, WIDE).count("<polyline") == 2
 
 
+def test_a_throughput_that_may_have_been_nothing_is_drawn_from_the_edge() -> None:
+    rows, samples = rows_of(rates=(), in_flight=(1, 4))
+    unsure = rows[1].throughput.model_copy(update={"low": 0.0, "high": 5000.0})
+    drawn = series_of([rows[0], rows[1].model_copy(update={"throughput": unsure})], samples)
+    text = plots_load.latency_against_throughput(drawn, WIDE)
+    assert re.search(r'<line class="bar s1" x1="64\.0"', text)
+
+
 def test_the_page_and_the_tables_have_them(example) -> None:
     rows, samples = rows_of(in_flight=(1, 2, 4, 8))
     objective = Objective(quantile="p99", limit_ns=20e6, rate=700.0, missed=760.0)
