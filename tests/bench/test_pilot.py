@@ -120,7 +120,7 @@ def test_rows_that_stay_unsure_last_longer_and_say_so_in_process_and_over_http(
         # On a busy machine the median of so few turns may not be certified at all.
         known = [one for one in row.verdict.reasons if one.startswith(("under-sampled: p50", "p50 is not certified"))]
         assert len(known) == 1, row.verdict
-        assert known[0].startswith("p50") or known == list(row.verdict.remarks)
+        assert known[0].startswith("p50") or known[0] in row.verdict.remarks, row.verdict
 
 
 @pytest.mark.parametrize(
