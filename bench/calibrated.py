@@ -71,10 +71,15 @@ def _short_call(row: Measurement, timing: TimingCost) -> list[str]:
 
 
 def _of_peak(row: Measurement) -> list[str]:
-    if row.peak_share is None:
-        return []
-    anew = ": dlops bench --calibrate anew" if row.peak_share > _ABOVE_PEAK else ""
-    return [f"achieves {significant(row.peak_share * 100)}% of the measured peak FLOP/s (calibration){anew}"]
+    said = []
+    if row.peak_share is not None:
+        anew = ": dlops bench --calibrate anew" if row.peak_share > _ABOVE_PEAK else ""
+        said.append(f"achieves {significant(row.peak_share * 100)}% of the measured peak FLOP/s (calibration){anew}")
+    if row.bandwidth_share is not None:
+        cached = ": caches keep some of it" if row.bandwidth_share > 1 else ""
+        share = f"{significant(row.bandwidth_share * 100)}% of the measured bandwidth (calibration){cached}"
+        said.append(f"weights, inputs and outputs, each once a call, take {share}")
+    return said
 
 
 def _near_floor(row: Measurement, network: SendingCost) -> list[str]:

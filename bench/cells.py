@@ -75,7 +75,10 @@ def groups(report: Report) -> list[Group]:
         title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
         return title + (f", on {row.device}" if devices_vary else "")
 
-    return [Group(title=title, rows=tuple(rows)) for title, rows in itertools.groupby(report.measurements, key=under)]
+    found: dict[str, list[Measurement]] = {}
+    for row in report.measurements:
+        found.setdefault(under(row), []).append(row)
+    return [Group(title=title, rows=tuple(rows)) for title, rows in found.items()]
 
 
 def _load(row: Measurement) -> str:
@@ -378,13 +381,30 @@ def explanations(report: Report) -> list[str]:
 def placements(rows: Sequence[Measurement]) -> list[str]:
     """Where rows truly ran, one line for each distinct place."""
     places: dict[str, list[str]] = {}
+    elsewhere: dict[str, list[str]] = {}
     for row in rows:
         threads = f", {row.threads} threads" if row.threads and row.threads > 1 else ", 1 thread" if row.threads else ""
         place = f"{row.runtime} on {row.provider}{threads}"
         if row.boundary == "network":
             place = f"{row.target} ({row.runtime})"
         places.setdefault(place, []).append(name(row))
-    return [f"{place}: {', '.join(dict.fromkeys(names))}" for place, names in places.items()]
+        if said := _elsewhere(row):
+            elsewhere.setdefault(said, []).append(name(row))
+    return [f"{what}: {', '.join(dict.fromkeys(names))}" for what, names in (places | elsewhere).items()]
+
+
+def _elsewhere(row: Measurement) -> str | None:
+    """Which nodes of its graph its own provider did not take; None where it took all, or that is not known."""
+    own = row.provider.partition(",")[0]
+    others = {provider: counts for provider, counts in row.nodes.items() if provider != own}
+    if not others:
+        return None
+    total = sum(sum(counts.values()) for counts in row.nodes.values())
+    parts = []
+    for provider, counts in others.items():
+        kinds = ", ".join(kind if count == 1 else f"{kind} ×{count}" for kind, count in counts.items())
+        parts.append(f"{sum(counts.values())} of {total} nodes on {provider} ({kinds})")
+    return "; ".join(parts)
 
 
 def _rate(value: float) -> str:

@@ -6,6 +6,7 @@ A general client costs more per request than a small model does; this one is a p
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 
 from dlops.bench import pacing
@@ -13,6 +14,7 @@ from dlops.bench.transport import Answer, Listener, TransportName
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 1024 * 1024 * 1024
+_HEX = re.compile(rb"[0-9A-Fa-f]{1,16}")
 
 
 class AnswerParser:
@@ -195,8 +197,11 @@ def _unchunked(buffer: bytearray, start: int) -> bytes | None:
         line_end = buffer.find(b"\r\n", start)
         if line_end < 0:
             return None
-        size = int(bytes(buffer[start:line_end]).split(b";")[0], 16)
-        start = line_end + 2
+        digits = bytes(buffer[start:line_end]).split(b";")[0].strip()
+        # int() alone would take a sign, and underscores.
+        if not _HEX.fullmatch(digits) or start + int(digits, 16) > MAX_BODY_BYTES:
+            raise ValueError(f"a chunk of the answer has the size {digits[:20]!r}")
+        size, start = int(digits, 16), line_end + 2
         if len(buffer) < start + size + 2:
             return None
         if size == 0:

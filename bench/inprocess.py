@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dlops.artifact import Artifact
 from dlops.bench.analysis import analyse_turns, shortcomings
@@ -99,13 +102,14 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A subject that has answered its first calls. cold_start, peak_memory_bytes: None in this very process."""
+    """A subject that has answered its first calls. cold_start and what it holds: None in this very process."""
 
     subject: Subject
     arm: Arm
     placement: Placement
     cold_start: ColdStart | None = None
     peak_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
 
     @property
     def target(self) -> str:
@@ -181,7 +185,7 @@ def time_targets(
 ) -> Interleaved:
     """All in turns within one run, for each as long as the one takes that takes longest.
 
-    Raises TimingInterrupted on Ctrl-C.
+    Raises TimingInterrupted on Ctrl-C, TimingFailedError where one dies in the middle.
     """
     runs = {one.target: one.arm for one in ready}
 
@@ -199,11 +203,11 @@ def time_targets(
 
 def measurements(
     ready: Sequence[Started], timed: Interleaved, *, conditions: Conditions, baseline: str | None, keys: Sequence[str],
-    lasting: Length, interrupted: bool = False,
+    lasting: Length, cut_short: str | None = None,
 ) -> list[Measurement]:  # fmt: skip
     """One row a target, with its speed-up over the baseline from the pairs of turns.
 
-    lasting: as they were timed. interrupted: by Ctrl-C.
+    lasting: as they were timed. cut_short: why they ended early.
     """
     batch = conditions.batch
     base_turns = timed.runs[baseline].by_turn() if baseline is not None else None
@@ -212,7 +216,7 @@ def measurements(
     rows = []
     for key, one in zip(keys, ready, strict=True):
         run = timed.runs[one.target]
-        seen = shortcomings(warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, interrupted=interrupted)
+        seen = shortcomings(warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, stopped=cut_short)
         figures = analyse_turns(
             run.latencies_ns, run.turns, run.parts_ns, batch=batch, concurrency=conditions.concurrency,
             baseline=base_turns,
@@ -241,8 +245,9 @@ def placed_fields(one: Started, conditions: Conditions, artifacts: Sequence[Arti
         "provider": placement.provider, "device": placement.device, "precision": placement.precision,
         "threads": placement.threads, "boundary": conditions.boundary,
         "model_bytes": one.artifact.model_bytes if one.artifact else None,
-        "peak_memory_bytes": one.peak_memory_bytes, "cold_start": one.cold_start, **known,
-        **_work(one.artifact, conditions.batch),
+        "peak_memory_bytes": one.peak_memory_bytes, "device_memory_bytes": one.device_memory_bytes,
+        "cold_start": one.cold_start, "nodes": {name: dict(counts) for name, counts in placement.nodes.items()},
+        **known, **_work(one.artifact, conditions.batch), "moved_bytes": _moved(one.artifact, conditions.batch),
     }  # fmt: skip
 
 
@@ -262,6 +267,19 @@ def _work(artifact: Artifact | None, batch: int) -> dict[str, int | str]:
         return {"macs": count_onnx_macs(artifact.path("model"), batch=batch)}
     except UncountedError as error:
         return {"uncounted": str(error)}
+
+
+def _moved(artifact: Artifact | None, batch: int) -> int | None:
+    """The bytes of weights, inputs and outputs of a call; None where a shape depends on the data, or for a module."""
+    if artifact is None:
+        return None
+    total = artifact.model_bytes
+    for spec in (*artifact.signature.inputs, *artifact.signature.outputs):
+        shape = [batch if dim == "batch" else dim for dim in spec.shape]
+        if not all(isinstance(dim, int) for dim in shape):
+            return None
+        total += math.prod(map(int, shape)) * np.dtype(spec.dtype).itemsize
+    return total
 
 
 def misplaced(options: SessionOptions, placement: Placement) -> tuple[str, ...]:
@@ -292,7 +310,7 @@ def _start(stack: ExitStack, subject: Subject, samples: Artifact | None, conditi
     ready = process.ready()
     return Started(
         subject=subject, arm=process, placement=ready.placement, cold_start=ready.cold_start,
-        peak_memory_bytes=ready.peak_memory_bytes,
+        peak_memory_bytes=ready.peak_memory_bytes, device_memory_bytes=ready.device_memory_bytes,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from dlops.artifact import Artifact
 from dlops.bench.analysis import Figures, analyse_closed_loop, analyse_rate, listed, shortcomings
 from dlops.bench.arrivals import Integers
+from dlops.bench.child import Child
 from dlops.bench.inprocess import Conditions, Started, placed_fields
 from dlops.bench.inprocess_rates import process_of
 from dlops.bench.load import TIMEOUT_S
@@ -17,7 +18,6 @@ from dlops.bench.loadgen import Driven, Said, Settings
 from dlops.bench.loadgen_url import UrlJob
 from dlops.bench.network import Payload, encoded, served_fields
 from dlops.bench.oip import Endpoint
-from dlops.bench.processes import Child
 from dlops.bench.rates import Warm
 from dlops.bench.scenarios import METRICS, load_of
 from dlops.bench.sender import MAX_CONNECTIONS
@@ -74,7 +74,8 @@ def measure_url(
         request_bytes=tuple(len(request) for request in requests),
         settings=settings,
     )
-    with Child(endpoint.url, "dlops.bench.loadgen_url", job.model_dump_json()) as child:
+    who = f"{endpoint.url}: the process that ran LoadGen"
+    with Child(who, "dlops.bench.loadgen_url", job.model_dump_json()) as child:
         driven = _driven(*child.ask({}, b"".join(requests)))
     warmth = WarmUp(calls=warm.calls, settled=warm.steady)
     fields = served_fields(endpoint, payload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,26 @@ def find_gpus(sensors: Sensors) -> list[str]:
         for name, read in _queries(nvml, handle).items():
             _add(sensors, nvml, f"gpu{index}", name, read)
     return [_text(nvml.nvmlDeviceGetName(handle)) for handle in handles]
+
+
+def memory_growth(visible: str | None = None) -> Callable[[], int] | None:
+    """A function for how many bytes more of the first GPU's memory are in use than now; None where NVML tells nothing.
+
+    visible: CUDA_VISIBLE_DEVICES, which says what is first; by default this process's.
+    """
+    try:
+        import pynvml as nvml
+    except ModuleNotFoundError:
+        return None
+    first = (os.environ.get("CUDA_VISIBLE_DEVICES", "") if visible is None else visible).split(",")[0].strip() or "0"
+    try:
+        nvml.nvmlInit()
+        by_index = nvml.nvmlDeviceGetHandleByIndex
+        handle = by_index(int(first)) if first.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(first)
+        before = nvml.nvmlDeviceGetMemoryInfo(handle).used
+    except nvml.NVMLError:
+        return None
+    return lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).used - before)
 
 
 def _queries(nvml: Any, handle: Any) -> dict[str, Callable[[], int]]:

@@ -1,4 +1,4 @@
-"""How much of the machine's measured peak a row reaches, and of which rows that cannot be said."""
+"""How much of the machine's measured peaks a row reaches, and of which rows that cannot be said."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ _GPU_KINDS = {"fp32": "tf32", "fp16": "fp16"}
 
 
 def shared(row: Measurement, peaks: Peaks | None) -> Measurement:
-    """The row with its share of the peak FLOP/s, where that is known."""
-    peak = None if peaks is None else _peak(row, peaks)
-    if peak is None or row.macs is None or isinstance(peak, str):
+    """The row with its shares of the peak FLOP/s and of the bandwidth, where they are known."""
+    if peaks is None or row.boundary == "network":
         return row
     calls = row.throughput.value / row.load.batch
-    return row.model_copy(update={"peak_share": 2 * row.macs * calls / peak})
+    update = {}
+    peak, bandwidth = _peak(row, peaks), _bandwidth(row, peaks)
+    if row.macs is not None and not isinstance(peak, str):
+        update["peak_share"] = 2 * row.macs * calls / peak
+    if row.moved_bytes is not None and bandwidth is not None:
+        update["bandwidth_share"] = row.moved_bytes * calls / bandwidth
+    return row.model_copy(update=update)
 
 
 def unshared(rows: Sequence[Measurement], peaks: Peaks | None) -> list[str]:
@@ -44,3 +49,11 @@ def _peak(row: Measurement, peaks: Peaks) -> float | str:
         return f"the peak is of fp32, not of {row.precision}"
     found = next((one.flops for one in peaks.cpu if one.threads == row.threads), None)
     return f"no peak with {row.threads} threads was measured" if found is None else found
+
+
+def _bandwidth(row: Measurement, peaks: Peaks) -> float | None:
+    """Bytes a second of a copy, read and written, with as many threads or on that GPU."""
+    if row.device.startswith("cuda"):
+        number = int(row.device.partition(":")[2] or 0)
+        return peaks.gpus[number].bytes_per_s if number < len(peaks.gpus) else None
+    return next((one.bytes_per_s for one in peaks.cpu if one.threads == row.threads), None)

@@ -35,6 +35,8 @@ SERIES_COLOURS = 8
 # What lies beyond in the tails is in the samples file; drawn, it would squeeze the rest of the plot.
 _TAIL = 0.005
 _CURVE_POINTS = 160
+# Where a logarithmic axis of latencies begins at the least, in ms: a coarse clock may show none at all.
+_LEAST_MS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ def latency_curves(series: Sequence[Series], width: int) -> str:
     """Share of calls that were at least as fast, against latency on a log axis; a dot with its interval at p50."""
     low = min(float(np.quantile(one.latencies_ns, _TAIL)) for one in series) * 0.95 / 1e6
     high = max(float(np.quantile(one.latencies_ns, 1 - _TAIL)) for one in series) * 1.05 / 1e6
+    low, high = max(low, _LEAST_MS), max(high, 2 * _LEAST_MS)
     frame = make_frame(320, width, x=log_scale(low, high), y_range=(0.0, 1.0))
     parts = [*y_grid(frame, [0, 0.25, 0.5, 0.75, 1], lambda share: f"{share:.0%}")]
     parts += x_grid(frame, log_ticks(low, high, tick_limit(frame)), "latency of a call, ms (log scale)")
@@ -98,7 +101,7 @@ def accuracy_against_latency(series: Sequence[Series], width: int) -> str:
     top = max(interval.high or 1.0 for interval in accuracies)
     room = max((top - bottom) * 0.1, 0.002)
     medians = [_median(one).value / 1e6 for one in series]
-    low, high = min(medians) / 1.3, max(medians) * 1.3
+    low, high = max(min(medians) / 1.3, _LEAST_MS), max(max(medians) * 1.3, 2 * _LEAST_MS)
     y_range = (max(0.0, bottom - room), min(1.0, top + room))
 
     frame = make_frame(360, width, x=log_scale(low, high), y_range=y_range)
@@ -135,7 +138,7 @@ def throughput_bars(series: Sequence[Series], width: int) -> str:
     left = 16 + math.ceil(min(width / 3, max(text_width(one.name) for one in series))) if beside else 12
     right = 16 + math.ceil(max(text_width(text) for text in texts))
     bar, pitch = (22, 34) if beside else (14, 44)
-    high = max(rate.high or rate.value for rate in rates) * 1.02
+    high = max(rate.high or rate.value for rate in rates) * 1.02 or 1.0
 
     def x(value: float) -> float:
         return left + value / high * (width - left - right)

@@ -41,8 +41,9 @@ def make_frame(
 
 
 def log_scale(low: float, high: float) -> Callable[[float, int, int], float]:
+    """What lies below `low`, nothing itself included, is placed there: it may have no logarithm."""
     reach = math.log(high / low) or 1.0
-    return lambda value, left, right: left + math.log(value / low) / reach * (right - left)
+    return lambda value, left, right: left + math.log(max(value, low) / low) / reach * (right - left)
 
 
 def tick_limit(frame: Frame) -> int:
@@ -52,11 +53,12 @@ def tick_limit(frame: Frame) -> int:
 
 def log_ticks(low: float, high: float, limit: int) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(n / 10 for n in range(10, 100))):
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
         ticks = [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high]
         if len(ticks) >= 4:
             return ticks[:: math.ceil(len(ticks) / limit)]
-    return [low, high]
+    # Over so short a way a logarithmic axis is all but a linear one.
+    return linear_ticks(low, high, limit)
 
 
 def linear_ticks(low: float, high: float, limit: int = 7) -> list[float]:

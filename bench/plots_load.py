@@ -91,7 +91,7 @@ def knees(series: Sequence[Series]) -> dict[str, Series]:
 
 def _draw(points: Sequence[_Point], width: int, axis: str, objectives: Sequence[Objective], title: str) -> str:
     limits_ms = [one.limit_ns / 1e6 for one in objectives]
-    times = [end / 1e6 for point in points for end in _ends(point.time)]
+    times = [end / 1e6 for point in points for end in _ends(point.time)] or [1.0]
     # A limit far from all that was measured is not worth squeezing it for.
     shown = [one for one, ms in zip(objectives, limits_ms, strict=True) if min(times) / 10 <= ms <= max(times) * 10]
     times += [one.limit_ns / 1e6 for one in shown]
@@ -114,9 +114,8 @@ def _draw(points: Sequence[_Point], width: int, axis: str, objectives: Sequence[
             ends = (_y(frame, end) for end in (point.time.low, point.time.high))
             parts.append(line_between(x, next(ends), x, next(ends), f"bar {point.one.look}"))
         if point.load.low is not None and point.load.high is not None:
-            # An interval that reaches down to nothing ends where the axis does: it has no logarithm.
-            low = max(point.load.low, least)
-            parts.append(line_between(frame.x(low), y, frame.x(point.load.high), y, f"bar {point.one.look}"))
+            low, high = frame.x(point.load.low), frame.x(point.load.high)
+            parts.append(line_between(low, y, high, y, f"bar {point.one.look}"))
         said = f"{point.one.name}: {point.kind} {cells.milliseconds(point.time)} ms"
         parts.append(dot(x, y, point.one, said))
     return svg_of(frame, parts, title)
@@ -179,4 +178,6 @@ def _ends(interval: Interval) -> list[float]:
 
 
 def _y(frame: Frame, ns: float) -> float:
-    return frame.y(math.log10(ns / 1e6))
+    """Nothing at all has no logarithm: it is placed where the axis begins."""
+    bottom = frame.height - frame.bottom
+    return min(bottom, frame.y(math.log10(ns / 1e6))) if ns > 0 else bottom

@@ -45,7 +45,7 @@ def waterfall_bars(series: Sequence[Series], width: int) -> str:
     left = 16 + math.ceil(min(width / 3, max(text_width(one.name) for one, _ in rows))) if beside else 12
     right = 16 + math.ceil(max(text_width(text) for text in texts))
     bar, pitch = (22, 34) if beside else (18, 48)
-    high = max(sum(cells.parts(server).values()) for _, server in rows) / 1e6 * 1.02
+    high = max(sum(cells.parts(server).values()) for _, server in rows) / 1e6 * 1.02 or 1.0
 
     def x(value: float) -> float:
         return left + value / high * (width - left - right)

@@ -15,6 +15,8 @@ from safetensors.numpy import save
 
 from dlops.bench.render import render_html
 from dlops.directory import DirectoryWriter, write_json
+from dlops.environment import Environment
+from dlops.errors import UsageError
 from dlops.report import SUFFIXES, Measurement, Objective, Profile, Report, Telemetry
 
 HTML_NAME = "report.html"
@@ -49,8 +51,19 @@ class MeasureInterrupted(KeyboardInterrupt):
 
 
 def merge(first: Measured, *others: Measured) -> Measured:
-    """One report with the rows of all in order; title, command, baseline and choice are the first's that has one."""
+    """One report with the rows of all in order; title, command, baseline and choice are the first's that has one.
+
+    Raises UsageError where they are not of one machine with the same versions: a report has one environment.
+    """
     parts = (first, *others)
+    here = first.report.environment
+    for other in (part.report.environment for part in others):
+        differing = [name for name in Environment.model_fields if getattr(other, name) != getattr(here, name)]
+        if differing:
+            raise UsageError(
+                f"these reports are of different environments ({', '.join(differing)})",
+                hint="dlops compare BASE NEW sets them side by side",
+            )
     numbers = itertools.count()
     rows: list[Measurement] = []
     samples: dict[str, NDArray[np.int64]] = {}
@@ -103,9 +116,9 @@ def merge(first: Measured, *others: Measured) -> Measured:
 def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
     """The same with `chosen`: the artifact of the lowest median in process that loses at most `max_drop` points.
 
-    Rows at the smallest batch measured count. An artifact whose accuracy is not known is not chosen. Certified medians
-    go before those that are not; where only the latter are left, `chosen_because` says so. Where nothing qualifies,
-    `chosen` is None and `chosen_because` says why.
+    Rows at the smallest batch measured count. An artifact whose accuracy is not known is not chosen. Where too few
+    calls were made to certify the median of the one chosen, `chosen_because` says so: to take a slower one for being
+    surer of it would be worse. Where nothing qualifies, `chosen` is None and `chosen_because` says why.
     """
     rows = [row for row in measured.measurements if row.boundary == "host" and row.artifact and row.load.rate is None]
     fewest = min((row.load.concurrency for row in rows), default=1)
@@ -116,8 +129,7 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
     rest = _what_the_rest_lose(candidates, kept)
     if not kept:
         return _with_choice(measured, max_drop, None, f"no variant is known to lose {_at_most(max_drop)}: {rest}")
-    certified = [row for row in kept if row.latency.p50_ns is not None]
-    best = min(certified or kept, key=lambda row: float(np.median(measured.samples[row.samples])))
+    best = min(kept, key=lambda row: float(np.median(measured.samples[row.samples])))
     if len(candidates) == 1:
         because = f"the only variant measured, and it loses {_at_most(max_drop)}"
     elif len(kept) == 1:
@@ -126,10 +138,8 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
         because = f"the fastest at batch {smallest} of the {len(kept)} variants that lose {_at_most(max_drop)} ({rest})"
     else:
         because = f"the fastest of {len(kept)} variants at batch {smallest}, and all of them lose {_at_most(max_drop)}"
-    if not certified:
-        because += "; too few calls were made to be sure of any median"
-    elif len(certified) < len(kept):
-        because += f"; too few calls were made to be sure of the median of {len(kept) - len(certified)} more"
+    if best.latency.p50_ns is None:
+        because += "; too few calls were made to be sure of its median"
     return _with_choice(measured, max_drop, best.target, because)
 
 

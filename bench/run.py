@@ -75,6 +75,8 @@ def measure(
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
     """
     artifacts, urls = _sorted_out(targets)
+    if twice := next((url for place, url in enumerate(urls) if url in urls[:place]), None):
+        raise UsageError(f"{twice} is named twice", hint="two runs and dlops compare tell what chance alone does")
     lasting = length(duration_s, max_duration_s)
     if not artifacts and not urls and checkpoint is None:
         raise UsageError("nothing to measure", hint="name an artifact's folder or http://HOST:PORT")

@@ -15,8 +15,9 @@ from dlops.bench.results import row_key
 from dlops.bench.rows import Rows
 from dlops.bench.scenarios import Step
 from dlops.console import progress_bar, say
+from dlops.errors import MachineError
 from dlops.report import STARTS, TURNS, Engine
-from dlops.timing import Interleaved, TimingInterrupted
+from dlops.timing import Interleaved, TimingFailedError, TimingInterrupted
 
 _PROGRESS_STEPS = 100
 
@@ -48,15 +49,15 @@ def time_alone(rows: Rows, chosen: Sequence[Subject], conditions: Conditions, st
 
 def keep_turns(
     rows: Rows, ready: Sequence[Started], arms: Sequence[Attended], timed: Interleaved, conditions: Conditions, *,
-    interrupted: bool = False,
+    cut_short: str | None = None,
 ) -> None:  # fmt: skip
-    """Add the rows of targets that took turns. arms: theirs, in the same order. interrupted: by Ctrl-C."""
+    """Add the rows of targets that took turns. arms: theirs, in the same order. cut_short: why they ended early."""
     keys = [row_key(len(rows.rows) + index) for index in range(len(ready))]
     made = inprocess.measurements(
         ready, timed, conditions=conditions, baseline=rows.baseline, keys=keys, lasting=rows.lasting,
-        interrupted=interrupted,
+        cut_short=cut_short,
     )  # fmt: skip
-    # After Ctrl-C some have had a turn more than there are whole rounds.
+    # Cut short, some have had a turn more than there are whole rounds.
     turns = [arm.turns[: timed.rounds] for arm in arms]
     for number, (key, row, one) in enumerate(zip(keys, made, ready, strict=True)):
         run = timed.runs[one.target]
@@ -84,8 +85,14 @@ def _time(rows: Rows, ready: Sequence[Started], conditions: Conditions) -> None:
         try:
             timed = inprocess.time_targets(ready, lasting=rows.lasting, on_progress=advance)
         except TimingInterrupted as interruption:
-            keep_turns(rows, ready, arms, interruption.partial, conditions, interrupted=True)
+            keep_turns(rows, ready, arms, interruption.partial, conditions, cut_short="interrupted")
             raise
+        except TimingFailedError as failure:
+            error = failure.__cause__
+            assert error is not None
+            if isinstance(error, MachineError):
+                keep_turns(rows, ready, arms, failure.partial, conditions, cut_short=f"cut short: {error.message}")
+            raise error from None
     keep_turns(rows, ready, arms, timed, conditions)
 
 

@@ -22,6 +22,8 @@ from dlops.report import Interval, Latency
 CONFIDENCE = 0.95
 # Below this many blocks their spread says nothing about dependence: each turn then counts as one sample.
 _MIN_BLOCKS = 5
+# Stands for a median of nothing, which a coarse clock may show: it has no logarithm.
+_LEAST = 1e-9
 # A run whose median moved by more than this is not quoted; chance alone does it in one run of a hundred.
 MAX_DRIFT = 0.05
 _DRIFT_SIGNIFICANCE = 0.01
@@ -208,8 +210,11 @@ def rate_interval(counts: NDArray[np.number], durations_s: Floats) -> Interval:
 
 
 def drift(medians: Sequence[float]) -> Drift:
-    """The trend in medians taken in order: Theil-Sen's slope over the run, and Mann-Kendall's test of no trend."""
-    values = np.asarray(medians, np.float64)
+    """The trend in medians taken in order: Theil-Sen's slope over the run, and Mann-Kendall's test of no trend.
+
+    The slope is of their logarithms: nothing falls by more than all of itself.
+    """
+    values = np.log(np.maximum(np.asarray(medians, np.float64), _LEAST))
     n = len(values)
     if n < _MIN_BLOCKS:
         return Drift(change=0.0, p_value=1.0)
@@ -219,7 +224,7 @@ def drift(medians: Sequence[float]) -> Drift:
     score = float(np.sign(rises).sum())
     deviation = math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
     z = max(0.0, abs(score) - 1) / deviation
-    return Drift(change=slope * (n - 1) / float(np.median(values)), p_value=2 * (1 - NormalDist().cdf(z)))
+    return Drift(change=math.expm1(slope * (n - 1)), p_value=2 * (1 - NormalDist().cdf(z)))
 
 
 def spread(medians: Sequence[float]) -> float:

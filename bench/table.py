@@ -117,9 +117,9 @@ def to_csv(report: Report) -> str:
             "batch", "concurrency", "rate", "warmup_calls", "duration_ns", "samples", "effective_samples", *quantiles,
             "mean_ns", "min_ns", "max_ns", *service, "lag_p99_ns", *(f"server_{name}" for name in _SERVER),
             "throughput", "throughput_low", "throughput_high", "speedup", "speedup_low", "speedup_high", "errors",
-            "model_bytes", "peak_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns", *clocks, "accuracy",
-            "accuracy_samples", "drop_points", "drop_low", "drop_high", "flips", "other_load", "energy_j_per_item",
-            "macs", "peak_share", "steady", "reasons",
+            "model_bytes", "peak_memory_bytes", "device_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns",
+            *clocks, "accuracy", "accuracy_samples", "drop_points", "drop_low", "drop_high", "flips", "other_load",
+            "energy_j_per_item", "macs", "peak_share", "moved_bytes", "bandwidth_share", "steady", "reasons",
             "engine", "result_metric", "result", "result_low", "result_high",
         ]
     )  # fmt: skip
@@ -133,9 +133,11 @@ def to_csv(report: Report) -> str:
                 latency.mean_ns, latency.min_ns, latency.max_ns, *_quantiles(row.service), row.lag_p99_ns,
                 *(getattr(row.server, name) if row.server else None for name in _SERVER),
                 *_ends(row.throughput, row.speedup), row.error_count, row.model_bytes, row.peak_memory_bytes,
+                row.device_memory_bytes,
                 *((start.total_ns, start.load_ns, start.first_call_ns) if start else (None, None, None)),
                 *_clock_values(row), row.accuracy, row.accuracy_samples, row.drop_points, row.drop_low, row.drop_high,
-                row.flips, row.other_load, row.energy_j_per_item, row.macs, row.peak_share, row.verdict.steady,
+                row.flips, row.other_load, row.energy_j_per_item, row.macs, row.peak_share, row.moved_bytes,
+                row.bandwidth_share, row.verdict.steady,
                 "; ".join(row.verdict.reasons),
                 row.engine, row.load.metric, *_ends(row.result),
             ]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -15,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from dlops.bench.channel import Channel
+from dlops.bench.child import Child
 from dlops.bench.stats import Integers
+from dlops.errors import MachineError
 
 INTERVAL_S = 0.25
 _ANSWER_S = 10.0
-_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,42 +64,27 @@ class Recorder:
         self._services: dict[str, str] = {}
         self._known: dict[str, Any] = {}
         self._failed: str | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self._child: Child | None = None
 
     def __enter__(self) -> Recorder:
         if sys.platform != "linux":
             self._failed = f"read from Linux's /proc and /sys, and this is {sys.platform}"
             return self
         order = json.dumps({"pid": os.getpid(), "interval_s": self._interval_s})
-        command = [sys.executable, "-P", "-m", "dlops.bench.observer", order]
         try:
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, start_new_session=True
-            )
+            self._child = Child("the process that samples", "dlops.bench.observer", order)
+            self._known, _ = self._child.receive(_ANSWER_S)
         except OSError as error:
             self._failed = f"the process that samples did not start: {error}"
-            return self
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        self._channel = Channel(self._child.stdout, self._child.stdin)
-        self._known, _ = self._receive()
+        except MachineError as error:
+            self._failed = error.message
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._child is not None:
-            self._child.kill()
-            self._child.wait(_GRACE_S)
-            for pipe in (self._child.stdin, self._child.stdout):
-                assert pipe is not None
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue  # what was still to be written had nobody to read it
-        self._stderr.close()
+            self._child.close()
 
     @property
     def pid(self) -> int | None:
@@ -131,28 +113,11 @@ class Recorder:
         )  # fmt: skip
 
     def _ask(self, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        if self._failed is not None:
-            return {}, b""
-        assert self._channel is not None
-        try:
-            self._channel.send(order)
-        except BrokenPipeError:
-            return self._death()
-        return self._receive()
-
-    def _receive(self) -> tuple[dict[str, Any], bytes]:
-        assert self._channel is not None
-        assert self._child is not None
-        # A run must not wait for what only watches it.
-        if not select.select([self._channel.reader], [], [], _ANSWER_S)[0]:
-            self._child.kill()
-            self._failed = f"the process that samples did not answer within {_ANSWER_S:g} s"
-            return {}, b""
-        message = self._channel.receive()
-        return self._death() if message is None else message
-
-    def _death(self) -> tuple[dict[str, Any], bytes]:
-        self._stderr.seek(0)
-        said = self._stderr.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
-        self._failed = f"the process that samples ended{f': {said[-1][:300]}' if said else ''}"
+        """Nothing from the moment on that it failed: a run must not wait for what only watches it."""
+        if self._failed is None:
+            assert self._child is not None
+            try:
+                return self._child.ask(order, limit_s=_ANSWER_S)
+            except MachineError as error:
+                self._failed = error.message
         return {}, b""

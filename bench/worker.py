@@ -22,6 +22,7 @@ from dlops.artifact import Artifact, open_artifact
 from dlops.bench.boundcall import bound_arm
 from dlops.bench.channel import Channel, telling, turn_message
 from dlops.bench.fifo import PipeTicker, keep_schedule
+from dlops.bench.nvml import memory_growth
 from dlops.bench.payload import artifact_feeds, random_feed, raw_batches
 from dlops.bench.together import Together
 from dlops.checkpoint import Checkpoint, import_model_source, load_checkpoint
@@ -70,14 +71,16 @@ class Ready(Record):
     provider: str
     precision: str
     threads: int
+    nodes: dict[str, dict[str, int]] = {}
     cold_start: ColdStart
     peak_memory_bytes: int
+    device_memory_bytes: int | None = None
 
     @property
     def placement(self) -> Placement:
         return Placement(
             runtime=self.runtime, device=self.device, provider=self.provider, precision=self.precision,
-            threads=self.threads,
+            threads=self.threads, nodes=self.nodes,
         )  # fmt: skip
 
 
@@ -150,7 +153,10 @@ def _feeder(session: Session, *, samples: Artifact | None, batch: int, boundary:
     return cycle(feeds).__next__
 
 
-def _ready(job: Job, session: Session, load_ns: int, call: Callable[[], object]) -> Ready:
+def _ready(
+    job: Job, session: Session, load_ns: int, call: Callable[[], object], memory: Callable[[], int] | None
+) -> Ready:
+    """memory: the bytes of the GPU's memory that more are used than before the session was opened."""
     began = time.perf_counter_ns()
     call()
     answered = time.perf_counter_ns()
@@ -159,11 +165,12 @@ def _ready(job: Job, session: Session, load_ns: int, call: Callable[[], object])
     placement = session.placement
     return Ready(
         runtime=placement.runtime, device=placement.device, provider=placement.provider, precision=placement.precision,
-        threads=placement.threads,
+        threads=placement.threads, nodes={provider: dict(counts) for provider, counts in placement.nodes.items()},
         cold_start=ColdStart(
             total_ns=answered - job.spawned_ns, load_ns=load_ns, first_call_ns=answered - began
         ),
         peak_memory_bytes=_peak_bytes(),
+        device_memory_bytes=memory() if memory is not None and placement.device.startswith("cuda") else None,
     )  # fmt: skip
 
 
@@ -178,6 +185,8 @@ def _peak_bytes() -> int:
 
 
 def _serve(job: Job, channel: Channel) -> None:
+    # Targets are started one after the other: what grows meanwhile on the GPU is this one's, its CUDA context included.
+    memory = None if job.device == "cpu" else memory_growth()
     session, load_ns = open_job(job)
     # One feed for the first calls: all the samples would be counted as what the model needs.
     samples = None if job.samples is None else open_artifact(job.samples)
@@ -185,7 +194,7 @@ def _serve(job: Job, channel: Channel) -> None:
         first = caller(session, samples=samples, batch=job.batch, boundary=job.boundary)
     else:
         first = caller(session, samples=None, batch=job.batch, boundary="host")
-    ready = _ready(job, session, load_ns, first)
+    ready = _ready(job, session, load_ns, first, memory)
     arm = local_arm(
         job.target, session, samples=samples, batch=job.batch, boundary=job.boundary, concurrency=job.concurrency
     )

@@ -158,12 +158,16 @@ class Measurement(Record):
     send, of the calls that succeeded; what a closed loop would have shown. lag_p99_ns: how late calls left.
     server: where the time went inside a service, null where it does not say. clocks: the parts of a call on CUDA at the
     boundaries "device" and "host", null elsewhere.
+    nodes: for each provider how many nodes of the graph it was given, by operator; empty where that is not known.
     peak_memory_bytes: most that a fresh process held that loaded and ran it, interpreter and runtime included.
+    device_memory_bytes: by how much the GPU's memory in use had grown after its first calls, CUDA's context included.
     cold_start: of that process; null where a service or this very process ran it.
     accuracy: a fraction, with the drop against the dense checkpoint in percentage points and its 95 % interval.
     other_load: share of the CPU time, while the row was measured, that was neither the run's nor the service's.
     macs: multiply-accumulates of one call, by the shapes of an ONNX graph; null where they are not known, and uncounted
     why not. peak_share: of the FLOP/s that the calibration measured, with as many threads or on that GPU.
+    moved_bytes: weights, inputs and outputs of one call, each once: the least that has to move where no cache keeps it.
+    bandwidth_share: that, of the bytes a second that a copy of the calibration read and wrote; over 1 from caches.
     energy_j_per_item: joules an item by the counters named in energy_sources, which count what else they power too.
     """
 
@@ -190,7 +194,9 @@ class Measurement(Record):
     errors: dict[str, int] = {}
     warmup_calls: int
     model_bytes: int | None = None
+    nodes: dict[str, dict[str, int]] = {}
     peak_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
     cold_start: ColdStart | None = None
     accuracy: float | None = None
     accuracy_samples: int | None = None
@@ -204,6 +210,8 @@ class Measurement(Record):
     macs: int | None = None
     uncounted: str | None = None
     peak_share: float | None = None
+    moved_bytes: int | None = None
+    bandwidth_share: float | None = None
     verdict: Verdict
 
     @property

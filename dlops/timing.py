@@ -11,6 +11,7 @@ import gc
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,11 @@ _WARMUP_WINDOW_S = 0.05
 _WARMUP_WINDOW_CALLS = 5
 _WARMUP_WINDOWS = 3
 _SETTLE_STEP_S = 0.001
-_SETTLE_LIMIT_S = 0.15
+# Longer than the ticks (4 or 10 ms) by which many kernels count the CPU time of threads that are running: between two of
+# them a spinning thread seems to rest.
+_SETTLE_WINDOW_S = 0.012
+# OpenMP of Intel's spins for 0.2 s.
+_SETTLE_LIMIT_S = 0.3
 _BUSY_SHARE = 0.3
 # Calls in this first part of a turn refill the caches that the others' turns emptied: they are not kept.
 _LEAD_IN = 0.1
@@ -118,6 +123,14 @@ class Interleaved:
     runs: Mapping[str, Timed]
     rounds: int
     spent_s: float
+
+
+class TimingFailedError(Exception):
+    """An arm raised in the middle: the cause is what it raised, `partial` the whole rounds made until then."""
+
+    def __init__(self, partial: Interleaved) -> None:
+        super().__init__()
+        self.partial = partial
 
 
 class TimingInterrupted(KeyboardInterrupt):
@@ -229,8 +242,8 @@ def interleave(
     samples are too few it goes on to at most twice the budget, and in any case to six rounds. max_warmup_s: for each
     arm. on_progress: told the fraction done after each round. longer: asked once the budget is spent, with what was
     measured so far, how many seconds the run is to last in all; and again then, up to four times. Where it raises the
-    budget, the fraction done falls. The garbage collector is off during turns. Raises
-    TimingInterrupted on Ctrl-C once a round is whole, plain KeyboardInterrupt before; what an arm raises goes through.
+    budget, the fraction done falls. The garbage collector is off during turns. Once a round is
+    whole, raises TimingInterrupted on Ctrl-C and TimingFailedError for what an arm raises; either goes through before.
     """
     if not runs:
         raise ValueError("nothing to time")
@@ -259,6 +272,10 @@ def interleave(
             if rounds == 0:
                 raise
             raise TimingInterrupted(_result(runs, arms, rounds, began, clock)) from None
+        except Exception as error:
+            if rounds == 0:
+                raise
+            raise TimingFailedError(_result(runs, arms, rounds, began, clock)) from error
     return _result(runs, arms, rounds, began, clock)
 
 
@@ -330,12 +347,17 @@ class _Kept:
 
 
 def settle(clock: Clock) -> None:
-    """Wait until this process uses next to no CPU, for at most 0.15 s."""
+    """Wait until this process has used next to no CPU for a while, for at most 0.3 s."""
     began = clock.now_ns()
+    seen = deque([(began, clock.busy_ns())])
     while clock.now_ns() - began < _SETTLE_LIMIT_S * 1e9:
-        wall, busy = clock.now_ns(), clock.busy_ns()
         clock.sleep(_SETTLE_STEP_S)
-        if clock.busy_ns() - busy < _BUSY_SHARE * (clock.now_ns() - wall):
+        seen.append((clock.now_ns(), clock.busy_ns()))
+        # The latest look that lies a whole window back.
+        while len(seen) > 1 and seen[-1][0] - seen[1][0] >= _SETTLE_WINDOW_S * 1e9:
+            seen.popleft()
+        (wall, busy), (now, used) = seen[0], seen[-1]
+        if now - wall >= _SETTLE_WINDOW_S * 1e9 and used - busy < _BUSY_SHARE * (now - wall):
             return
 
 

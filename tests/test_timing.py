@@ -8,13 +8,26 @@ import itertools
 import numpy as np
 import pytest
 
-from dlops.timing import MIN_ROUNDS, Interleaved, Local, TimingInterrupted, drifted, interleave, steady
+from dlops.timing import (
+    MIN_ROUNDS,
+    Interleaved,
+    Local,
+    TimingFailedError,
+    TimingInterrupted,
+    drifted,
+    interleave,
+    steady,
+)
 
 
 class VirtualClock:
-    """Time passes only in calls and sleeps. spin_ns: CPU time that idle threads still burn after a call."""
+    """Time passes only in calls and sleeps.
 
-    def __init__(self, spin_ns: int = 0) -> None:
+    spin_ns: CPU time that idle threads still burn after a call. tick_ns: the steps that CPU time is counted in.
+    """
+
+    def __init__(self, spin_ns: int = 0, tick_ns: int = 1) -> None:
+        self.tick_ns = tick_ns
         self.now = 0
         self.spin_until = 0
         self.spin_ns = spin_ns
@@ -24,7 +37,7 @@ class VirtualClock:
         return self.now
 
     def busy_ns(self) -> int:
-        return self.burned
+        return self.burned // self.tick_ns * self.tick_ns
 
     def sleep(self, seconds: float) -> None:
         step = round(seconds * 1e9)
@@ -92,8 +105,9 @@ def test_a_slow_spell_of_the_machine_hits_all_alike() -> None:
     assert np.median(ratios) == pytest.approx(2.0, rel=0.01)
 
 
-def test_a_turn_waits_until_threads_of_the_one_before_stop_spinning() -> None:
-    clock = VirtualClock(spin_ns=20_000_000)
+@pytest.mark.parametrize("tick_ns", [1, 4_000_000, 10_000_000])
+def test_a_turn_waits_until_threads_of_the_one_before_stop_spinning(tick_ns: int) -> None:
+    clock = VirtualClock(spin_ns=20_000_000, tick_ns=tick_ns)
     log: list[tuple[str, int]] = []
     runs = {name: constant(clock, 5_000_000, log, name) for name in ("a", "b")}
     interleave(runs, budget_s=2.0, min_samples=1, clock=clock)
@@ -203,6 +217,23 @@ def test_ctrl_c_before_the_first_round_is_plain() -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         interleave({"a": call}, budget_s=1.0, clock=VirtualClock())
     assert not isinstance(caught.value, TimingInterrupted)
+
+
+def test_whole_rounds_are_kept_when_a_call_fails_later() -> None:
+    clock, made = VirtualClock(), itertools.count()
+    fine = constant(clock, 1_000_000)
+
+    def call() -> None:
+        fine()
+        if next(made) == 3000:
+            raise ValueError("broken")
+
+    with pytest.raises(TimingFailedError) as caught:
+        interleave({"a": call, "b": constant(clock, 1_000_000)}, budget_s=60.0, clock=clock)
+    assert isinstance(caught.value.__cause__, ValueError)
+    partial = caught.value.partial
+    assert partial.rounds >= 1
+    assert len(partial.runs["a"].by_turn()) == len(partial.runs["b"].by_turn()) == partial.rounds
 
 
 def test_a_failing_call_is_named_and_the_collector_is_back() -> None:

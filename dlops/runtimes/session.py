@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -35,7 +36,8 @@ class SessionOptions:
 class Placement:
     """What truly runs: runtime "onnxruntime", device "cpu" or "cuda:0", provider "CPUExecutionProvider", say.
 
-    precision: what the kernels compute in, which may be wider than what the file stores.
+    precision: what the kernels compute in, which may be wider than what the file stores. nodes: for each provider how
+    many nodes of the graph it was given, by operator; empty where the runtime does not tell.
     """
 
     runtime: str
@@ -43,6 +45,7 @@ class Placement:
     provider: str
     precision: str
     threads: int
+    nodes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Session(Protocol):

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
-from dlops.bench.http import Connection
+from dlops.bench.http import AnswerParser, Connection
 from dlops.bench.load import closed_loop
 from dlops.bench.network import measure_endpoint, prepare
 from dlops.bench.oip import encode_request, find_endpoint
@@ -153,6 +153,12 @@ def test_a_slow_answer_times_out_and_its_late_bytes_are_not_taken_for_the_next()
         return said, closed
 
     assert asyncio.run(scenario()) == ("no answer in time", True)
+
+
+@pytest.mark.parametrize("size", [b"-5", b"+5", b"1_0", b"", b"0x5", b"f" * 17, b"7fffffff"])
+def test_a_chunk_of_no_size_is_no_answer(size) -> None:
+    with pytest.raises(ValueError, match="chunk"):
+        AnswerParser().feed(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\nhello")
 
 
 @pytest.mark.parametrize(

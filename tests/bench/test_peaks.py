@@ -145,6 +145,11 @@ def test_a_row_says_its_share_of_the_peak(make_artifact, calibration) -> None:
     (said,) = [reason for reason in row.verdict.remarks if reason.startswith("achieves")]
     assert said.endswith("% of the measured peak FLOP/s (calibration)")
     assert row.verdict.steady == before.verdict.steady
+    weights, inputs, outputs = before.model_bytes, 8 * 16 * 4, 8 * 10 * 4
+    assert row.moved_bytes == weights + inputs + outputs
+    calls = before.throughput.value / 8
+    assert row.bandwidth_share == pytest.approx(row.moved_bytes * calls / peaks.cpu[0].bytes_per_s)
+    assert any(reason.startswith("weights, inputs and outputs") for reason in row.verdict.remarks)
 
 
 def of_peaks(example, calibration, peaks: Peaks, **changes: object):
@@ -175,6 +180,21 @@ def test_a_share_is_of_the_peak_with_as_many_threads_or_of_the_gpu(example, cali
         row, notes = of_peaks(example, calibration, peaks, **changes)
         assert row.peak_share is None
         assert notes == (f"no share of the peak FLOP/s for onnx-fp32: {why}",)
+
+
+def test_a_share_of_the_bandwidth_needs_no_macs_and_may_come_from_caches(example, calibration) -> None:
+    rate = example().measurements[1].throughput.value
+    gpu = GpuPeak(name="a", flops={"fp32": 1e12, "tf32": 1e13, "fp16": 1e14}, bytes_per_s=2e12)
+    peaks = Peaks(cpu=(cpu(2, 1e11),), gpus=(gpu,))
+    for changes, peak in (({"precision": "int8"}, peaks.cpu[0].bytes_per_s), ({"device": "cuda:0"}, 2e12)):
+        row, _ = of_peaks(example, calibration, peaks, macs=None, moved_bytes=1_000, **changes)
+        assert row.bandwidth_share == pytest.approx(1000 * rate / peak)
+    row, _ = of_peaks(example, calibration, peaks, moved_bytes=10**15)
+    assert row.bandwidth_share > 1
+    assert row.verdict.remarks[-1].endswith("caches keep some of it")
+    for changes in ({"moved_bytes": None}, {"moved_bytes": 1, "threads": 3}, {"moved_bytes": 1, "device": "cuda:1"}):
+        row, _ = of_peaks(example, calibration, peaks, **changes)
+        assert row.bandwidth_share is None
 
 
 def test_more_than_the_peak_asks_for_a_new_calibration(example, calibration) -> None:

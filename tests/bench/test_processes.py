@@ -65,6 +65,17 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     )
 
 
+def cpu_ns(pid: int) -> int:
+    """Of all the process's threads, in ns."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            total += int((task / "schedstat").read_text().split()[0])
+        except FileNotFoundError:
+            continue  # a thread that has ended meanwhile
+    return total
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -83,6 +94,23 @@ def test_a_turn_holds_calls_in_order_on_the_clock_of_the_run(process: Process) -
     assert before <= turn.starts_ns[0]
     assert turn.starts_ns[-1] + turn.latencies_ns[-1] <= after
     assert np.all(turn.starts_ns[1:] >= (turn.starts_ns + turn.latencies_ns)[:-1]), "one call at a time"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_a_process_rests_when_its_turn_is_over(make_artifact) -> None:
+    # Large enough for the pool of threads, which then spins for tens of milliseconds.
+    artifact = make_artifact(hidden=20_000)
+    with Process(job(artifact, batch=32).model_copy(update={"threads": 2})) as process:
+        process.ready()
+        process.warm_up(0.3)
+        busy = []
+        for _ in range(5):
+            process.take_turn(0.02)
+            before = cpu_ns(process.pid)
+            time.sleep(0.03)
+            busy.append(cpu_ns(process.pid) - before)
+    # A tick more may be counted of what was used before.
+    assert np.median(busy) <= 10e6, busy
 
 
 def test_what_this_process_holds_is_not_charged_to_the_model(make_artifact) -> None:

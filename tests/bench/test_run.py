@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from dlops.bench import cells
+from dlops.bench.processes import Process
 from dlops.bench.run import Measured, MeasureInterrupted, Offered, choose_fastest, measure, merge, save_report
+from dlops.bench.worker import Job
 from dlops.cli import run
 from dlops.errors import MachineError, UsageError
-from dlops.report import read_report
+from dlops.report import STARTS, Load, read_report
 from dlops.timing import interleave
 
 
@@ -78,6 +87,85 @@ def test_rows_that_ctrl_c_cut_short_cannot_be_quoted(make_artifact, monkeypatch)
         assert row.speedup is None
         assert row.latency.p99_ns is None
         assert row.latency.effective_samples == 3
+
+
+def test_a_target_that_dies_in_the_middle_leaves_the_whole_rounds_of_all(make_artifact, monkeypatch) -> None:
+    first, second = make_artifact("onnx-fp32"), make_artifact("onnx-int8")
+    started: list[Process] = []
+
+    def start(job: Job) -> Process:
+        started.append(Process(job))
+        return started[-1]
+
+    def killing(runs, *, on_progress, **options):
+        rounds = []
+
+        def kill(fraction: float) -> None:
+            rounds.append(fraction)
+            if len(rounds) == 3:
+                os.kill(started[1].pid, signal.SIGKILL)
+
+        return interleave(runs, on_progress=kill, **options)
+
+    monkeypatch.setattr("dlops.bench.inprocess.Process", start)
+    monkeypatch.setattr("dlops.bench.inprocess.interleave", killing)
+    measured = measure([first, second], duration_s=5.0, threads=1)
+    assert measured.partial
+    assert len(measured.measurements) == 2
+    for row in measured.measurements:
+        assert not row.verdict.steady
+        said = "cut short: toy/onnx-int8: the process that ran it ended with SIGKILL"
+        assert row.verdict.reasons[0] == row.verdict.observed[0] == said
+        assert row.latency.effective_samples == 3
+    assert "ended with SIGKILL" in measured.report.notes[-1]
+
+
+def test_a_wall_clock_that_steps_changes_no_duration(make_artifact, monkeypatch) -> None:
+    real, asked = time.time, itertools.count()  # noqa: TID251 - it is what must not matter
+    # Back by an hour and forth again, at every look at it.
+    monkeypatch.setattr(time, "time", lambda: real() - 3600 * (next(asked) % 2))
+    measured = measure([make_artifact()], duration_s=0.3, threads=1)
+    (row,) = measured.measurements
+    starts = measured.samples[row.samples + STARTS]
+    assert np.all(np.diff(starts) > 0)
+    assert 0 < row.latency.min_ns <= row.latency.max_ns < 60e9
+    assert 0 <= starts[-1] < 60e9
+
+
+def test_one_url_twice_is_refused(make_artifact) -> None:
+    with pytest.raises(UsageError, match=r"http://127\.0\.0\.1:1 is named twice"):
+        measure(["http://127.0.0.1:1", "http://127.0.0.1:1"], payload=make_artifact())
+
+
+def test_reports_of_two_machines_do_not_become_one(example) -> None:
+    here = example()
+    environment = here.report.environment.model_copy(update={"cpu": "another", "cores": 64})
+    report = here.report.model_copy(update={"environment": environment})
+    with pytest.raises(UsageError, match=r"different environments \(cpu, cores\)"):
+        merge(here, replace(here, report=report))
+
+
+def test_rows_of_one_title_are_one_group(example) -> None:
+    measured = example()
+    rows = measured.report.measurements
+    again = [row.model_copy(update={"load": Load(batch=batch)}) for row in rows[:2] for batch in (1, 32)]
+    groups = cells.groups(measured.report.model_copy(update={"measurements": tuple(again)}))
+    assert [(one.title, len(one.rows)) for one in groups] == [("in process, batch 1", 2), ("in process, batch 32", 2)]
+
+
+def test_every_row_of_onnx_runtime_says_which_nodes_its_provider_took(make_artifact) -> None:
+    (row,) = measure([make_artifact()], duration_s=0.1, threads=1).measurements
+    assert list(row.nodes) == ["CPUExecutionProvider"]
+    assert sum(row.nodes["CPUExecutionProvider"].values()) >= 2
+    assert row.device_memory_bytes is None
+
+
+def test_nodes_on_another_provider_are_named_below_the_table(example) -> None:
+    row = example().measurements[1]
+    nodes = {"CUDAExecutionProvider": {"Conv": 40}, "CPUExecutionProvider": {"Gather": 1, "Shape": 2}}
+    update = {"provider": "CUDAExecutionProvider, CUDA graph", "threads": None, "nodes": nodes}
+    lines = cells.placements([row.model_copy(update=update)])
+    assert lines[1] == "3 of 43 nodes on CPUExecutionProvider (Gather, Shape ×2): onnx-fp32"
 
 
 def test_nothing_listening_is_one_clear_error(make_artifact) -> None:
@@ -152,7 +240,7 @@ def test_where_no_variant_keeps_the_accuracy_none_is_chosen(example) -> None:
     )
 
 
-def test_a_median_that_is_not_certified_is_chosen_only_where_there_is_no_other(example) -> None:
+def test_a_median_that_is_not_certified_is_chosen_where_it_is_the_lowest_and_said(example) -> None:
     measured = example()
 
     def blurred(*targets: str):
@@ -165,10 +253,10 @@ def test_a_median_that_is_not_certified_is_chosen_only_where_there_is_no_other(e
         report = measured.report.model_copy(update={"measurements": tuple(rows)})
         return choose_fastest(Measured(report=report, samples=measured.samples), max_drop=1.0).report
 
-    assert blurred("digits/onnx-int8").chosen == "digits/onnx-fp32"
-    both = blurred("digits/onnx-int8", "digits/onnx-fp32")
-    assert both.chosen == "digits/onnx-int8"
-    assert both.chosen_because.endswith("; too few calls were made to be sure of any median")
+    one = blurred("digits/onnx-int8")
+    assert one.chosen == "digits/onnx-int8"
+    assert one.chosen_because.endswith("; too few calls were made to be sure of its median")
+    assert "sure" not in blurred("digits/onnx-fp32").chosen_because
 
 
 def test_a_batch_that_the_signature_does_not_allow_is_refused_before_anything_runs(make_artifact) -> None:

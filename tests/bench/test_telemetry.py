@@ -452,7 +452,7 @@ def test_a_sampling_process_that_is_killed_ends_no_run() -> None:
         os.kill(recorder.pid, signal.SIGKILL)
         recorder.watch("u", "127.0.0.1", 1)
         line = recorder.end()
-    assert line.absent["telemetry"] == "the process that samples ended"
+    assert line.absent["telemetry"] == "the process that samples ended with SIGKILL"
     assert len(line.times_ns) == 0
 
 
