@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint format check experiments clean
+.PHONY: quickstart test lint format check experiments zoo clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/dlops quickstart
@@ -28,6 +28,10 @@ check: lint test
 # What depends on a real clock or runs long; each writes its result to docs/benchmarks/.
 experiments: $(INSTALLED)
 	$(BIN)/python -m pytest tests/benchmarks -o "norecursedirs=.*" -o timeout=3600 -s
+
+# Every network that torchvision builds, exported and checked; hours, and it goes on where it was cut off.
+zoo: $(INSTALLED)
+	$(BIN)/python -P -m dlops.workflows.zoo
 
 # One environment for everything, made once and again when the pins or the dependencies change.
 $(INSTALLED): pyproject.toml constraints.txt

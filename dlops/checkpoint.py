@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
 from dlops import catalog
+from dlops.builders import find_builder, is_family
 from dlops.environment import Environment
-from dlops.errors import CorruptError, UsageError, from_os_error, missing_package, unknown_name
+from dlops.errors import CorruptError, UsageError, from_os_error, missing_package
 from dlops.manifest import Manifest, Record, newest_manifest, read_manifest
 from dlops.preprocess import Preprocess
 from dlops.samples import Samples, read_samples
@@ -44,8 +43,8 @@ class PruningRecord(Record):
 class ModelSpec(Record):
     """What rebuilds the module.
 
-    builder: a catalog name, "torchvision:NAME", or null for a person's own module, which then must be passed in;
-    source then says what it was, as text for the error message, never as a name to import.
+    builder: a catalog name, "torchvision:NAME", "timm:NAME", or null for a person's own module, which then must be
+    passed in; source then says what it was, as text for the error message, never as a name to import.
     """
 
     builder: str | None
@@ -203,37 +202,15 @@ def _construct(spec: ModelSpec, model: ModuleSource | None) -> nn.Module:
             f"the checkpoint holds the weights of {spec.source or 'a module of your own'}, not its code",
             hint="pass --model python:package.module:function (in Python: model=...)",
         )
-    if spec.builder.startswith("torchvision:"):
-        build = _torchvision_builder(spec)
+    if is_family(spec.builder):
+        build = find_builder(spec.builder, spec.kwargs)
     else:
         build = catalog.resolve(catalog.BUILDERS, "model builder", spec.builder)
     try:
-        return cast("nn.Module", build(**spec.kwargs))
+        made: nn.Module = build(**spec.kwargs)
     except (TypeError, ValueError, AttributeError) as error:
         raise _failed(f"building {spec.builder} with {spec.kwargs}", error) from error
-
-
-def _torchvision_builder(spec: ModelSpec) -> Callable[..., Any]:
-    """What builds "torchvision:NAME", untrained: a checkpoint from a stranger must not make us download anything."""
-    try:
-        from torchvision import models
-    except ModuleNotFoundError:
-        raise missing_package("torchvision", needed_for=f"rebuilding {spec.builder}") from None
-
-    name = (spec.builder or "").partition(":")[2]
-    if name not in models.list_models():
-        raise unknown_name("torchvision model", name, models.list_models())
-    # "pretrained" is the older spelling, which still works.
-    loading = [key for key, value in spec.kwargs.items() if key.startswith(("weights", "pretrained")) and value]
-    if loading:
-        raise UsageError(
-            f"{spec.builder}: {', '.join(sorted(loading))} in its arguments would download weights",
-            hint="a checkpoint brings its own: pass the arguments without them",
-        )
-    parameters = inspect.signature(models.get_model_builder(name)).parameters
-    # A detector's backbone has weights by default.
-    untrained = {key: None for key in parameters if key.startswith("weights")}
-    return partial(models.get_model, name, **untrained)
+    return made
 
 
 def rebuild(spec: ModelSpec, model: ModuleSource | None, signature: Signature) -> nn.Module:

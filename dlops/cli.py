@@ -84,7 +84,13 @@ def train(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path | None, typer.Argument(help="A run folder; the newest if left out.")] = None,
+    context: typer.Context,
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run folder; the newest if left out. Or torchvision:NAME, timm:NAME, python:module:function."
+        ),
+    ] = None,
     format_: Annotated[list[str] | None, typer.Option("--format", help="torchscript, onnx; repeatable.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8; repeatable.")] = None,
     sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN (NN % of the MACs); repeatable.")] = None,
@@ -94,21 +100,57 @@ def export(
     out: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("artifacts"),
     model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
+    weights: Annotated[
+        str | None, typer.Option(help="Of a named model: random, a file, or published ones by name.")
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Of a named model: a data set, folder or .safetensors to check it on.")
+    ] = None,
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME:DTYPE[DIMS]", help="Of a named model; repeatable.")
+    ] = None,
+    output: Annotated[list[str] | None, typer.Option(help="Names of a named model's outputs; repeatable.")] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="Of a named model: imagenet, unit or a JSON file of steps.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Arguments of a named model's builder.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What a named model's artifacts are called.")] = None,
 ) -> None:
-    """Export variants of a checkpoint, each checked against it."""
+    """Export variants of a checkpoint, or of a model by name, each checked against it."""
     if variant and (format_ or precision or sparsity):
         _usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
-    # Before PyTorch is imported, which takes seconds: a missing checkpoint is said at once.
-    found = _checkpoint(checkpoint)
-    from dlops.checkpoint import import_model_source
+    from dlops.workflows.sources import adopt, is_source, parse_arguments
+
+    for_sources = {"weights", "samples", "input_", "output", "preprocess", "set_", "name"}
+    if checkpoint is not None and is_source(checkpoint):
+        if model is not None:
+            _usage("--model builds a checkpoint's module, and this is none", f"{checkpoint} says what builds it")
+        if samples is None:
+            _usage(f"{checkpoint}: nothing to check it on", "--samples DATASET, FOLDER or FILE.safetensors")
+        adopted = adopt(
+            checkpoint, samples=samples, weights=weights, inputs=input_ or [], preprocess=preprocess,
+            arguments=parse_arguments(set_ or []), output_names=output or [], name=name,
+        )  # fmt: skip
+        found, source = adopted.checkpoint, adopted.model
+    else:
+        others = {one.name for one in context.command.params if one.name} - for_sources
+        if given := _given(context, but=others):
+            _usage(f"{given[0]} is for torchvision:, timm: and python: models", "leave it out")
+        # Before PyTorch is imported, which takes seconds: a missing checkpoint is said at once.
+        found = _checkpoint(Path(checkpoint) if checkpoint else None)
+        from dlops.checkpoint import import_model_source
+
+        source = import_model_source(model) if model else None
     from dlops.export.pipeline import export_variants
 
     artifacts = export_variants(
         found,
         variants=slugs,
         out=out,
-        model=import_model_source(model) if model else None,
+        model=source,
         max_drop=max_drop,
         strict=strict,
         device=device,

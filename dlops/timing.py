@@ -35,8 +35,8 @@ _WARMUP_WINDOW_S = 0.05
 _WARMUP_WINDOW_CALLS = 5
 _WARMUP_WINDOWS = 3
 _SETTLE_STEP_S = 0.001
-# Longer than the ticks (4 or 10 ms) by which many kernels count the CPU time of threads that are running: between two of
-# them a spinning thread seems to rest.
+# Longer than the ticks (4 or 10 ms) in which many kernels count the CPU time of threads that are running: between two
+# of them a spinning thread seems to rest.
 _SETTLE_WINDOW_S = 0.012
 # OpenMP of Intel's spins for 0.2 s.
 _SETTLE_LIMIT_S = 0.3

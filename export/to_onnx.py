@@ -141,6 +141,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", category=DeprecationWarning)
+            # Several inputs have one batch, under one name; what the file names its dims is checked once it is written.
+            warnings.filterwarnings("ignore", message="# The axis name: .* will not be used", category=UserWarning)
             yield
     finally:
         logger.setLevel(level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,16 @@ class Outputs:
 
 
 def publish(measured: Measured, outputs: Outputs) -> Report:
-    """Write the report and its copies, print the table or the one copy that is for stdout, and say where it lies."""
-    report = save_report(measured, outputs.directory)
+    """Write the report and its copies, print the table or the one copy that is for stdout, and say where it lies.
+
+    Raises MachineError where the report cannot be written. The table is printed all the same, and the report goes to
+    the folder for temporary files where that has room: what took long to measure is not lost with a full disk.
+    """
+    try:
+        report = save_report(measured, outputs.directory)
+    except MachineError as error:
+        out.print(render_table(measured.report))
+        raise _rescued(measured, error) from None
     texts = ((outputs.json, Report.to_json), (outputs.markdown, to_markdown), (outputs.csv, to_csv))
     for name, write in texts:
         if name == "-":
@@ -71,6 +80,17 @@ def publish(measured: Measured, outputs: Outputs) -> Report:
         out.print(render_table(report))
     say(f"report: {report.directory / HTML_NAME}")
     return report
+
+
+def _rescued(measured: Measured, error: MachineError) -> MachineError:
+    """The error, saying where else the report lies now, if anywhere."""
+    folder = Path(tempfile.mkdtemp(prefix="dlops-report-"))
+    try:
+        save_report(measured, folder)
+    except MachineError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return error
+    return MachineError(f"{error.message}; the report is in {folder} instead", hint="make room and move it there")
 
 
 def exit_status(report: Report) -> int:

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from dlops.bench.results import save_report
 from dlops.cli import run
 from dlops.errors import MachineError
-from dlops.workflows.publish import Outputs
+from dlops.report import read_report
+from dlops.workflows import publish as publishing
+from dlops.workflows.publish import Outputs, publish
+
+
+@contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """Files cannot grow beyond so many bytes, which stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("option", ["--out", "--json", "--markdown", "--csv", "--html"])
@@ -40,3 +61,30 @@ def test_a_folder_that_may_not_be_written_to_is_refused(monkeypatch, tmp_path: P
 def test_a_folder_that_could_be_made_is_not_made_yet(tmp_path: Path) -> None:
     Outputs(directory=tmp_path / "a" / "b", json=str(tmp_path / "c" / "d.json"), csv="-").check()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_still_prints_the_table_and_leaves_nothing(example, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with no_room_beyond(4_000), pytest.raises(MachineError, match="File too large"):
+        publish(example(), Outputs(directory=tmp_path / "r"))
+    assert "onnx-int8-pruned50" in capsys.readouterr().out
+    assert not list(tmp_path.glob("r/*"))
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_what_a_full_disk_did_not_take_goes_to_the_temporary_folder(example, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full_here(measured, directory=None):
+        if directory == tmp_path / "r":
+            raise MachineError(f"writing {directory}: the disk is full")
+        return save_report(measured, directory)
+
+    monkeypatch.setattr(publishing, "save_report", full_here)
+    with pytest.raises(MachineError, match="the disk is full; the report is in") as caught:
+        publish(example(), Outputs(directory=tmp_path / "r"))
+    (folder,) = tmp_path.glob("dlops-report-*")
+    assert str(folder) in caught.value.message
+    assert len(read_report(folder).raw_samples()) > 0
+    assert "onnx-int8-pruned50" in capsys.readouterr().out

@@ -20,9 +20,17 @@ from dlops.bench.loadgen import Settings, drive_session
 from dlops.timing import Local, collector_off
 
 
-def sleeping(length_ns: int) -> Callable[[], None]:
-    """Sleeps so long; nothing at all where that is 0."""
-    return (lambda: time.sleep(length_ns / 1e9)) if length_ns else (lambda: None)
+def waiting(length_ns: int, *, asleep: bool) -> Callable[[], None]:
+    """Lasts so long, looking at the clock or asleep; nothing at all where that is 0."""
+
+    def busy() -> None:
+        end = time.perf_counter_ns() + length_ns
+        while time.perf_counter_ns() < end:
+            pass
+
+    if length_ns == 0:
+        return lambda: None
+    return (lambda: time.sleep(length_ns / 1e9)) if asleep else busy
 
 
 def by_dlops(order: dict, call: Callable[[], None], due_ns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -52,7 +60,7 @@ def main() -> None:
     due_ns = np.frombuffer(sys.stdin.buffer.read(), np.int64)
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    call = sleeping(order["length_ns"])
+    call = waiting(order["length_ns"], asleep=order["asleep"])
     for _ in range(50):
         call()
     with collector_off():

@@ -16,15 +16,17 @@ pytest.importorskip("mlperf_loadgen", reason="mlcommons-loadgen is not installed
 
 GENERATORS = ("dlops", "loadgen")
 ROUNDS, SECONDS, RATE = 8, 2.0, 200.0
-LENGTHS = {"null": 0, "2 ms": 2_000_000}
+LENGTHS = {"null": 0, "2 ms": 2_000_000, "2 ms asleep": 2_000_000}
+# A sleeping target wakes up late, by another amount each time, and with its caches cold: it is shown, not judged.
+JUDGED = ("null", "2 ms")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-def run(generator: str, scenario: str, length_ns: int, due_ns: np.ndarray) -> np.ndarray:
+def run(generator: str, scenario: str, name: str, due_ns: np.ndarray) -> np.ndarray:
     """One run in a process of its own: (3, n), latencies, when each call began or was due, and how late it was made."""
     order = {
-        "generator": generator, "scenario": scenario, "length_ns": length_ns, "duration_s": SECONDS,
-        "rate": RATE if scenario == "server" else None,
+        "generator": generator, "scenario": scenario, "length_ns": LENGTHS[name], "duration_s": SECONDS,
+        "asleep": name.endswith("asleep"), "rate": RATE if scenario == "server" else None,
     }  # fmt: skip
     child = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("loadgen_target.py")), json.dumps(order)],
@@ -40,12 +42,12 @@ def compare(scenario: str, name: str) -> tuple[list[list[str]], bool]:
     due_ns = np.zeros(0, np.int64)
     if scenario == "server":
         # Its schedule is the same every time: ours keeps it too, so that both see the same bursts.
-        due_ns = run("loadgen", scenario, length_ns, due_ns)[1]
+        due_ns = run("loadgen", scenario, name, due_ns)[1]
     order = random.Random(0)
     kept: dict[str, list[np.ndarray]] = {one: [] for one in GENERATORS}
     for _ in range(ROUNDS):
         for one in order.sample(GENERATORS, len(GENERATORS)):
-            kept[one].append(run(one, scenario, length_ns, due_ns))
+            kept[one].append(run(one, scenario, name, due_ns))
     late = [float(np.median([np.median(run[2]) for run in kept[one]])) / 1e3 for one in GENERATORS]
     rows, agree = [], True
     for label, q in QUANTILES.items():
@@ -70,16 +72,18 @@ def test_quantiles_are_loadgens(write_page: Callable[..., Path]) -> None:
         "loadgen",
         title="Our generator and LoadGen on the same targets",
         says="MLCommons' LoadGen (mlcommons-loadgen, through its Python API; LoadGen, non-MLPerf workload) and our own "
-        "generator call the same function: one that returns at once, and one that sleeps 2 ms. "
+        "generator call the same function: one that returns at once, one that waits 2 ms with its eye on the clock, "
+        "and one that sleeps 2 ms, which wakes up late and cold. "
         f"{ROUNDS} rounds; in each both run for {SECONDS:g} s or more, in an order drawn at random, in a fresh process "
         f"each. Under server {RATE:g} requests a second come by Poisson arrivals; ours keeps the very schedule that "
-        "LoadGen made. Each is the median of the rounds' quantiles; wanted under single_stream is a difference "
-        "of at most 2 % or 50 µs. Spread: between the quartiles of the rounds' quantiles, of the generator where that "
-        "is wider, which is what other programs on the machine did. Late: how much later than due the median call was "
-        "made by ours and by LoadGen, which is in the latencies of both: LoadGen sleeps until a query is due, ours "
+        "LoadGen made. Each is the median of the rounds' quantiles; wanted under single_stream is a difference of at "
+        "most 2 % or 50 µs, but for the sleeping target. Spread: between the quartiles of the rounds' quantiles, of "
+        "the generator where that is wider, which is what other programs on the machine did. Late: how much later "
+        "than due the median call was made by ours and by LoadGen, which is in the latencies of both: LoadGen sleeps "
+        "until a query is due, ours "
         "looks at the clock for the last 0.2 ms.",
         header=["scenario", "target", "quantile", "dlops", "LoadGen", "apart", "spread", "late", "within"],
         rows=rows,
     )
     # Under server LoadGen's own lateness, and the hand-over to a thread, are in its latencies.
-    assert all(agree for _, agree in found[: len(LENGTHS)]), rows
+    assert all(agree for name, (_, agree) in zip(LENGTHS, found, strict=False) if name in JUDGED), rows

@@ -92,7 +92,7 @@ def in_flight(loaded: OpenLoaded) -> float:
 
 def test_a_queue_with_equal_service_times(write_page: Callable[..., Path]) -> None:
     # Shorter runs of so skewed a wait would have intervals that hold in nine of ten, on any machine.
-    service_s, runs, lasts_s = 0.004, 20, 50.0
+    service_s, runs, lasts_s = 0.004, 20, 100.0
     service_ns = service_s * S
     rows, inside = [], {}
     for load in (0.5, 0.8):

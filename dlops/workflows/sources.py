@@ -1,0 +1,409 @@
+"""A model that was not trained here, made a checkpoint: torchvision's and timm's by name, or a function of your own.
+
+What follows, export and its gates above all, then is what it is for any checkpoint: so a source brings weights, real
+samples and the preprocessing between the two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import numpy as np
+from pydantic import JsonValue, ValidationError
+
+from dlops.builders import Published, is_family, published_labels, published_preprocess, published_weights
+from dlops.checkpoint import Checkpoint, ModelSpec, import_model_source, misfits, rebuild
+from dlops.console import say
+from dlops.errors import CorruptError, UsageError, from_os_error
+from dlops.manifest import explain_validation
+from dlops.preprocess import CenterCrop, Decode, Normalize, Preprocess, Resize, Scale, Step
+from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES, Samples
+from dlops.saving import save_checkpoint
+from dlops.signature import Array, DimRange, DType, Feed, Signature, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dlops.checkpoint import ModuleSource
+
+_PREFIXES = ("torchvision:", "timm:", "python:")
+_INPUT = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*):([a-z]+\d*)\[([^\]]*)\]")
+_TARGETS = ("targets", "target", "labels")
+_IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# As in the recipes: of two classes or more, drawn with a fixed seed.
+_SPLIT_SEED = 0
+# For the statistics of an untrained network.
+_SETTLING = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted:
+    """A source as a checkpoint. model: what builds its module, where the checkpoint names no builder."""
+
+    checkpoint: Checkpoint
+    model: ModuleSource | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    """labels: of the targets. calibration: None where there are too few samples for two splits."""
+
+    evaluation: Samples
+    calibration: Samples | None
+    labels: tuple[str, ...] = ()
+
+
+def is_source(text: str) -> bool:
+    """Whether it names a model elsewhere, and not the folder of a checkpoint."""
+    return text.startswith(_PREFIXES)
+
+
+def adopt(
+    source: str,
+    *,
+    samples: str,
+    weights: str | None = None,
+    inputs: Sequence[str] = (),
+    preprocess: str | None = None,
+    arguments: Mapping[str, JsonValue] | None = None,
+    output_names: Sequence[str] = (),
+    name: str | None = None,
+    max_batch: int = 64,
+    root: Path = Path("runs"),
+) -> Adopted:
+    """Write the checkpoint runs/<name>/<time>/ of "torchvision:NAME", "timm:NAME" or "python:package.module:function".
+
+    samples: a data set that dlops knows, a folder or archive of class folders, or a safetensors file with a tensor an
+    input and, for accuracy, "targets". weights: "random", the name of published ones, or a .safetensors, .pth or .pt
+    file; without it a function's module keeps its own. inputs: `name:dtype[dims]` in the order of the arguments.
+    preprocess: "imagenet", "unit" or a JSON file; by default what the published weights were trained with. arguments:
+    for the builder. Raises UsageError for what does not fit together, before anything is written.
+    """
+    specs = [parse_input(text) for text in inputs]
+    own = import_model_source(source) if source.startswith("python:") else None
+    if own is None and weights is None:
+        raise UsageError(
+            f"{source}: which weights?", hint="--weights random, a file, or the name of published ones such as DEFAULT"
+        )
+    title = name or _title(source)
+    published = _published(source, weights)
+    steps = _preprocess(preprocess, source, specs, published)
+    if Path(samples).suffix == ".safetensors":
+        data, steps = _from_tensors(Path(samples), specs), None
+    else:
+        data = _from_images(samples, steps, source)
+    module, kwargs = _module(source, own, weights, published, dict(arguments or {}), data.labels)
+    if weights == "random":
+        few = (data.calibration or data.evaluation).take(slice(_SETTLING))
+        settle_statistics(module, few.feed(steps, "input"))
+    # Weights that were trained elsewhere tell the classes apart that they were trained on.
+    trained = is_family(source) and weights != "random" and "num_classes" not in kwargs
+    labels = (published.labels if published is not None else published_labels(source)) if trained else data.labels
+    if not labels and data.labels:
+        labels = _numbered(module, data, steps)
+    checkpoint = save_checkpoint(
+        module,
+        _directory(root / title),
+        evaluation=_as_known(data.evaluation, data.labels, labels),
+        calibration=None if data.calibration is None else _as_known(data.calibration, data.labels, labels),
+        labels=labels,
+        preprocess=steps,
+        name=title,
+        builder=None if own is not None else source,
+        kwargs=kwargs,
+        config={"source": source, "weights": weights, "samples": Path(samples).name},
+        max_batch=max_batch,
+        output_names=output_names or ("logits",),
+    )
+    say(f"{source}: checkpoint in {checkpoint.directory}, {len(data.evaluation)} evaluation samples")
+    # The very module: what a function makes anew may differ where it draws its weights.
+    return Adopted(checkpoint=checkpoint, model=None if own is None else module)
+
+
+def parse_input(text: str) -> TensorSpec:
+    """`pixels:float32[batch,3,224,224]`. Raises UsageError for what is not written so."""
+    match = _INPUT.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise UsageError(f"--input {text!r}: expected name:dtype[dims]", hint="such as pixels:float32[batch,3,224,224]")
+    name, dtype, dims = match.groups()
+    if dtype not in get_args(DType):
+        raise UsageError(f"--input {text!r}: {dtype} is not one of {', '.join(get_args(DType))}")
+    parts = dims.split(",") if dims else []
+    if not parts or parts[0] != "batch":
+        raise UsageError(f"--input {text!r}: the first dim is the batch", hint=f"{name}:{dtype}[batch,...]")
+    if strange := [part for part in parts[1:] if not part.isdecimal()]:
+        raise UsageError(f"--input {text!r}: {strange[0]!r} is no size")
+    shape = ("batch", *(int(part) for part in parts[1:]))
+    return TensorSpec(name=name, dtype=cast("DType", dtype), shape=shape)
+
+
+def settle_statistics(module: nn.Module, feed: Feed) -> None:
+    """Have batch normalization estimate its means and variances on these inputs, in place; the rest stays in eval mode.
+
+    At 0 and 1, as they are before training, what an untrained network answers hardly depends on what it is given, and
+    an export of it would prove nothing.
+    """
+    import torch
+    from torch import nn
+
+    norms = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta = [one.momentum for one in norms]
+    try:
+        for one in norms:
+            # None: the plain average of all batches.
+            one.momentum = None
+            one.reset_running_stats()
+            one.train()
+        with torch.no_grad():
+            module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in feed.values()))
+    finally:
+        for one, momentum in zip(norms, momenta, strict=True):
+            one.momentum = momentum
+            one.eval()
+
+
+def parse_arguments(given: Sequence[str]) -> dict[str, JsonValue]:
+    """`num_classes=10` as arguments of a builder; values are JSON, or else text. Raises UsageError."""
+    arguments: dict[str, JsonValue] = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--set {one!r}: expected KEY=VALUE", hint="such as num_classes=10")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return arguments
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from a .safetensors, .pth or .pt file; of a training checkpoint the part that is one.
+
+    Raises CorruptError where it holds something else, or would have to be unpickled.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        loaded: Any = (
+            load_file(path) if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )  # fmt: skip
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {path}") from error
+    except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise CorruptError(f"{path}: no weights in it: {_first_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - torch raises pickle's own error for what weights_only refuses
+        raise CorruptError(
+            f"{path}: not read, because it holds more than tensors: {_first_line(error)}",
+            hint="save its state_dict() alone, best as safetensors",
+        ) from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise CorruptError(f"{path}: no state dict in it", hint="save the module's state_dict()")
+    # Wrapped for several devices, or compiled.
+    names = {key: str(key).removeprefix("module.").removeprefix("_orig_mod.") for key in loaded}
+    return {names[key]: value for key, value in loaded.items()}
+
+
+def _published(source: str, weights: str | None) -> Published | None:
+    """The published weights that are asked for by name; None where it is a file, random or nothing."""
+    if weights is None or weights == "random" or Path(weights).suffix in (".safetensors", ".pth", ".pt"):
+        return None
+    if not is_family(source):
+        raise UsageError(f"--weights {weights}: no file of weights", hint="a .safetensors, .pth or .pt file")
+    return published_weights(source, weights)
+
+
+def _module(
+    source: str, own: ModuleSource | None, weights: str | None, published: Published | None,
+    kwargs: dict[str, JsonValue], labels: Sequence[str],
+) -> tuple[nn.Module, dict[str, JsonValue]]:  # fmt: skip
+    """The module in eval mode with its weights, and the arguments that it was built with."""
+    import torch
+
+    path = None if weights is None or published is not None or weights == "random" else Path(weights)
+    tensors = published.weights if published is not None else read_weights(path) if path is not None else None
+    counted = is_family(source) and published is None and "num_classes" not in kwargs and len(labels) > 1
+    attempts = [kwargs, kwargs | {"num_classes": len(labels)}] if counted else [kwargs]
+    if tensors is None and counted:
+        # Nothing else says how many classes an untrained network is to have.
+        attempts = attempts[1:]
+    problem = ""
+    for attempt in attempts:
+        spec = ModelSpec(
+            builder=None if own is not None else source, source=source, kwargs=attempt, task="classification"
+        )
+        # Random weights are the same ones every time.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = rebuild(spec, own, _ANY)
+        problem = "" if tensors is None else misfits(tensors, module)
+        if not problem:
+            if tensors is not None:
+                module.load_state_dict(dict(tensors))
+            return module.eval(), attempt
+    raise UsageError(
+        f"{source}: the weights {weights} do not fit: {problem}", hint="--set num_classes=N, or what it was built with"
+    )
+
+
+def _preprocess(
+    given: str | None, source: str, specs: Sequence[TensorSpec], published: Published | None
+) -> Preprocess | None:
+    """What images go through: as given, else as the published weights want it, else scaled to [0, 1]."""
+    if given is not None and given not in ("imagenet", "unit"):
+        return _read_preprocess(Path(given))
+    default = (
+        published.preprocess if published is not None else published_preprocess(source) if is_family(source) else None
+    )
+    if given is None and default is not None:
+        return default
+    shape = default.shape if default is not None else specs[0].shape[1:] if len(specs) == 1 else ()
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        return None
+    channels, height, width = (int(size) for size in shape)
+    steps: list[Step] = [
+        Decode(mode="RGB" if channels == 3 else "L"), Resize(size=max(height, width)), CenterCrop(size=(height, width)),
+        Scale(),
+    ]  # fmt: skip
+    if given == "imagenet":
+        if channels != 3:
+            raise UsageError("--preprocess imagenet: normalizes three channels, and the input has one")
+        steps.append(_IMAGENET)
+    return Preprocess(input="image", shape=(channels, height, width), steps=tuple(steps))
+
+
+def _read_preprocess(path: Path) -> Preprocess:
+    try:
+        return Preprocess.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise from_os_error(error, doing=f"--preprocess {path}") from error
+    except ValidationError as error:
+        raise UsageError(
+            f"--preprocess {path}: {explain_validation(error)}", hint="as `preprocess` stands in an artifact.json"
+        ) from None
+
+
+def _from_images(samples: str, preprocess: Preprocess | None, source: str) -> _Data:
+    """From the data sets and folders that training takes: evaluation from test, calibration from train."""
+    from dlops.train.data.source import open_data
+    from dlops.train.finish import MAX_CALIBRATION, MAX_CALIBRATION_BYTES, chosen_samples
+
+    if preprocess is None:
+        raise UsageError(
+            f"{source}: images are given, and nothing says what it makes of them",
+            hint="--input name:float32[batch,3,H,W], or --preprocess FILE",
+        )
+    data = open_data(samples, split_seed=_SPLIT_SEED)
+    return _Data(
+        evaluation=chosen_samples(data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES),
+        calibration=chosen_samples(data.train, MAX_CALIBRATION, MAX_CALIBRATION_BYTES),
+        labels=data.labels,
+    )
+
+
+def _from_tensors(path: Path, specs: Sequence[TensorSpec]) -> _Data:
+    """Every second sample of a file is for evaluation, the others for calibration."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors: dict[str, Array] = dict(load_file(path))
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {path}") from error
+    except SafetensorError as error:
+        raise CorruptError(f"{path}: not a safetensors file ({error})") from None
+    targets = next((tensors.pop(name) for name in _TARGETS if name in tensors), None)
+    names = [spec.name for spec in specs] or sorted(tensors)
+    if len(names) > 1 and not specs:
+        raise UsageError(
+            f"{path}: several tensors ({', '.join(names)}), and nothing says in which order the model takes them",
+            hint="--input name:dtype[dims] for each, in order",
+        )
+    if missing := [name for name in names if name not in tensors]:
+        raise UsageError(f"{path}: no tensor {missing[0]!r} in it; there are {', '.join(sorted(tensors)) or 'none'}")
+    feed = {name: tensors[name] for name in names}
+    lengths = {name: len(array) if array.ndim else 0 for name, array in feed.items()}
+    if targets is not None:
+        lengths["targets"] = len(targets) if targets.ndim else 0
+    count = min(lengths.values())
+    if len(set(lengths.values())) > 1 or count < 2:
+        raise UsageError(
+            f"{path}: {', '.join(f'{name} has {n}' for name, n in lengths.items())} samples; two or more, alike"
+        )
+    if specs:
+        Signature(inputs=tuple(specs), outputs=tuple(specs), dims={"batch": DimRange(max=count)}).check(feed)
+    whole = Samples(raw=tuple(next(iter(feed.values()))), inputs=feed, targets=targets)
+    places = np.arange(count)
+    return _Data(evaluation=whole.take(list(places[::2])), calibration=whole.take(list(places[1::2])))
+
+
+def _as_known(samples: Samples, labels: Sequence[str], known: Sequence[str]) -> Samples:
+    """The samples with targets counted as the model counts its classes: by label, or by number where labels are."""
+    if samples.targets is None or not labels or tuple(labels) == tuple(known) or not known:
+        return samples
+    places = {label.casefold(): place for place, label in enumerate(known)}
+    numbers = []
+    for label in labels:
+        place = places.get(label.casefold().replace("_", " "), places.get(label.casefold()))
+        if place is None and label.isdecimal() and int(label) < len(known):
+            place = int(label)
+        if place is None:
+            raise UsageError(
+                f"the class {label!r} is none of the model's {len(known)} ({', '.join(known[:3])}, ...)",
+                hint="name the class folders as the model's labels, or by their numbers",
+            )
+        numbers.append(place)
+    targets = np.array(numbers, np.int64)[samples.targets]
+    return Samples(raw=samples.raw, inputs=samples.inputs, outputs=samples.outputs, targets=targets)
+
+
+def _numbered(module: nn.Module, data: _Data, preprocess: Preprocess | None) -> tuple[str, ...]:
+    """Names for classes that nobody names: the samples' own where there are as many, else their numbers."""
+    import torch
+
+    feed = data.evaluation.take(slice(1)).feed(preprocess, "input")
+    with torch.no_grad():
+        answer = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in feed.values()))
+    first = next(iter(answer.values())) if isinstance(answer, Mapping) else answer
+    classes = int((first[0] if isinstance(first, (tuple, list)) else first).shape[-1])
+    return data.labels if classes == len(data.labels) else tuple(map(str, range(classes)))
+
+
+def _title(source: str) -> str:
+    """What the checkpoint is called: the network's name, or the function's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", source.rpartition(":")[2]).strip("-.") or "model"
+
+
+def _directory(root: Path) -> Path:
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return next(
+        path
+        for number in range(1, 1000)
+        if not (path := root / (stamp if number == 1 else f"{stamp}-{number}")).exists()
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# A source's module is built before its signature is known, and only pruned ones need that.
+_ANY = Signature(
+    inputs=(TensorSpec(name="input", dtype="float32", shape=("batch",)),),
+    outputs=(TensorSpec(name="output", dtype="float32", shape=("batch",)),),
+    dims={"batch": DimRange(max=1)},
+)
