@@ -186,11 +186,12 @@ def _published_timm(name: str, which: str) -> Published:
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
-    tagged = name if which == "DEFAULT" or "." in name else f"{name}.{which}"
-    known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
-    config = timm.get_pretrained_cfg(tagged)
-    if config is None or (tagged != name and tagged not in known) or not config.hf_hub_id:
-        raise unknown_name(f"weights of timm:{name}", which, [one.partition(".")[2] for one in known] or ["random"])
+    plain, _, tag = name.partition(".")
+    tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{plain}.*")]
+    wanted = tag if which == "DEFAULT" else which
+    if (wanted and wanted not in tags) or not tags:
+        raise unknown_name(f"weights of timm:{plain}", wanted or which, tags or ["random"])
+    config = timm.get_pretrained_cfg(f"{plain}.{wanted}" if wanted else plain)
     repository = config.hf_hub_id
     if repository.endswith("/"):
         repository += f"{config.architecture}.{config.tag}"

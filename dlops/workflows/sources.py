@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 from pydantic import JsonValue, ValidationError
 
-from dlops.builders import Published, is_family, published_labels, published_preprocess, published_weights
+from dlops.builders import Published, find_builder, is_family, published_labels, published_preprocess, published_weights
 from dlops.checkpoint import Checkpoint, ModelSpec, import_model_source, misfits, rebuild
 from dlops.console import say
 from dlops.errors import CorruptError, UsageError, from_os_error
@@ -92,6 +92,8 @@ def adopt(
         raise UsageError(
             f"{source}: which weights?", hint="--weights random, a file, or the name of published ones such as DEFAULT"
         )
+    if own is None:
+        find_builder(source, arguments or {})
     title = name or _title(source)
     published = _published(source, weights)
     steps = _preprocess(preprocess, source, specs, published)
@@ -355,7 +357,8 @@ def _as_known(samples: Samples, labels: Sequence[str], known: Sequence[str]) -> 
     """The samples with targets counted as the model counts its classes: by label, or by number where labels are."""
     if samples.targets is None or not labels or tuple(labels) == tuple(known) or not known:
         return samples
-    places = {label.casefold(): place for place, label in enumerate(known)}
+    # ImageNet's labels are lists of synonyms in some collections.
+    places = {word.casefold(): place for place, label in enumerate(known) for word in (*label.split(", "), label)}
     numbers = []
     for label in labels:
         place = places.get(label.casefold().replace("_", " "), places.get(label.casefold()))

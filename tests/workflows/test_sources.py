@@ -17,6 +17,7 @@ from torch import nn
 from torchvision import models
 
 from dlops.artifact import open_artifact
+from dlops.builders import published_preprocess
 from dlops.checkpoint import load_checkpoint
 from dlops.cli import run
 from dlops.errors import CorruptError, MachineError, UsageError
@@ -161,6 +162,37 @@ def test_published_weights_that_cannot_be_fetched_are_one_line(here: Path, photo
         adopt("torchvision:squeezenet1_1", samples=str(photos), weights="DEFAULT")
 
 
+def test_a_network_of_timm_is_exported_by_name(here: Path, photos: Path) -> None:
+    options = ["--weights", "random", "--samples", str(photos), "--preprocess", "small.json"]
+    assert run(["export", "timm:mobilenetv3_small_050", *options, "--format", "onnx"]) == 0
+    artifact = open_artifact("artifacts/mobilenetv3_small_050/onnx-fp32")
+    assert artifact.labels == ("7", "tench")
+    (folder,) = Path("runs/mobilenetv3_small_050").iterdir()
+    assert load_checkpoint(folder).spec.builder == "timm:mobilenetv3_small_050"
+
+
+def test_published_weights_of_timm_are_read_as_safetensors(here: Path, photos: Path, monkeypatch) -> None:
+    import timm
+
+    whole = timm.create_model("mobilenetv3_small_050", pretrained=False)
+    asked = []
+
+    def fetched(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        save_weights(whole.state_dict(), here / "fetched.safetensors")
+        return str(here / "fetched.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    found = adopt("timm:mobilenetv3_small_050", samples=str(photos), weights="DEFAULT").checkpoint
+    assert asked == [("timm/mobilenetv3_small_050.lamb_in1k", "model.safetensors")]
+    samples = found.samples("evaluation")
+    assert samples is not None
+    assert set(samples.targets.tolist()) == {0, 7}
+    assert found.spec.preprocess == published_preprocess("timm:mobilenetv3_small_050")
+    with pytest.raises(UsageError, match="unknown weights of timm:mobilenetv3_small_050"):
+        adopt("timm:mobilenetv3_small_050", samples=str(photos), weights="lamb_in2k")
+
+
 def test_several_inputs_and_named_outputs_of_a_function(here: Path, capsys) -> None:
     two_inputs(here / "samples.safetensors")
     options = ["--samples", "samples.safetensors", *TWO_INPUTS, "--format", "onnx", "--format", "torchscript"]
@@ -189,6 +221,7 @@ def test_images_for_a_function_follow_its_input(here: Path, photos: Path) -> Non
         (["torchvision:squeezenet1_1", "--samples", "photos"], "which weights?"),
         (["torchvision:squeezenet1_1", "--weights", "random"], "nothing to check it on"),
         (["torchvision:squeezenet9", "--weights", "random", "--samples", "photos"], "unknown torchvision model"),
+        (["timm:squeezenet9", "--weights", "random", "--samples", "photos"], "unknown timm model"),
         (["torchvision:squeezenet1_1", "--weights", "IMAGENET9", "--samples", "photos"], "unknown weights of torch"),
         (["torchvision:squeezenet1_1", "--weights", "no.pth", "--samples", "photos"], "no.pth"),
         (["python:own_module:make", "--samples", "two.safetensors"], "in which order"),
