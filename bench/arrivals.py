@@ -28,6 +28,7 @@ WANTED_SAMPLES = 662
 STRETCH = 3.0
 # A trace of more lines than this is a mistake: an hour at 3,000 requests a second.
 _MAX_TRACE = 10_000_000
+_LONGEST_S = 7 * 24 * 3600.0
 
 
 def poisson(rate: float, *, duration_s: float, seed: int = 0) -> Integers:
@@ -79,6 +80,11 @@ def read_trace(path: Path | str) -> Integers:
             seconds = math.nan
         if not 0 <= seconds < math.inf:
             raise UsageError(f"{path}, line {number}: {text[:40]!r} is no time in seconds", hint="such as 0.125")
+        if seconds > _LONGEST_S:
+            raise UsageError(
+                f"{path}, line {number}: {text[:40]} is over a week after the start",
+                hint="times count from the start of the trace: take the first one off",
+            )
         if due and seconds < due[-1]:
             raise UsageError(f"{path}, line {number}: {text} comes after {due[-1]:g}", hint="sort the trace by time")
         if len(due) == _MAX_TRACE:
@@ -139,13 +145,22 @@ class Offered:
         mean = len(self.trace) / max(end_ns / 1e9, 1e-9)
         return Schedule(rate=mean, due_ns=self.trace, lead_in_ns=0, end_ns=end_ns)
 
-    def at(self, rate: float, duration_s: float, *, wanted: int = WANTED_SAMPLES, stretch: float = STRETCH) -> Schedule:
+    def at(
+        self, rate: float, duration_s: float, *, wanted: int = WANTED_SAMPLES, stretch: float = STRETCH, again: int = 0
+    ) -> Schedule:
         """One rate for `duration_s` after its lead-in, up to `stretch` times that where it gives no `wanted` requests.
+
+        again: how often that rate was tried before; another look is at other arrivals.
 
         Raises UsageError where it is so low that nothing would be due.
         """
         lasts_s = _LEAD_IN_S + min(max(duration_s, wanted / rate), stretch * duration_s)
-        due_ns = SCHEDULES[self.arrivals](rate, duration_s=lasts_s, seed=self.seed)
+        if rate * lasts_s > _MAX_TRACE:
+            raise UsageError(
+                f"{rate:g} requests a second for {lasts_s:.3g} s are more than {_MAX_TRACE:,}",
+                hint="a lower --rate, or a shorter --duration",
+            )
+        due_ns = SCHEDULES[self.arrivals](rate, duration_s=lasts_s, seed=self.seed + again)
         end = np.array([round(lasts_s * 1e9)])
         if self.pauses is not None:
             due_ns, end = (with_pauses(times, busy_s=self.pauses[0], idle_s=self.pauses[1]) for times in (due_ns, end))

@@ -287,7 +287,9 @@ def objectives(report: Report) -> list[str]:
                 f"{target}: no rate tried certainly kept {wanted}; the lowest was {_rate(one.missed or 0.0)} a second"
             )
         else:
-            beyond = f"; {_rate(one.missed)} did not" if one.missed is not None else "; the search ended there"
+            beyond = (
+                f"; {_rate(one.missed)} could not be shown to" if one.missed is not None else "; the search ended there"
+            )
             lines.append(
                 f"{target}: {_rate(one.rate)} requests a second is the highest rate that kept {wanted}{beyond}"
             )

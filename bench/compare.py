@@ -243,8 +243,16 @@ def _judge(
                 gated=gate is not None,
             )  # fmt: skip
             place += 1
-        judged[cell.pair].append(found)
+        judged[cell.pair].append(_less_failures(found, pairs[cell.pair]))
     return tuple(_compared(pair, tuple(found)) for pair, found in zip(pairs, judged, strict=True) if found)
+
+
+def _less_failures(found: Judged, pair: _Pair) -> Judged:
+    """A quantile of the calls that succeeded says nothing good where more of them failed than before."""
+    shares = [row.error_count / (row.error_count + row.latency.samples) for row in (pair.base, pair.new)]
+    if shares[1] <= shares[0] or found.word not in ("SAME", "IMPROVED", "PASSED"):
+        return found
+    return found.model_copy(update={"word": "INCONCLUSIVE", "because": f"{pair.new.error_count} calls of NEW failed"})
 
 
 def _with_word(found: Judged, ratio: Ratio, *, p_value: float, divisor: int, family: int, gated: bool) -> Judged:
@@ -301,7 +309,8 @@ def _calls(row: Measurement, measured: Measured) -> Calls:
     # In a closed loop a call begins when another is answered: begins count the answers, without those of the warm-up.
     starts = measured.samples[row.samples + STARTS]
     order = np.argsort(starts, kind="stable")
-    length = max(1, int(starts.max())) / STRETCHES
+    # Where the row says how long it lasted: a stall at its end has no begins.
+    length = max(1, row.duration_ns or int(starts.max())) / STRETCHES
     stretch = np.minimum(starts[order] // length, STRETCHES - 1).astype(np.int64)
     return Calls(latencies_ns=latencies[order], turns=stretch, durations_s=np.full(STRETCHES, length / 1e9))
 

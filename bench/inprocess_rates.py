@@ -59,6 +59,8 @@ def measure_queue(
     lost = int((service < 0).sum())
     errors = {_NOT_RUN: lost} if lost else {}
     duration_ns = schedule.end_ns - lead_in_ns
+    if kept.interrupted:
+        duration_ns = min(duration_ns, int(due[-1]) + 1)
     figures = analyse_rate(
         response, due, service, earlier, duration_ns=duration_ns, lag_p99_ns=lag_p99_ns, batch=conditions.batch,
         observed=shortcomings(

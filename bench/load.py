@@ -61,8 +61,8 @@ class Loaded:
 class _Recorder:
     """Written by the workers. began_ns is None during the warm-up."""
 
-    latencies: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
+    # When each began, and its latency: one append, which no Ctrl-C can fall into.
+    calls: list[tuple[int, int]] = field(default_factory=list)
     earlier: list[int] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     warmup_calls: int = 0
@@ -70,25 +70,27 @@ class _Recorder:
     warmed_up: bool = False
     began_ns: int | None = None
     ended_ns: int | None = None
-    last_success_ns: int = field(default_factory=time.perf_counter_ns)
+    # The first and the last failure since anything succeeded.
+    failing_ns: tuple[int, int] | None = None
     stopped: str | None = None
     window: list[int] = field(default_factory=list)
 
     def success(self, start: int, arrived: int) -> None:
-        self.last_success_ns = arrived
+        self.failing_ns = None
         # An answer may have been read just before the run began and be told of just after.
         if self.began_ns is None or arrived < self.began_ns:
             self.warmup_calls += 1
             self.window.append(arrived - start)
             return
         if start >= self.began_ns:
-            self.starts.append(start - self.began_ns)
-            self.latencies.append(arrived - start)
+            self.calls.append((start - self.began_ns, arrived - start))
         else:
             # Where calls are long, as many end in the run that began before it as begin in it and end after it.
             self.earlier.append(arrived - self.began_ns)
 
     def failure(self, start: int, kind: str) -> None:
+        now = time.perf_counter_ns()
+        self.failing_ns = (now if self.failing_ns is None else self.failing_ns[0], now)
         if self.began_ns is not None and start >= self.began_ns:
             self.errors[kind] += 1
         else:
@@ -129,13 +131,14 @@ def closed_loop(
             gc.enable()
     began = recorder.began_ns or time.perf_counter_ns()
     ended = recorder.ended_ns or time.perf_counter_ns()
-    answered = recorder.warmup_calls + len(recorder.earlier) + len(recorder.latencies)
-    order = np.argsort(np.array(recorder.starts, np.int64), kind="stable")
+    answered = recorder.warmup_calls + len(recorder.earlier) + len(recorder.calls)
+    starts, latencies = np.array(recorder.calls, np.int64).reshape(-1, 2).T
+    order = np.argsort(starts, kind="stable")
     # Where nothing ever succeeded, the failures of the warm-up are what there is to say.
-    errors = recorder.errors if recorder.latencies else recorder.errors + recorder.warmup_errors
+    errors = recorder.errors if recorder.calls else recorder.errors + recorder.warmup_errors
     return Loaded(
-        latencies_ns=np.array(recorder.latencies, np.int64)[order],
-        starts_ns=np.array(recorder.starts, np.int64)[order],
+        latencies_ns=latencies[order],
+        starts_ns=starts[order],
         earlier_ns=np.array(recorder.earlier, np.int64),
         errors=dict(errors),
         attempts=answered + sum(recorder.errors.values()) + sum(recorder.warmup_errors.values()),
@@ -224,9 +227,12 @@ async def _warm_up(recorder: _Recorder, limit_s: float) -> None:
 
 
 def _notice_death(recorder: _Recorder) -> None:
-    silent_s = (time.perf_counter_ns() - recorder.last_success_ns) / 1e9
-    if silent_s > _DEAD_AFTER_S and (recorder.errors or recorder.warmup_errors):
-        recorder.stopped = f"no call succeeded for {silent_s:.1f} s: the server is gone or refuses everything"
+    first, last = recorder.failing_ns or (0, 0)
+    failing_s = (last - first) / 1e9
+    if failing_s > _DEAD_AFTER_S:
+        recorder.stopped = (
+            f"calls failed for {failing_s:.1f} s and none succeeded: the server is gone or refuses everything"
+        )
 
 
 def _enough(recorder: _Recorder, duration_s: float) -> bool:
@@ -234,7 +240,7 @@ def _enough(recorder: _Recorder, duration_s: float) -> bool:
     elapsed = (time.perf_counter_ns() - recorder.began_ns) / 1e9
     if elapsed < duration_s:
         return False
-    return len(recorder.latencies) >= _MIN_SAMPLES or elapsed >= _STRETCH * duration_s
+    return len(recorder.calls) >= _MIN_SAMPLES or elapsed >= _STRETCH * duration_s
 
 
 def failure_kind(error: BaseException) -> str:

@@ -176,8 +176,11 @@ class _Process:
     def __init__(self, where: dict[str, object], requests: Sequence[bytes], due_ns: Integers) -> None:
         self._count = len(due_ns)
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "dlops.bench.sender"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+            [sys.executable, "-P", "-m", "dlops.bench.sender"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            # A signal for the whole group, as a service manager sends it, is for the run, which then asks for what
+            # there is.
+            start_new_session=True,
+        )  # fmt: skip
         self._answer = b""
         # It reads while this process waits: what a sender has to say is more than a pipe holds.
         self._reader = threading.Thread(target=self._read, daemon=True)

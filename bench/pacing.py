@@ -85,6 +85,10 @@ class Pacer:
             count += 1
         return count
 
+    def is_asked(self, connection: int) -> bool:
+        """Whether a request is on it that is not answered."""
+        return connection in self._flying
+
     def answered(self, connection: int, now_ns: int, status: int) -> None:
         request = self._flying.pop(connection)
         self.arrived_ns[request] = now_ns

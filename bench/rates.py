@@ -92,6 +92,8 @@ def measure_rate(
     earlier = whole.arrived_ns[lead_in] - schedule.lead_in_ns
     earlier = earlier[earlier >= 0]
     duration_ns = schedule.end_ns - schedule.lead_in_ns
+    if loaded.interrupted:
+        duration_ns = min(duration_ns, int(loaded.due_ns[-1]) + 1)
     seen = shortcomings(
         errors=loaded.errors, calls=len(service), stopped=loaded.stopped, interrupted=loaded.interrupted,
         warmed_up=warm.steady,

@@ -94,6 +94,10 @@ def measure(
     )
     if engine == "loadgen":
         check_installed()
+    if not chosen and (threads is not None or device not in ("auto", ["auto"], ("auto",))):
+        raise UsageError(
+            "threads and device are for targets on this machine, and only URLs are named", hint="leave them out"
+        )
     conditions = _conditions(planned, boundary, threads, device, cuda_graph=cuda_graph)
     if cuda_graph and (not chosen or any(one.options.device == "cpu" for _, one in conditions)):
         what = "a service runs its models itself" if not chosen else "there is none on the CPU"
@@ -119,13 +123,13 @@ def measure(
                 else:
                     time_in_turns(rows, chosen, condition)
             _load_services(rows, endpoints, sent, planned, engine=engine)
+            if not rows.rows:
+                raise MachineError(rows.failures[0], hint="the server's log says why")
+            return rows.result(partial=bool(rows.failures))
         except KeyboardInterrupt:
             if not rows.rows:
                 raise
             raise MeasureInterrupted(rows.result(partial=True)) from None
-        if not rows.rows:
-            raise MachineError(rows.failures[0], hint="the server's log says why")
-        return rows.result(partial=bool(rows.failures))
 
 
 def _load_services(

@@ -27,7 +27,7 @@ from dlops.bench.transport import Transport, Wire, open_transport
 MAX_CONNECTIONS = 900
 _FIRST_CONNECTIONS = 8
 _SWEEP_S = 0.02
-# A server that has answered nothing for this long while requests fail is gone.
+# A server is gone where requests fail over this long and none succeeds in between.
 _DEAD_AFTER_NS = 2_000_000_000
 # From <sys/prctl.h>: how much later than asked the kernel may wake this process, by default 50 µs.
 _PR_SET_TIMERSLACK = 29
@@ -46,8 +46,8 @@ class Sender:
         self._numbers = 0
         self._opening = 0
         self._start_ns = 0
-        self._last_success_ns = 0
-        self._failures = 0
+        # The first and the last failure since anything succeeded, None where that was the last thing that happened.
+        self._failing_ns: tuple[int, int] | None = None
         self.most_connections = 0
         self.stopped = False
         self._timer: asyncio.TimerHandle | None = None
@@ -62,7 +62,7 @@ class Sender:
 
     async def run(self, start_ns: int) -> None:
         """Until everything is answered, has failed or `stop` was called."""
-        self._start_ns = self._last_success_ns = start_ns
+        self._start_ns = start_ns
         self._pump()
         while not self.pacer.is_done:
             try:
@@ -79,11 +79,16 @@ class Sender:
         self._after_one()
 
     def answered(self, wire: Wire, arrived_ns: int, status: int, *, keep: bool) -> None:
+        if not self.pacer.is_asked(wire.number):
+            # A server that closes an idle connection may say so, as with HTTP's status 408.
+            self.pacer.failed(wire.number, pacing.LOST)
+            self._drop(wire)
+            return
         self.pacer.answered(wire.number, arrived_ns - self._start_ns, status)
         if status == pacing.ANSWERED:
-            self._last_success_ns = arrived_ns
+            self._failing_ns = None
         else:
-            self._failures += 1
+            self._note_failure()
         if keep:
             self.pacer.add(wire.number)
         else:
@@ -92,7 +97,7 @@ class Sender:
 
     def lost(self, wire: Wire, outcome: int) -> None:
         if wire.number in self._wires:
-            self._failures += 1
+            self._note_failure()
             self.pacer.failed(wire.number, outcome)
             self._drop(wire)
             self._after_one()
@@ -135,7 +140,7 @@ class Sender:
             )
             wire = await asyncio.wait_for(opening, self._timeout_s)
         except OSError as error:
-            self._failures += 1
+            self._note_failure()
             if self._start_ns:
                 self.pacer.refused(time.perf_counter_ns() - self._start_ns, _why_not_open(error))
         else:
@@ -155,9 +160,14 @@ class Sender:
         for number in self.pacer.overdue(now - self._start_ns - round(self._timeout_s * 1e9)):
             wire = self._wires[number]
             self.lost(wire, wire.timed_out)
-        if self._failures and now - self._last_success_ns > _DEAD_AFTER_NS and not self.stopped:
+        first, last = self._failing_ns or (0, 0)
+        if last - first > _DEAD_AFTER_NS and not self.stopped:
             self.stopped = True
             self.pacer.give_up()
+
+    def _note_failure(self) -> None:
+        now = time.perf_counter_ns()
+        self._failing_ns = (now if self._failing_ns is None else self._failing_ns[0], now)
 
 
 def _why_not_open(error: OSError) -> int:

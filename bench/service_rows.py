@@ -15,7 +15,7 @@ from dlops.bench.oip import Endpoint
 from dlops.bench.rates import Warm, measure_rate, warm_up
 from dlops.bench.rows import Rows, Samples
 from dlops.bench.scenarios import Step
-from dlops.bench.slo import Outcome, found_among, judge, samples_for, search
+from dlops.bench.slo import Found, Outcome, found_among, judge, samples_for, search
 from dlops.bench.stats import Integers
 from dlops.console import say
 from dlops.errors import MachineError
@@ -115,7 +115,7 @@ class _Offering:
             pilot = remarked(rows.rows.pop(), lasting.remarks(response_ns, turns=turns, spent_s=spent_s))
             others = len(rows.rows)
             try:
-                row = self._one(self._offered.at(rate, wanted_s, stretch=1.0))
+                row = self._one(self._offered.at(rate, wanted_s, stretch=1.0, again=1))
             except (KeyboardInterrupt, MachineError):
                 # As with calls in flight: the pilot stays where nothing comes of the longer run.
                 rows.rows += [pilot] if len(rows.rows) == others else []
@@ -148,7 +148,8 @@ class _Offering:
         outcomes: list[tuple[float, Outcome]] = []
 
         def probe(rate: float) -> Outcome:
-            row = self._one(self._offered.at(rate, first_s, wanted=wanted, stretch=_SEARCH_STRETCH))
+            again = sum(tried == rate for tried, _ in outcomes)
+            row = self._one(self._offered.at(rate, first_s, wanted=wanted, stretch=_SEARCH_STRETCH, again=again))
             outcome = judge(row, rows.samples[row.samples], rows.samples[row.samples + STARTS], objective)
             say(f"{rate:,.5g} requests/s: {outcome}")
             outcomes.append((rate, outcome))
@@ -165,6 +166,15 @@ class _Offering:
             say(str(error))
             rows.failures.append(error.message)
             found = found_among(outcomes)
+        except KeyboardInterrupt:
+            if outcomes:
+                self._keep(objective, found_among(outcomes), first)
+            raise
+        self._keep(objective, found, first)
+
+    def _keep(self, objective: Objective, found: Found, first: int) -> None:
+        """What the rows from number `first` on say of the objective."""
+        rows = self._rows
         tried = tuple(row.samples for row in rows.rows[first:])
         rows.rows[first:] = sorted(rows.rows[first:], key=lambda row: row.load.rate or 0.0)
         update = {"rate": found.met, "missed": found.missed, "tried": tried}

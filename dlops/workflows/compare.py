@@ -11,15 +11,15 @@ from typing import Literal, get_args
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench.compare import Comparison, Quantity, compare_reports, compare_turns
 from dlops.bench.compare_table import comparison_markdown, render_comparison
-from dlops.bench.results import HTML_NAME, Measured, save_report
+from dlops.bench.results import HTML_NAME, Measured
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.console import out, say
 from dlops.directory import write_json
-from dlops.errors import UsageError
+from dlops.errors import MachineError, UsageError
 from dlops.report import Report, read_report
 from dlops.runtimes.session import Device
 from dlops.workflows.calibration import calibrated
-from dlops.workflows.publish import Outputs
+from dlops.workflows.publish import Outputs, save_or_rescue
 
 DURATION_S = 5.0
 _SAME, _REGRESSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
@@ -46,8 +46,9 @@ def compare(
     """Print NEW against BASE; markdown, json: where copies go ("-" prints that instead of the table).
 
     Two artifacts are measured now and their report is written; of two reports the samples are compared. Returns 1 where
-    anything regressed, else 3 where anything is inconclusive, else 0; 130 after Ctrl-C, with what was measured until
-    then compared and marked partial. Raises UsageError before anything is measured where the arguments are wrong.
+    anything regressed, else 3 where anything is inconclusive, else 0; 4 where a target failed after others were
+    measured; 130 after Ctrl-C, with what was measured until then compared and marked partial. Raises UsageError before
+    anything is measured where the arguments are wrong.
     """
     if markdown == "-" and json == "-":
         raise UsageError("--markdown - and --json - both want stdout", hint="give one of them a file")
@@ -76,16 +77,24 @@ def compare(
             device=device or "auto", command=command,
         )  # fmt: skip
         # The comparison is between turns of one run: whatever the harness adds, it adds to both.
-        report = save_report(calibrated(measured, may_measure=False), out_dir)
-        say(f"report: {report.directory / HTML_NAME}")
+        measured = calibrated(measured, may_measure=False)
         comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
+        # First, so that a full disk does not take it along.
+        _show(comparison, markdown=markdown, json=json)
+        report = save_or_rescue(measured, out_dir)
+        say(f"report: {report.directory / HTML_NAME}")
+        if status is None and measured.partial:
+            say("incomplete: a target failed, and what it should have been measured on is not compared")
+            return max(MachineError.exit_status, exit_status(comparison))
+        return exit_status(comparison) if status is None else status
     _show(comparison, markdown=markdown, json=json)
-    return exit_status(comparison) if status is None else status
+    return exit_status(comparison)
 
 
 def exit_status(comparison: Comparison) -> int:
-    """1 where anything regressed, else 3 where anything is inconclusive, else 0."""
-    return {"REGRESSED": _REGRESSED, "INCONCLUSIVE": _NO_VERDICT}.get(comparison.verdict, _SAME)
+    """1 where anything regressed, else 3 where anything is inconclusive or a report is partial, else 0."""
+    found = {"REGRESSED": _REGRESSED, "INCONCLUSIVE": _NO_VERDICT}.get(comparison.verdict, _SAME)
+    return _NO_VERDICT if found == _SAME and comparison.partial else found
 
 
 def read_margin(text: str) -> float:

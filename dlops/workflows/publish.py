@@ -53,20 +53,23 @@ class Outputs:
             if copy != "-":
                 if Path(copy).is_dir():
                     raise UsageError(f"{option} {copy}: a folder", hint="name a file")
+                if report and self.directory and Path(copy).resolve().parent == self.directory.resolve():
+                    raise UsageError(
+                        f"{option} {copy}: in the report's own folder, which has files of its own", hint="name another"
+                    )
                 _check_folder(option, Path(copy).parent)
 
 
 def publish(measured: Measured, outputs: Outputs) -> Report:
     """Write the report and its copies, print the table or the one copy that is for stdout, and say where it lies.
 
-    Raises MachineError where the report cannot be written. The table is printed all the same, and the report goes to
-    the folder for temporary files where that has room: what took long to measure is not lost with a full disk.
+    Raises MachineError where the report cannot be written, the table printed all the same: see save_or_rescue.
     """
     try:
-        report = save_report(measured, outputs.directory)
-    except MachineError as error:
+        report = save_or_rescue(measured, outputs.directory)
+    except MachineError:
         out.print(render_table(measured.report))
-        raise _rescued(measured, error) from None
+        raise
     texts = ((outputs.json, Report.to_json), (outputs.markdown, to_markdown), (outputs.csv, to_csv))
     for name, write in texts:
         if name == "-":
@@ -80,6 +83,18 @@ def publish(measured: Measured, outputs: Outputs) -> Report:
         out.print(render_table(report))
     say(f"report: {report.directory / HTML_NAME}")
     return report
+
+
+def save_or_rescue(measured: Measured, directory: Path | None) -> Report:
+    """The report, written to its folder.
+
+    Raises MachineError where it cannot be. Then it goes to the folder for temporary files where that has room, and the
+    error says so: what took long to measure is not lost with a full disk.
+    """
+    try:
+        return save_report(measured, directory)
+    except MachineError as error:
+        raise _rescued(measured, error) from None
 
 
 def _rescued(measured: Measured, error: MachineError) -> MachineError:

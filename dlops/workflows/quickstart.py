@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlops.artifact import Artifact
-from dlops.bench.results import Measured, choose_fastest, merge, save_report
+from dlops.bench.results import Measured, choose_fastest, merge
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.table import render_table
 from dlops.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from dlops.serve.launch import ServerProcess
 from dlops.train.launch import configure, train_recipe
 from dlops.workflows.ask import Answers, ask_service
 from dlops.workflows.calibration import calibrated
+from dlops.workflows.publish import save_or_rescue
 
 VARIANTS = (
     "torchscript-fp32",
@@ -123,7 +124,7 @@ def quickstart(
     except KeyboardInterrupt:
         _save_partial(measured)
         raise
-    report = save_report(measured)
+    report = save_or_rescue(measured, None)
     _conclude(report, chosen, checkpoint, answers, refused)
     return Outcome(checkpoint=checkpoint, artifacts=tuple(artifacts), refused=refused, answers=answers, report=report)
 
@@ -189,7 +190,7 @@ def _conclude(
 def _save_partial(measured: Measured) -> None:
     report = measured.report.model_copy(update={"partial": True})
     kept = calibrated(replace(measured, report=report), may_measure=False)
-    directory = save_report(kept).directory
+    directory = save_or_rescue(kept, None).directory
     say(f"interrupted: what was measured so far is in {directory}, marked partial")
 
 

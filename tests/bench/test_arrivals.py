@@ -74,6 +74,8 @@ def test_a_trace_is_replayed_whole(tmp_path: Path) -> None:
         ("0\n-1\n", "line 2: '-1' is no time"),
         ("0\ninf\n", "line 2: 'inf' is no time"),
         ("1\n0.5\n", "line 2: 0.5 comes after 1"),
+        ("0\n1e300\n", "line 2: 1e300 is over a week after the start"),
+        ("1763733600\n", "line 1: 1763733600 is over a week after the start"),
         ("# nothing\n", "no times in it"),
     ],
 )
@@ -104,6 +106,17 @@ def test_a_trace_that_is_not_there_or_not_text_is_said(tmp_path: Path) -> None:
 def test_what_cannot_be_offered_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         Offered(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_rate_beyond_all_memory_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"1e\+12 requests a second for .* s are more than"):
+        Offered(rates=(1e12,)).at(1e12, 1.0)
+
+
+def test_another_look_is_at_other_arrivals() -> None:
+    offered = Offered(rates=(100.0,))
+    one, again = offered.at(100.0, 2.0), offered.at(100.0, 2.0, again=1)
+    assert one.due_ns.tolist()[:20] != again.due_ns.tolist()[:20]
 
 
 def test_a_rate_at_which_nothing_comes_due_is_refused() -> None:

@@ -21,7 +21,8 @@ from dlops.bench.compare_table import comparison_markdown, comparison_text
 from dlops.bench.results import Measured
 from dlops.bench.stats import rate_interval, summarize
 from dlops.errors import UsageError
-from dlops.report import Load, Measurement, Verdict
+from dlops.report import STARTS, Load, Measurement, Verdict
+from dlops.workflows.compare import exit_status
 
 TURNS, CALLS = 50, 40
 PAIRS = 300
@@ -389,6 +390,34 @@ def test_a_partial_run_is_marked(measured: Callable[..., Measured]) -> None:
     comparison = compare_turns(partial, base="a", new="b")
     assert comparison.partial
     assert "partial" in comparison_text(comparison)
+    assert exit_status(comparison.model_copy(update={"rows": ()})) == 3
+
+
+def test_calls_that_fail_leave_nothing_to_be_glad_of(example: Callable[..., Measured]) -> None:
+    base = example()
+    failing = [row.model_copy(update={"errors": {"HTTP 503": 70}}) for row in base.measurements]
+    new = Measured(report=base.report.model_copy(update={"measurements": tuple(failing)}), samples=base.samples)
+    same = compare_reports(base, base, margin=0.9)
+    assert {one.word for row in same.rows for one in row.judged if one.ratio} == {"SAME"}
+    judged = [one for row in compare_reports(base, new, margin=0.9).rows for one in row.judged if one.ratio]
+    # The service's row had failed calls before, too.
+    assert {one.word for one in judged} == {"INCONCLUSIVE"}
+    assert judged[0].because == "70 calls of NEW failed"
+
+
+def test_a_stall_at_the_end_of_a_run_is_in_its_throughput(example: Callable[..., Measured]) -> None:
+    row = example().measurements[-1].model_copy(update={"duration_ns": 3_000_000_000, "errors": {}})
+    whole = np.arange(1000) * 3_000_000
+    report = example().report.model_copy(update={"measurements": (row,), "chosen": None, "baseline": None})
+    base, new = (
+        Measured(
+            report=report, samples={row.samples: np.full(len(starts), 2_000_000), row.samples + STARTS: starts}
+        )
+        for starts in (whole, whole[whole < 2_000_000_000])
+    )  # fmt: skip
+    found = {one.quantity: one for one in compare_reports(base, new).rows[0].judged}
+    # 1,000 answers in 3 s against 667, after which it stood still.
+    assert found["throughput"].ratio.value == pytest.approx(0.667, abs=0.01)
 
 
 def test_the_same_samples_give_the_same_answer(measured: Callable[..., Measured]) -> None:

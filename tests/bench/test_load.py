@@ -17,7 +17,7 @@ import pytest
 
 from dlops.bench.http import AnswerParser, Connection
 from dlops.bench.load import closed_loop
-from dlops.bench.network import measure_endpoint, prepare
+from dlops.bench.network import encoded, measure_endpoint, prepare
 from dlops.bench.oip import encode_request, find_endpoint
 from dlops.bench.oip_rest import decode_outputs
 from dlops.bench.run import MeasureInterrupted, measure
@@ -110,6 +110,23 @@ def test_a_flood_of_errors_is_one_clear_error(make_artifact, serve) -> None:
     server.behave = lambda count: (500, b"{}")
     with pytest.raises(MachineError, match=r"no call succeeded at 2 in flight \(HTTP 500 ×\d+\)"):
         measure_endpoint(endpoint, payload, batch=1, concurrency=2, duration_s=0.3, key="row00")
+
+
+def test_a_slow_server_with_one_failure_is_not_gone(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+
+    def slow(count: int):
+        time.sleep(1.3)
+        return (503, b"{}") if count == asked + 1 else None
+
+    endpoint = find_endpoint(server.url, model=artifact.name)
+    requests = encoded(endpoint, prepare(endpoint, artifact, batch=1))
+    asked = server.requests
+    server.behave = slow
+    loaded = closed_loop("127.0.0.1", server.port, requests, concurrency=1, duration_s=3.0, max_warmup_s=0.5)
+    assert loaded.stopped is None
+    assert len(loaded.latencies_ns) >= 2
 
 
 def test_a_server_that_dies_half_way_keeps_what_was_measured(make_artifact, serve) -> None:

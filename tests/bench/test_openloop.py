@@ -116,6 +116,17 @@ def test_a_server_that_dies_half_way_is_noticed_and_the_rest_is_not_sent(make_ar
     assert loaded.errors["not sent: the server was gone"] > 1000
 
 
+def test_one_failure_and_then_nothing_to_do_is_no_server_that_is_gone(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    server.behave = lambda count: (503, BODY) if count == 1 else None
+    due_ns = np.concatenate([[0], np.arange(10) * 10_000_000 + 3_000_000_000])
+    loaded = open_loop("127.0.0.1", server.port, requests_for(artifact, server), due_ns)
+    assert loaded.stopped is None
+    assert loaded.errors == {"HTTP 503": 1}
+    assert loaded.succeeded.sum() == 10
+
+
 def test_nobody_there_is_refusals_not_a_hang(free_port: int) -> None:
     loaded = open_loop("127.0.0.1", free_port, [b"GET / HTTP/1.1\r\n\r\n"], constant(10, duration_s=0.5))
     assert loaded.errors == {"connection refused": 5}
@@ -218,6 +229,9 @@ def test_ctrl_c_keeps_the_requests_that_were_sent(make_artifact, serve, tmp_path
     assert report.partial
     (row,) = report.measurements
     assert 20 < row.latency.samples < 50 * 60
+    # Of the time until Ctrl-C, not of all that was planned.
+    assert row.duration_ns < 55e9
+    assert row.throughput.value > 25
     assert row.errors == {}
     assert "interrupted" in row.verdict.reasons
     assert "at 50 a second" in output

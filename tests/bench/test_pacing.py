@@ -125,6 +125,14 @@ def test_requests_wait_in_order_for_a_free_connection() -> None:
     assert pacer.is_done
 
 
+def test_an_answer_that_nobody_asked_for_is_told_apart() -> None:
+    pacer = Pacer([0])
+    pacer.add(1)
+    assert not pacer.is_asked(1)
+    assert pacer.take(0) == (1, 0)
+    assert pacer.is_asked(1)
+
+
 def test_a_connection_that_breaks_while_idle_is_not_used_again() -> None:
     pacer = Pacer([0])
     pacer.add(1)

@@ -41,6 +41,23 @@ def test_calls_of_all_callers_overlap_and_come_by_when_they_began() -> None:
     assert overlapping.mean() > 0.5
 
 
+def test_no_call_that_counts_has_fewer_beside_it() -> None:
+    ended: dict[int, int] = {}
+
+    def lasting(seconds: float):
+        def call() -> None:
+            time.sleep(seconds)
+            ended[threading.get_ident()] = time.perf_counter_ns()
+
+        return call
+
+    arm = Together([Local("short", lasting(0.001)), Local("long", lasting(0.03)), Local("longer", lasting(0.05))])
+    arm.warm_up(0.2)
+    turn = arm.take_turn(0.01)
+    assert len(ended) == 3
+    assert min(ended.values()) >= int((turn.starts_ns + turn.latencies_ns).max()) - 5_000_000
+
+
 def test_what_one_call_raises_goes_through() -> None:
     def broken() -> None:
         raise ValueError("no more")
