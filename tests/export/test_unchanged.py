@@ -107,6 +107,16 @@ def test_what_was_asked_for_otherwise_is_made_again(
         created = made.created
 
 
+@pytest.mark.parametrize("words", [[], ["--force"]])
+def test_the_command_forces_where_it_is_told_to(
+    checkpoint: Checkpoint, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(pipeline, "export_variants", lambda *_, force, **__: given.append(force) or [])
+    assert run(["export", str(checkpoint.directory), *words]) == 0
+    assert given == [bool(words)]
+
+
 def test_another_version_or_machine_makes_it_again(
     again: Export, exported_dense: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
