@@ -100,6 +100,11 @@ def export(
     out: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("artifacts"),
     model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Also what lies there already, unchanged.")] = False,
+    reproduce: Annotated[
+        Path | None,
+        typer.Option(metavar="ARTIFACT", help="Make that artifact again, and compare the two byte by byte."),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Of a named model: random, a file, or published ones by name.")
     ] = None,
@@ -118,7 +123,13 @@ def export(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What a named model's artifacts are called.")] = None,
 ) -> None:
-    """Export variants of a checkpoint, or of a model by name, each checked against it."""
+    """Export variants of a checkpoint, or of a model by name, each checked against it.
+
+    One that lies in --out already, whole, working and of the same making, is kept as it is.
+    """
+    if reproduce is not None:
+        _reproduce(reproduce, Path(checkpoint) if checkpoint else None, model=model, out=out, context=context)
+        return
     if variant and (format_ or precision or sparsity):
         _usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
@@ -154,6 +165,7 @@ def export(
         max_drop=max_drop,
         strict=strict,
         device=device,
+        force=force,
         command=_command(),
     )
     for artifact in artifacts:
@@ -393,11 +405,17 @@ def deploy(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, artifact or report.")], json: Json = False
+    path: Annotated[Path, typer.Argument(help="A checkpoint, artifact or report; or a model file alone.")],
+    json: Json = False,
 ) -> None:
-    """Say what a folder holds, its digests checked."""
+    """Say what a folder holds, its digests checked, or what a model file says of itself."""
     from dlops.inspect import describe
+    from dlops.inspect_file import describe_file, is_model_file
 
+    if is_model_file(path):
+        file = describe_file(path)
+        _print(file.to_json() if json else file.render())
+        return
     description = describe(path)
     _print(description.to_json() if json else description.render())
     description.check()
@@ -450,6 +468,30 @@ def quickstart(
         device=device,
         command=_command(),
     )
+
+
+def _reproduce(
+    artifact: Path, checkpoint: Path | None, *, model: str | None, out: Path, context: typer.Context
+) -> None:
+    also_given = _given(context, but={"checkpoint", "reproduce", "model", "out"})
+    if also_given:
+        _usage(f"--reproduce takes its settings from the artifact: leave out {', '.join(also_given)}", "--out may stay")
+    from dlops.artifact import open_artifact
+
+    # Before PyTorch is imported, which takes seconds: a missing folder is said at once.
+    opened, found = open_artifact(artifact), _checkpoint(checkpoint) if checkpoint else None
+    from dlops.checkpoint import import_model_source
+    from dlops.export.reproduce import reproduce_artifact
+
+    reproduction = reproduce_artifact(
+        opened,
+        found,
+        model=import_model_source(model) if model else None,
+        out=out if "--out" in _given(context, but=set()) else None,
+        command=_command(),
+    )
+    _print(reproduction.summary())
+    reproduction.check()
 
 
 def _version(value: bool) -> None:

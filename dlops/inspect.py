@@ -13,6 +13,7 @@ from dlops.artifact import Accuracy, Artifact, Parity
 from dlops.checkpoint import Checkpoint
 from dlops.errors import CorruptError, DlopsError, UsageError
 from dlops.manifest import Manifest, Record, check_payload, read_manifest
+from dlops.preprocess import Preprocess
 from dlops.report import Calibration, Measurement, Report
 from dlops.signature import DimRange, Signature
 
@@ -290,11 +291,11 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
             "builder": spec.builder or f"none: a person's own module ({spec.source})",
             "arguments": _values(spec.kwargs),
             "task": spec.task,
-            "labels": _labels(spec.labels),
+            "labels": labels_text(spec.labels),
             "pruned": pruned,
         },
-        "Signature": _signature_lines(checkpoint.signature),
-        "Preprocessing": _preprocess_lines(checkpoint),
+        "Signature": signature_lines(checkpoint.signature),
+        "Preprocessing": preprocess_lines(spec.preprocess),
         "Training": {
             "recipe": checkpoint.recipe or "none: saved from a script",
             "config": _values(checkpoint.config),
@@ -312,11 +313,11 @@ def _artifact_facts(artifact: Artifact) -> dict[str, dict[str, str]]:
             "version": artifact.version,
             "variant": f"{variant.format}, {variant.precision}, {variant.sparsity or 'dense'}",
             "task": artifact.task,
-            "labels": _labels(artifact.labels),
+            "labels": labels_text(artifact.labels),
             "needs": ", ".join(artifact.requires),
         },
-        "Signature": _signature_lines(artifact.signature),
-        "Preprocessing": _preprocess_lines(artifact),
+        "Signature": signature_lines(artifact.signature),
+        "Preprocessing": preprocess_lines(artifact.preprocess),
         "Parity": _parity_lines(artifact.parity),
         "Accuracy": {
             "against the checkpoint": _accuracy_text(artifact.accuracy) if artifact.accuracy else "not measured"
@@ -330,7 +331,7 @@ def _artifact_facts(artifact: Artifact) -> dict[str, dict[str, str]]:
     }
 
 
-def _signature_lines(signature: Signature) -> dict[str, str]:
+def signature_lines(signature: Signature) -> dict[str, str]:
     def span(limits: DimRange) -> str:
         return str(limits.min) if limits.min == limits.max else f"{limits.min} to {limits.max}"
 
@@ -344,8 +345,7 @@ def _signature_lines(signature: Signature) -> dict[str, str]:
     }
 
 
-def _preprocess_lines(manifest: Checkpoint | Artifact) -> dict[str, str]:
-    preprocess = manifest.spec.preprocess if isinstance(manifest, Checkpoint) else manifest.preprocess
+def preprocess_lines(preprocess: Preprocess | None) -> dict[str, str]:
     if preprocess is None:
         return {"none": "the model takes tensors as they are"}
     steps = {
@@ -394,7 +394,7 @@ def _calibration_text(calibration: Calibration | None) -> str:
     return f"{text} (measured {_when(calibration.created)})"
 
 
-def _labels(labels: tuple[str, ...]) -> str:
+def labels_text(labels: tuple[str, ...]) -> str:
     shown = ", ".join(labels[:10]) or "none"
     return f"{shown}, … ({len(labels)})" if len(labels) > 10 else shown
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlops.artifact import Variant
+from dlops.embedded import Embedded, read_embedded
 from dlops.errors import GateError
 from dlops.signature import Feed, Signature
 
@@ -28,6 +29,7 @@ class ExportRequest:
     """module: in eval mode, on the CPU. calibration: input tensors, for int8 alone. into: the file to write.
 
     captured: what exporting this very module gave before, kept by the exporter for its next variant of it.
+    embedded: what the file shall say of itself, null where nothing.
     """
 
     module: nn.Module
@@ -37,6 +39,7 @@ class ExportRequest:
     title: str
     calibration: Feed | None = None
     captured: dict[str, bytes] = field(default_factory=dict)
+    embedded: Embedded | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,12 @@ class Exported:
 
     path: Path
     notes: dict[str, str | int | float | bool] = field(default_factory=dict)
+
+
+def check_embedded(request: ExportRequest) -> None:
+    """Raise GateError unless the written file says of itself what was asked for."""
+    if request.embedded is not None and read_embedded(request.into)[1] != request.embedded:
+        raise GateError(f"{request.title}: the written file says something else of itself than was asked for")
 
 
 def check_no_machine_paths(path: Path, *, title: str) -> None:

@@ -22,6 +22,7 @@ from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import DlopsError, GateError, UsageError, from_os_error
 from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
+from dlops.export.existing import unchanged_artifact
 from dlops.export.formats import Exported, ExportRequest, check_no_machine_paths, portable_argument
 from dlops.export.module import check_module, eager_outputs
 from dlops.export.origin import checkpoint_digest
@@ -29,6 +30,7 @@ from dlops.export.parity import check_variant
 from dlops.export.plan import check_disjoint, check_fitting, needs_calibration, plan_variants
 from dlops.export.prune import prune
 from dlops.export.quantize import spread
+from dlops.export.record import FILE_NAME, ROLE, ExportRecord, Settings, answers_of, embedded_in, record_export
 from dlops.export.recover import recover
 from dlops.manifest import Payload, sha256_of
 from dlops.parity import run_batched, self_test
@@ -60,6 +62,7 @@ def export_variants(
     max_drop: float = 1.0,
     strict: bool = False,
     device: Device = "cpu",
+    force: bool = False,
     command: Sequence[str] = (),
 ) -> list[Artifact]:
     """Write `out/<name>/<slug>/` for each variant that passes its gates, and return those artifacts in order.
@@ -67,6 +70,7 @@ def export_variants(
     variants: slugs or Variants. model: the module or a function that makes it, where the checkpoint names no builder.
     max_drop: percentage points of the task's metric that may be lost against the dense checkpoint; with `strict` the
     upper end of the 95 % interval must keep it too. device: where pruned models are recovered and the gates run.
+    force: make a variant anew where it lies there already, unchanged, which is otherwise kept as it is.
 
     A variant that fails leaves an older artifact of it untouched, and the others are still made. Then GateError lists
     each that failed and why. Raises UsageError, before any work, for what cannot be made.
@@ -74,7 +78,7 @@ def export_variants(
     results = list(
         export_each(
             checkpoint, variants=variants, out=out, model=model, max_drop=max_drop, strict=strict, device=device,
-            command=command,
+            force=force, command=command,
         )
     )  # fmt: skip
     made = [result for _, result in results if isinstance(result, Artifact)]
@@ -93,6 +97,7 @@ def export_each(
     max_drop: float = 1.0,
     strict: bool = False,
     device: Device = "cpu",
+    force: bool = False,
     command: Sequence[str] = (),
 ) -> Iterator[tuple[Variant, Artifact | GateError | UsageError]]:
     """`export_variants` one variant at a time: each with its artifact, or with the error that refused it."""
@@ -101,8 +106,8 @@ def export_each(
     checkpoint_digest(checkpoint)
     planned = plan_variants(variants, checkpoint, max_drop=max_drop, strict=strict)
     export = _Export(
-        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, device=device, command=command,
-        calibrates=any(map(needs_calibration, planned)),
+        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, device=device, force=force,
+        command=command, calibrates=any(map(needs_calibration, planned)),
     )  # fmt: skip
     for variant in planned:
         try:
@@ -129,10 +134,10 @@ class _Export:
 
     def __init__(
         self, checkpoint: Checkpoint, *, out: Path, model: ModuleSource | None, max_drop: float, strict: bool,
-        device: Device, command: Sequence[str], calibrates: bool,
+        device: Device, force: bool, command: Sequence[str], calibrates: bool,
     ) -> None:  # fmt: skip
         self.checkpoint, self.out, self.signature = checkpoint, out, checkpoint.signature
-        self.max_drop, self.strict, self.command = max_drop, strict, tuple(command)
+        self.max_drop, self.strict, self.command, self.force = max_drop, strict, tuple(command), force
         self.options = SessionOptions(device=device)
         self.task: Task = open_task(checkpoint.spec.task)
         evaluation = checkpoint.samples("evaluation")
@@ -147,15 +152,21 @@ class _Export:
         dense = checkpoint.build_module(own)
         check_module(dense, self.feed, self.signature, title=checkpoint.name)
         self.dense = _Structure(module=dense, reference=eager_outputs(dense, self.feed, self.signature), notes={})
+        self.answers = answers_of(self.dense.reference)
         self._structures: dict[float, _Structure | DlopsError] = {0.0: self.dense}
         # Last, so that it stands for all that was read from the directory above.
         self.digest = checkpoint_digest(checkpoint)
         self.notes = self._doubts()
 
     def make(self, variant: Variant) -> Artifact:
-        """The committed artifact. Raises GateError or UsageError, and then nothing was written."""
+        """The committed artifact, or the one that lies there and would come out the same.
+
+        Raises GateError or UsageError, and then nothing was written.
+        """
         title = f"{self.checkpoint.name}/{variant.slug}"
         try:
+            if kept := self._kept(variant):
+                return kept
             artifact = self._make(variant, self._structure(variant), title)
         except OSError as error:
             raise from_os_error(error, doing=f"exporting {title}") from error
@@ -178,7 +189,26 @@ class _Export:
                 self_test(final, session)
             finally:
                 session.close()
-            return self._write(final, structure, exported, self.out / self.checkpoint.name / variant.slug)
+            return self._write(final, structure, exported, self._place(variant))
+
+    def _kept(self, variant: Variant) -> Artifact | None:
+        if self.force:
+            return None
+        directory = self._place(variant)
+        artifact = unchanged_artifact(directory, wanted=self._record(variant), options=self.options)
+        if artifact is not None:
+            say(f"{variant.slug}: already exported, unchanged: {directory}")
+        return artifact
+
+    def _place(self, variant: Variant) -> Path:
+        return self.out / self.checkpoint.name / variant.slug
+
+    def _record(self, variant: Variant) -> ExportRecord:
+        return record_export(
+            self.checkpoint, variant, sha256=self.digest, calibration=self.calibration,
+            answers=self.answers, command=self.command,
+            settings=Settings(max_drop=self.max_drop, strict=self.strict, device=self.options.device),
+        )  # fmt: skip
 
     def _structure(self, variant: Variant) -> _Structure:
         fraction = variant.pruned_fraction
@@ -239,6 +269,7 @@ class _Export:
             title=title,
             calibration=self.calibration_feed if variant.precision == "int8" else None,
             captured=structure.captured,
+            embedded=embedded_in(self.checkpoint, variant, sha256=self.digest),
         )
         exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
         check_no_machine_paths(exported.path, title=title)
@@ -300,6 +331,7 @@ class _Export:
             files = {
                 "model": writer.add_file(exported.path.name, exported.path),
                 "samples": writer.add("samples.safetensors", self._carried(structure).to_bytes()),
+                ROLE: writer.add(FILE_NAME, self._record(artifact.variant).to_json().encode()),
             }
             if structure.record is not None:
                 files["pruning"] = writer.add("pruning.json", structure.record.encode())

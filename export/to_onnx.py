@@ -14,7 +14,7 @@ import torch
 
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError
-from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest
+from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.export.precision import check_precision
 from dlops.export.quantize import quantize
 from dlops.signature import Signature
@@ -46,12 +46,15 @@ def export(request: ExportRequest) -> Exported:
             model, found = quantize(model, request.calibration, title=request.title)
             notes |= found
     strip(model)
+    if request.embedded is not None:
+        onnx.helper.set_model_props(model, request.embedded.to_entries())
     if model.ByteSize() > _MAX_BYTES:
         raise UsageError(f"{request.title}: {model.ByteSize()} bytes; one ONNX file holds at most 2 GB")
     # Deterministic: maps sorted by key, so that the same checkpoint gives the same bytes.
     request.into.write_bytes(model.SerializeToString(deterministic=True))
     written = onnx.load(request.into)
     check_written(written, request.signature, precision=request.variant.precision, title=request.title)
+    check_embedded(request)
     return Exported(path=request.into, notes=notes)
 
 

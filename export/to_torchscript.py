@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from dlops.checkpoint import example_inputs
+from dlops.embedded import EXTRA_FILE
 from dlops.errors import GateError, UsageError
-from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest
+from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.runtimes.eager import outputs_by_name
 from dlops.signature import Signature
 
@@ -31,10 +32,12 @@ def export(request: ExportRequest) -> Exported:
     traced = _trace(request)
     # Into memory: torch's writer ends the process where a disk is full (an exception thrown while it is destroyed).
     buffer = io.BytesIO()
+    extra = {EXTRA_FILE: request.embedded.to_json()} if request.embedded is not None else {}
     with _without_retirement_notices():
-        torch.jit.save(traced, buffer)
+        torch.jit.save(traced, buffer, _extra_files=extra)
     request.into.write_bytes(without_debug_files(buffer.getvalue()))
     check_written(request.into, request.signature, title=request.title)
+    check_embedded(request)
     return Exported(path=request.into, notes={"torchscript": "traced and frozen", "torch": torch.__version__})
 
 

@@ -90,6 +90,12 @@ MISTAKES = [
     ),
     pytest.param(["deploy", "bento"], ["no artifact"], id="nothing to deploy"),
     pytest.param(["deploy", "docket"], ["docket"], id="unknown kind of deployment"),
+    pytest.param(["export", "--reproduce", "nowhere"], ["nowhere", "artifact.json"], id="nothing to reproduce"),
+    pytest.param(
+        ["export", "--reproduce", "x", "--variant", "onnx", "--force"],
+        ["--variant, --force"],
+        id="reproduced otherwise",
+    ),
     pytest.param(["inspect", "nowhere"], ["nowhere"], id="nothing to inspect"),
     pytest.param(["quickstart", "--data", "nowhere.tar.gz"], ["nowhere.tar.gz"], id="quickstart on missing data"),
     pytest.param(["export", "--variant", "onnx", "--format", "onnx"], ["--variant"], id="variant and format"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,7 @@ import numpy as np
 from pydantic import JsonValue, ValidationError
 
 from dlops.builders import Published, find_builder, is_family, published_labels, published_preprocess, published_weights
-from dlops.checkpoint import Checkpoint, ModelSpec, import_model_source, misfits, rebuild
+from dlops.checkpoint import Checkpoint, ModelSpec, import_model_source, load_checkpoint, misfits, rebuild
 from dlops.console import say
 from dlops.errors import CorruptError, UsageError, from_os_error
 from dlops.manifest import explain_validation
@@ -124,6 +125,7 @@ def adopt(
         max_batch=max_batch,
         output_names=output_names or ("logits",),
     )
+    checkpoint = _the_one_that_was_there(checkpoint)
     say(f"{source}: checkpoint in {checkpoint.directory}, {len(data.evaluation)} evaluation samples")
     # The very module: what a function makes anew may differ where it draws its weights.
     return Adopted(checkpoint=checkpoint, model=None if own is None else module)
@@ -384,6 +386,29 @@ def _numbered(module: nn.Module, data: _Data, preprocess: Preprocess | None) -> 
     first = next(iter(answer.values())) if isinstance(answer, Mapping) else answer
     classes = int((first[0] if isinstance(first, (tuple, list)) else first).shape[-1])
     return data.labels if classes == len(data.labels) else tuple(map(str, range(classes)))
+
+
+def _the_one_that_was_there(checkpoint: Checkpoint) -> Checkpoint:
+    """An older checkpoint beside this one of the very same content, this one removed; else this one.
+
+    So that variants which were exported from it count as unchanged.
+    """
+
+    def content(one: Checkpoint) -> object:
+        files = {role: payload.sha256 for role, payload in one.files.items()}
+        return files, one.spec, one.signature, one.config, one.name
+
+    for folder in sorted(checkpoint.directory.parent.iterdir()):
+        if folder == checkpoint.directory or not (folder / Checkpoint.file_name).is_file():
+            continue
+        try:
+            older = load_checkpoint(folder)
+        except UsageError:
+            continue  # damaged, or of another version
+        if content(older) == content(checkpoint):
+            shutil.rmtree(checkpoint.directory)
+            return older
+    return checkpoint
 
 
 def _title(source: str) -> str:

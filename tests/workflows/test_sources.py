@@ -110,11 +110,14 @@ def test_a_network_of_torchvision_is_exported_by_name(here: Path, photos: Path, 
     assert len(list(checkpoint.build_module().parameters())) > 10
 
 
-def test_random_weights_are_the_same_every_time(here: Path, photos: Path) -> None:
+def test_the_same_again_is_the_checkpoint_that_was_there(here: Path, photos: Path) -> None:
     options = {"samples": str(photos), "weights": "random", "preprocess": "small.json"}
     one, other = (adopt("torchvision:squeezenet1_1", **options).checkpoint for _ in range(2))
-    assert one.directory != other.directory
-    assert one.files["weights"].sha256 == other.files["weights"].sha256
+    # Random weights, too, are the same every time.
+    assert one == other
+    assert [folder for folder in Path("runs/squeezenet1_1").iterdir()] == [one.directory]
+    third = adopt("torchvision:squeezenet1_1", **options, arguments={"num_classes": 3}).checkpoint
+    assert third.directory != one.directory
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -1,0 +1,137 @@
+"""Metadata out of a model file without its framework: nothing is imported, run or unpickled, weights stay unread."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from dlops.errors import CorruptError, from_os_error
+
+# Labels and signatures take kilobytes.
+MAX_METADATA_BYTES = 4 * 1024 * 1024
+# An ONNX file has some tens of fields at its top and one for each function; a crafted one could have a billion.
+_MAX_FIELDS = 100_000
+# Field numbers of onnx.ModelProto and onnx.StringStringEntryProto.
+_GRAPH, _METADATA_PROPS = 7, 14
+_KEY, _VALUE = 1, 2
+# Protobuf's wire types.
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
+
+
+def format_of(path: Path) -> Literal["onnx", "torchscript"]:
+    """By the content, whatever the name: TorchScript is an archive, and anything else is taken for ONNX."""
+    try:
+        with path.open("rb") as file:
+            return "torchscript" if file.read(4) == b"PK\x03\x04" else "onnx"
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {path}") from error
+
+
+def onnx_metadata(path: Path) -> dict[str, str]:
+    """`metadata_props` by key. Raises CorruptError where the file is no ONNX model, or they are over 4 MiB."""
+    try:
+        with path.open("rb") as file:
+            return _walk(file, path)
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {path}") from error
+
+
+def torchscript_extra(path: Path, name: str) -> bytes | None:
+    """The extra file of that name, None where there is none.
+
+    Raises CorruptError where the archive cannot be read, is no TorchScript file, or the member is over 4 MiB.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+            if "data.pkl" not in members or "version" not in members:
+                raise CorruptError(f"{path}: a zip file, and no TorchScript file: it has no data.pkl and version")
+            entry = members.get(f"extra/{name}")
+            if entry is None:
+                return None
+            if entry.file_size > MAX_METADATA_BYTES:
+                raise CorruptError(f"{path}: its {name} unpacks to {entry.file_size} bytes: not what dlops writes")
+            return archive.read(entry)
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {path}") from error
+    # What zipfile raises for a damaged, encrypted or unknown kind of member.
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise CorruptError(f"{path}: the archive cannot be read: {error}") from None
+
+
+class _NotProtobufError(Exception):
+    pass
+
+
+def _walk(file: BinaryIO, path: Path) -> dict[str, str]:
+    size = os.fstat(file.fileno()).st_size
+    entries: dict[str, str] = {}
+    has_graph, taken = False, 0
+    try:
+        for _ in range(_MAX_FIELDS):
+            if file.tell() == size:
+                break
+            number, wire = divmod(_varint(file), 8)
+            length = _varint(file) if wire in (_VARINT, _LENGTH) else _FIXED_BYTES.get(wire)
+            if wire == _VARINT:
+                continue
+            if length is None or number == 0 or file.tell() + length > size:
+                raise _NotProtobufError
+            has_graph |= number == _GRAPH and wire == _LENGTH
+            if number != _METADATA_PROPS or wire != _LENGTH:
+                file.seek(length, os.SEEK_CUR)
+                continue
+            taken += length
+            if taken > MAX_METADATA_BYTES:
+                raise CorruptError(f"{path}: over {MAX_METADATA_BYTES} bytes of metadata: not what dlops writes")
+            key, value = _entry(file.read(length))
+            entries[key] = value
+        else:
+            raise _NotProtobufError
+    except (_NotProtobufError, UnicodeDecodeError):
+        has_graph = False
+    if not has_graph:
+        raise CorruptError(f"{path}: neither an ONNX nor a TorchScript file, or cut short")
+    return entries
+
+
+def _entry(content: bytes) -> tuple[str, str]:
+    """Key and value of a StringStringEntryProto."""
+    texts, place = {_KEY: "", _VALUE: ""}, 0
+    while place < len(content):
+        tag, place = _varint_at(content, place)
+        length, place = _varint_at(content, place)
+        number, wire = divmod(tag, 8)
+        if wire != _LENGTH or place + length > len(content):
+            raise _NotProtobufError
+        texts[number] = content[place : place + length].decode()
+        place += length
+    return texts[_KEY], texts[_VALUE]
+
+
+def _varint(file: BinaryIO) -> int:
+    content = bytearray()
+    while len(content) < 10:
+        byte = file.read(1)
+        content += byte
+        if not byte or byte[0] < 0x80:
+            break
+    return _varint_at(bytes(content), 0)[0]
+
+
+def _varint_at(content: bytes, place: int) -> tuple[int, int]:
+    """The number that begins at `place`, seven bits a byte, and the place after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if place >= len(content):
+            break
+        byte = content[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+    raise _NotProtobufError
