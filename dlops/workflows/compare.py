@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,6 +26,8 @@ _SAME, _REGRESSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
 _PERCENT = re.compile(r"(?P<sign>[+-]?)(?P<number>\d+(?:\.\d+)?|\.\d+)%")
 _MARGIN_EXAMPLE = "such as --margin 5%"
 _GATE_EXAMPLE = "such as --gate p99=+5%,throughput=-3%"
+# Each side is one process, and intervals see how its calls vary, not how another process of the same would.
+_FLOOR = 0.01
 
 
 def compare(
@@ -57,6 +59,8 @@ def compare(
         raise UsageError("--gate has limits of its own, and --margin is one more", hint="leave one of them out")
     fraction = read_margin(margin) if margin is not None else None
     kind = _one_kind(base, new)
+    if kind == "artifact":
+        _check_floor(fraction, limits)
     Outputs(directory=out_dir, markdown=markdown, json=json).check(report=kind == "artifact")
     status = None
     if kind == "report":
@@ -135,6 +139,17 @@ def read_gate(text: str) -> dict[Quantity, float]:
 
 def _worsens(sign: str) -> str:
     return "falls" if sign == "-" else "grows"
+
+
+def _check_floor(margin: float | None, gate: Mapping[Quantity, float] | None) -> None:
+    """Raise UsageError for a margin that one run of two processes cannot judge."""
+    asked = [margin] if margin is not None else [abs(limit - 1) for limit in (gate or {}).values()]
+    if any(one < _FLOOR for one in asked):
+        raise UsageError(
+            f"a margin of {min(asked):.2%}: two processes of the same artifact differ by up to {_FLOOR:.0%}, by how they "
+            "lie in memory",
+            hint=f"{_FLOOR:.0%} or more",
+        )
 
 
 def _one_kind(base: Path, new: Path) -> Literal["artifact", "report"]:

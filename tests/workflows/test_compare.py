@@ -166,6 +166,8 @@ def test_what_cannot_be_compared_is_said_in_one_line(
         ([artifact, "http://127.0.0.1:1"], ["NEW", "no such file", "dlops bench URL"]),
         ([measured, measured, "--batch", "4", "--out", "x"], ["--batch, --out", "for artifacts"]),
         ([one, one, "--gate", "p99=+5%", "--margin", "1%"], ["--gate", "--margin"]),
+        ([artifact, artifact, "--margin", "0.5%"], ["0.50%", "two processes", "1% or more"]),
+        ([artifact, artifact, "--gate", "p99=+0.2%,throughput=-9%"], ["0.20%", "1% or more"]),
         ([one, one, "--json", "-", "--markdown", "-"], ["stdout"]),
     ):
         answer = dlops("compare", *arguments, cwd=tmp_path)

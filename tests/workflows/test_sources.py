@@ -115,7 +115,7 @@ def test_the_same_again_is_the_checkpoint_that_was_there(here: Path, photos: Pat
     one, other = (adopt("torchvision:squeezenet1_1", **options).checkpoint for _ in range(2))
     # Random weights, too, are the same every time.
     assert one == other
-    assert [folder for folder in Path("runs/squeezenet1_1").iterdir()] == [one.directory]
+    assert list(Path("runs/squeezenet1_1").iterdir()) == [one.directory]
     third = adopt("torchvision:squeezenet1_1", **options, arguments={"num_classes": 3}).checkpoint
     assert third.directory != one.directory
 
