@@ -86,11 +86,16 @@ def train(
 def export(
     checkpoint: Annotated[Path | None, typer.Argument(help="A run folder; the newest if left out.")] = None,
     format_: Annotated[list[str] | None, typer.Option("--format", help="torchscript, onnx; repeatable.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8; repeatable.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")
+    ] = None,
     sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN (NN % of the MACs); repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of the task's metric that may be lost.")] = 1.0,
     strict: Annotated[bool, typer.Option(help="Hold the interval's bound to --max-drop, not the estimate.")] = False,
+    calibration: Annotated[
+        Literal["minmax", "entropy", "percentile"], typer.Option(help="How int8 chooses the ranges of activations.")
+    ] = "minmax",
     out: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("artifacts"),
     model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
@@ -111,6 +116,7 @@ def export(
         model=import_model_source(model) if model else None,
         max_drop=max_drop,
         strict=strict,
+        calibration_method=calibration,
         device=device,
         command=_command(),
     )
