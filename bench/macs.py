@@ -19,8 +19,8 @@ _PRODUCTS = {
 }  # fmt: skip
 # These run as one operator whose multiplications no shape here tells.
 _UNCOUNTED = (
-    "Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "LSTM", "GRU", "RNN", "Einsum", "Loop",
-    "Scan", "If",
+    "Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "LSTM", "DynamicQuantizeLSTM", "GRU", "RNN",
+    "Einsum", "Loop", "Scan", "If",
 )  # fmt: skip
 
 

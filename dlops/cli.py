@@ -92,11 +92,16 @@ def export(
         ),
     ] = None,
     format_: Annotated[list[str] | None, typer.Option("--format", help="torchscript, onnx; repeatable.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8; repeatable.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")
+    ] = None,
     sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN (NN % of the MACs); repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of the task's metric that may be lost.")] = 1.0,
     strict: Annotated[bool, typer.Option(help="Hold the interval's bound to --max-drop, not the estimate.")] = False,
+    calibration: Annotated[
+        Literal["minmax", "entropy", "percentile"], typer.Option(help="How int8 chooses the ranges of activations.")
+    ] = "minmax",
     out: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("artifacts"),
     model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
@@ -164,6 +169,7 @@ def export(
         model=source,
         max_drop=max_drop,
         strict=strict,
+        calibration_method=calibration,
         device=device,
         force=force,
         command=_command(),

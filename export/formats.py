@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dlops.artifact import Variant
 from dlops.embedded import Embedded, read_embedded
@@ -18,6 +18,9 @@ from dlops.signature import Feed, Signature
 if TYPE_CHECKING:
     from torch import nn
 
+# How static int8 chooses the range of an activation.
+Calibration = Literal["minmax", "entropy", "percentile"]
+CALIBRATIONS: tuple[Calibration, ...] = ("minmax", "entropy", "percentile")
 # The batch that graphs are captured with: 1 would be taken for a constant, and so might a size of the network.
 EXAMPLE_BATCH = 3
 # One folder name says nothing ("/app"), and would be found by chance among the weights.
@@ -26,7 +29,9 @@ _MIN_PATH_BYTES = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """module: in eval mode, on the CPU. calibration: input tensors, for int8 alone. into: the file to write.
+    """module: in eval mode, on the CPU. into: the file to write.
+
+    calibration: input tensors, for int8 alone. calibration_method: how the ranges of activations come from them.
 
     captured: what exporting this very module gave before, kept by the exporter for its next variant of it.
     embedded: what the file shall say of itself, null where nothing.
@@ -38,6 +43,7 @@ class ExportRequest:
     into: Path
     title: str
     calibration: Feed | None = None
+    calibration_method: Calibration = "minmax"
     captured: dict[str, bytes] = field(default_factory=dict)
     embedded: Embedded | None = None
 

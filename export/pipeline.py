@@ -23,7 +23,7 @@ from dlops.environment import describe_environment
 from dlops.errors import DlopsError, GateError, UsageError, from_os_error
 from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
 from dlops.export.existing import unchanged_artifact
-from dlops.export.formats import Exported, ExportRequest, check_no_machine_paths, portable_argument
+from dlops.export.formats import Calibration, Exported, ExportRequest, check_no_machine_paths, portable_argument
 from dlops.export.module import check_module, eager_outputs
 from dlops.export.origin import checkpoint_digest
 from dlops.export.parity import check_variant
@@ -61,6 +61,7 @@ def export_variants(
     model: ModuleSource | None = None,
     max_drop: float = 1.0,
     strict: bool = False,
+    calibration_method: Calibration = "minmax",
     device: Device = "cpu",
     force: bool = False,
     command: Sequence[str] = (),
@@ -69,7 +70,8 @@ def export_variants(
 
     variants: slugs or Variants. model: the module or a function that makes it, where the checkpoint names no builder.
     max_drop: percentage points of the task's metric that may be lost against the dense checkpoint; with `strict` the
-    upper end of the 95 % interval must keep it too. device: where pruned models are recovered and the gates run.
+    upper end of the 95 % interval must keep it too. calibration_method: how static int8 chooses the range of each
+    activation (`quantize_static` says what each does). device: where pruned models are recovered and the gates run.
     force: make a variant anew where it lies there already, unchanged, which is otherwise kept as it is.
 
     A variant that fails leaves an older artifact of it untouched, and the others are still made. Then GateError lists
@@ -77,8 +79,8 @@ def export_variants(
     """
     results = list(
         export_each(
-            checkpoint, variants=variants, out=out, model=model, max_drop=max_drop, strict=strict, device=device,
-            force=force, command=command,
+            checkpoint, variants=variants, out=out, model=model, max_drop=max_drop, strict=strict,
+            calibration_method=calibration_method, device=device, force=force, command=command,
         )
     )  # fmt: skip
     made = [result for _, result in results if isinstance(result, Artifact)]
@@ -96,6 +98,7 @@ def export_each(
     model: ModuleSource | None = None,
     max_drop: float = 1.0,
     strict: bool = False,
+    calibration_method: Calibration = "minmax",
     device: Device = "cpu",
     force: bool = False,
     command: Sequence[str] = (),
@@ -104,10 +107,12 @@ def export_each(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     checkpoint_digest(checkpoint)
-    planned = plan_variants(variants, checkpoint, max_drop=max_drop, strict=strict)
+    planned = plan_variants(
+        variants, checkpoint, max_drop=max_drop, strict=strict, calibration_method=calibration_method
+    )
     export = _Export(
         checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, device=device, force=force,
-        command=command, calibrates=any(map(needs_calibration, planned)),
+        command=command, calibrates=any(map(needs_calibration, planned)), calibration_method=calibration_method,
     )  # fmt: skip
     for variant in planned:
         try:
@@ -134,10 +139,11 @@ class _Export:
 
     def __init__(
         self, checkpoint: Checkpoint, *, out: Path, model: ModuleSource | None, max_drop: float, strict: bool,
-        device: Device, force: bool, command: Sequence[str], calibrates: bool,
+        device: Device, force: bool, command: Sequence[str], calibrates: bool, calibration_method: Calibration,
     ) -> None:  # fmt: skip
         self.checkpoint, self.out, self.signature = checkpoint, out, checkpoint.signature
         self.max_drop, self.strict, self.command, self.force = max_drop, strict, tuple(command), force
+        self.calibration_method = calibration_method
         self.options = SessionOptions(device=device)
         self.task: Task = open_task(checkpoint.spec.task)
         evaluation = checkpoint.samples("evaluation")
@@ -207,7 +213,11 @@ class _Export:
         return record_export(
             self.checkpoint, variant, sha256=self.digest, calibration=self.calibration,
             answers=self.answers, command=self.command,
-            settings=Settings(max_drop=self.max_drop, strict=self.strict, device=self.options.device),
+            settings=Settings(
+                max_drop=self.max_drop, strict=self.strict, device=self.options.device,
+                # What has no ranges to choose comes out the same by any.
+                calibration_method=self.calibration_method if variant.precision == "int8" else "minmax",
+            ),
         )  # fmt: skip
 
     def _structure(self, variant: Variant) -> _Structure:
@@ -268,6 +278,7 @@ class _Export:
             into=folder / f"model.{SUFFIXES[variant.format]}",
             title=title,
             calibration=self.calibration_feed if variant.precision == "int8" else None,
+            calibration_method=self.calibration_method,
             captured=structure.captured,
             embedded=embedded_in(self.checkpoint, variant, sha256=self.digest),
         )

@@ -10,13 +10,31 @@ from dlops import catalog
 from dlops.artifact import Variant, check_sparsity
 from dlops.checkpoint import Checkpoint
 from dlops.errors import InputError, UsageError, unknown_name
+from dlops.export.formats import CALIBRATIONS
 from dlops.samples import Samples
 from dlops.signature import Feed
 from dlops.tasks import open_task
 
 AVAILABLE: Mapping[str, tuple[str, ...]] = {
-    "torchscript": ("fp32",),
-    "onnx": ("fp32", "fp16", "int8"),
+    "torchscript": ("fp32", "bf16"),
+    "onnx": ("fp32", "fp16", "int8", "int8dyn", "int8wo"),
+}
+_FP8 = "it runs on GPUs of compute capability 8.9 and later (L4, H100), through TensorRT, which is no format here yet"
+# Why some of the others are not.
+_WHY_NOT: Mapping[tuple[str, str], str] = {
+    (
+        "onnx",
+        "bf16",
+    ): "ONNX Runtime's CPU provider has no bfloat16 convolutions and matrix products; torchscript-bf16 has",
+    ("onnx", "fp8"): _FP8,
+    ("torchscript", "fp8"): _FP8,
+    (
+        "torchscript",
+        "fp16",
+    ): "torch's half precision on the CPU is slower than fp32; torchscript-bf16 or onnx-fp16 is as small",
+    ("torchscript", "int8"): "quantized models are written as onnx",
+    ("torchscript", "int8dyn"): "quantized models are written as onnx",
+    ("torchscript", "int8wo"): "quantized models are written as onnx",
 }
 # With fewer, what recovery holds out says nothing of when to stop.
 MIN_RECOVERY_SAMPLES = 16
@@ -25,8 +43,9 @@ MIN_PRUNED, MAX_PRUNED = 0.05, 0.95
 
 
 def plan_variants(
-    requested: Sequence[Variant | str], checkpoint: Checkpoint, *, max_drop: float, strict: bool
-) -> list[Variant]:
+    requested: Sequence[Variant | str], checkpoint: Checkpoint, *, max_drop: float, strict: bool,
+    calibration_method: str = "minmax",
+) -> list[Variant]:  # fmt: skip
     """The variants in order, each once. Raises UsageError naming every one that cannot be made, and why."""
     if not requested:
         raise UsageError("no variant was asked for", hint=f"for example onnx-fp32; available: {available()}")
@@ -38,6 +57,7 @@ def plan_variants(
         near = dict.fromkeys(close for item in requested for close in _nearest(item, variants))
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError("; ".join(problems), hint=f"{meant}available: {available()}")
+    _check_method(calibration_method, variants)
     if any(map(needs_calibration, variants)):
         _check_calibration(checkpoint, pruning=any(variant.pruned_fraction for variant in variants))
     if strict and _evaluation(checkpoint).targets is None:
@@ -107,6 +127,17 @@ def check_fitting(samples: Samples, feed: Feed, checkpoint: Checkpoint, *, split
         ) from None
 
 
+def _check_method(method: str, variants: Sequence[Variant]) -> None:
+    if method not in CALIBRATIONS:
+        raise unknown_name("calibration method", method, CALIBRATIONS)
+    if method != "minmax" and all(variant.precision != "int8" for variant in variants):
+        raise UsageError(
+            f"calibration {method} was asked for, and none of the variants is static int8, which alone has calibrated "
+            "ranges",
+            hint="add onnx-int8, or leave the method out",
+        )
+
+
 def _check_calibration(checkpoint: Checkpoint, *, pruning: bool) -> None:
     calibration = checkpoint.samples("calibration")
     assert calibration is not None
@@ -123,7 +154,10 @@ def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
     reasons = []
     offered = AVAILABLE.get(variant.format, ())
     if variant.precision not in offered:
-        reasons.append(f"{variant.format} in {variant.precision} is not available in this version")
+        why = _WHY_NOT.get((variant.format, variant.precision))
+        reasons.append(
+            f"{variant.format} in {variant.precision} is not available in this version{f': {why}' if why else ''}"
+        )
     if variant.sparsity and not variant.pruned_fraction:
         reasons.append(f"sparsity {variant.sparsity} is not available in this version, prunedNN is")
     if variant.pruned_fraction:

@@ -19,12 +19,23 @@ _STORED = {
     "fp16": frozenset({"FLOAT16"}),
     # Biases of quantized layers are int32, in the scale of their products.
     "int8": frozenset({"INT8", "UINT8", "INT32"}),
+    "int8dyn": frozenset({"INT8", "UINT8"}),
+    "int8wo": frozenset({"INT8"}),
 }
+# Where arithmetic leaves the integers before a bias is added, biases and scales are fp32 by design: matrices decide.
+_MATRICES_ALONE = frozenset({"int8dyn", "int8wo"})
+# The operators that put activations into integers, one of which the file must have, and no other.
+_DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM"})
+_QUANTIZING = {"int8": frozenset({"QuantizeLinear"}), "int8dyn": _DYNAMIC}
 # Between a weight and the operator that computes with it.
 _PASSED_THROUGH = frozenset(
     {"Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
     | {"Transpose", "Unsqueeze"}
 )
+# The first input of these that is a scale or a zero point; all after it are, too.
+_FIRST_SCALE = {
+    "QuantizeLinear": 1, "DequantizeLinear": 1, "ConvInteger": 2, "MatMulInteger": 2, "DynamicQuantizeLSTM": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,25 +47,37 @@ class Weights:
 
 
 def check_precision(model: onnx.ModelProto, precision: str, *, title: str) -> None:
-    """Raise GateError, naming the operators left over, unless 90 % of the weights are in what `precision` says."""
-    weights = stored_weights(model)
+    """Raise GateError, naming the operators left over, unless the file is what `precision` says.
+
+    90 % of the weights must be stored in it, and activations quantized as it says or not at all.
+    """
+    weights = stored_weights(model, matrices_alone=precision in _MATRICES_ALONE)
     total = weights.elements.total()
     if total == 0:
         raise GateError(f"{title}: {precision} was asked for, the written file holds no weights")
-    quantized = any(node.op_type == "QuantizeLinear" for graph in _graphs(model.graph) for node in graph.node)
     kept = sum(count for kind, count in weights.elements.items() if kind in _STORED[precision])
     others = Counter({key: n for key, n in weights.users.items() if key[0] not in _STORED[precision]})
-    if kept < MIN_SHARE * total or quantized != (precision == "int8"):
+    if kept < MIN_SHARE * total:
         left = ", ".join(f"{user} ({count} in {kind})" for (kind, user), count in others.most_common(5))
         raise GateError(
             f"{title}: {precision} was asked for, {kept / total:.0%} of the weights in the written file are in it"
             f"{f'; left over: {left}' if left else ''}",
             hint=f"what is left over has no form in {precision} here: take another precision",
         )
+    wanted = _QUANTIZING.get(precision, frozenset())
+    found = {node.op_type for graph in _graphs(model.graph) for node in graph.node} & {"QuantizeLinear", *_DYNAMIC}
+    if not found <= wanted or bool(found) != bool(wanted):
+        raise GateError(
+            f"{title}: {precision} was asked for, and the written file quantizes activations by "
+            f"{', '.join(sorted(found)) or 'nothing'}, not by {' or '.join(sorted(wanted)) or 'nothing'}"
+        )
 
 
-def stored_weights(model: onnx.ModelProto) -> Weights:
-    """Floats and quantized integers among the initializers; scales, zero points, shapes and indices are no weights."""
+def stored_weights(model: onnx.ModelProto, *, matrices_alone: bool = False) -> Weights:
+    """Floats and quantized integers among the initializers; scales, zero points, shapes and indices are no weights.
+
+    matrices_alone: without the floats that are a vector, along whichever axis.
+    """
     found = Weights()
     for graph in _graphs(model.graph):
         readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
@@ -66,6 +89,8 @@ def stored_weights(model: onnx.ModelProto) -> Weights:
             uses = readers.get(tensor.name, [])
             if not _is_weight(kind, uses):
                 continue
+            if matrices_alone and kind in _FLOATS and sum(dim > 1 for dim in tensor.dims) < 2:
+                continue
             count = math.prod(tensor.dims)
             found.elements[kind] += count
             for user in sorted(set(_users(tensor.name, readers))):
@@ -74,13 +99,12 @@ def stored_weights(model: onnx.ModelProto) -> Weights:
 
 
 def _is_weight(kind: str, uses: list[tuple[onnx.NodeProto, int]]) -> bool:
-    scaling = [node.op_type in ("QuantizeLinear", "DequantizeLinear") and place > 0 for node, place in uses]
-    if uses and all(scaling):
+    if uses and all(place >= _FIRST_SCALE.get(node.op_type, math.inf) for node, place in uses):
         return False
     if kind in _FLOATS:
         return True
     return kind in _STORED["int8"] and any(
-        node.op_type == "DequantizeLinear" or "Integer" in node.op_type or node.op_type.startswith("QLinear")
+        node.op_type in _FIRST_SCALE or "Integer" in node.op_type or node.op_type.startswith("QLinear")
         for node, _ in uses
     )
 

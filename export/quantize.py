@@ -1,71 +1,75 @@
-"""Static int8 for ONNX Runtime: QDQ, weights per channel, ranges from calibration samples."""
+"""What every quantization of an ONNX file shares: its preparation, weights as integers, and how ONNX Runtime fails."""
 
 from __future__ import annotations
 
+import io
 import logging
 import platform
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from numpy.typing import NDArray
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from dlops.environment import describe_environment
 from dlops.errors import GateError, from_os_error
 from dlops.signature import Array, Feed
 
-# Ranges settle well before this many samples, and every one of them is run with all activations kept.
-MAX_CALIBRATION_SAMPLES = 512
-_CALIBRATION_BATCH = 32
+Notes = dict[str, str | int | float | bool]
+# Symmetric, so that zero is exact and no zero point is added in the products.
+_LARGEST = 127
 
 
-def quantize(
-    model: onnx.ModelProto, calibration: Feed, *, title: str
-) -> tuple[onnx.ModelProto, dict[str, str | int | float | bool]]:
-    """The model with int8 weights (symmetric, a scale a channel) and uint8 activations, and how it was made.
+@contextmanager
+def quantizing(model: onnx.ModelProto, *, title: str) -> Iterator[tuple[Path, Path]]:
+    """A temporary folder and in it the prepared model's file: batch norms are folded into the layers before them.
 
-    Weights s8 with activations u8 are what x86 multiplies in one instruction (VNNI). Activation ranges are the minimum
-    and maximum that the calibration samples give: on a ResNet-18 the 99.999th percentile and the entropy method came
-    out within 0.1 dB of it, and both want batches of one size.
+    Inside it ONNX Runtime's quantizer prints nothing. What it raises or logs as an error comes out as GateError, or
+    MachineError where the disk is full.
     """
-    samples = spread(calibration, MAX_CALIBRATION_SAMPLES)
-    count = len(next(iter(samples.values())))
-    reduce_range = saturates()
-    with tempfile.TemporaryDirectory(prefix="dlops-quantize-") as folder, _strict_and_quiet():
-        source, prepared, quantized = (Path(folder, f"{stage}.onnx") for stage in ("source", "prepared", "quantized"))
+    with tempfile.TemporaryDirectory(prefix="dlops-quantize-") as name, _strict_and_quiet():
+        folder = Path(name)
+        source, prepared = folder / "source.onnx", folder / "prepared.onnx"
         source.write_bytes(model.SerializeToString())
         try:
             # Symbolic inference is for transformers, and adds nothing to shapes that the exporter already inferred.
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
-            quantize_static(
-                onnx.load(prepared),
-                quantized,
-                _Reader(samples),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                reduce_range=reduce_range,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
-            )
-            result = onnx.load(quantized)
+            yield folder, prepared
         except Exception as error:  # ORT raises classes of its own beside ValueError, RuntimeError and AssertionError
-            _check_room(error, Path(folder), model.ByteSize(), title=title)
+            _check_room(error, folder, model.ByteSize(), title=title)
             raise GateError(f"{title}: ONNX Runtime cannot quantize it: {error}") from error
-    nodes = sum(node.op_type == "QuantizeLinear" for node in result.graph.node)
-    return result, {
-        "calibration_samples": count,
-        "calibration_method": "minmax",
-        "activations": "uint8",
-        "weights": "int8 per channel" + (", 7 bits" if reduce_range else ""),
-        "quantize_nodes": nodes,
+
+
+def rounded(weight: NDArray[np.float32], *, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A weight as int8 from -127 to 127 and its scale for each index along `axis`: weight ≈ int8 × scale."""
+    others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
+    largest = np.abs(weight).max(axis=others, keepdims=True)
+    # A channel of zeros has no size to go by.
+    scale = np.where(largest > 0, largest / _LARGEST, 1).astype(np.float32)
+    values = np.clip(np.rint(weight / scale), -_LARGEST, _LARGEST).astype(np.int8)
+    return values, scale.reshape(-1)
+
+
+def float_weights(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """The float32 initializers by name that are more than a vector: what a scale a channel makes smaller."""
+    return {
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and sum(dim > 1 for dim in tensor.dims) > 1
     }
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove initializers that no node reads and no output gives."""
+    used = {name for node in graph.node for name in _read(node)} | {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def spread(feed: Feed, limit: int) -> dict[str, Array]:
@@ -79,6 +83,16 @@ def saturates() -> bool:
     """Whether this CPU adds u8 × s8 products in 16 bits, which overflow unless weights keep to 7 bits."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and not {"avx512_vnni", "avx_vnni"} & set(describe_environment().instruction_sets)
+
+
+def _read(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node reads, those inside its branches among them."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            for part in inner.node:
+                yield from _read(part)
+            yield from (value.name for value in inner.output)
 
 
 def _check_room(error: BaseException, folder: Path, model_bytes: int, *, title: str) -> None:
@@ -98,22 +112,6 @@ def _check_room(error: BaseException, folder: Path, model_bytes: int, *, title: 
         raise from_os_error(full, doing=f"quantizing {title}") from error
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
-        self._count = len(next(iter(feed.values())))
-        self.rewind()
-
-    def rewind(self) -> None:
-        self._starts = iter(range(0, self._count, _CALIBRATION_BATCH))
-
-    def get_next(self) -> dict[str, Array] | None:
-        start = next(self._starts, None)
-        if start is None:
-            return None
-        return {name: array[start : start + _CALIBRATION_BATCH] for name, array in self._feed.items()}
-
-
 class _Raise(logging.Handler):
     """ORT's pre-processing logs that it failed and carries on with the model as it was."""
 
@@ -123,14 +121,17 @@ class _Raise(logging.Handler):
 
 @contextmanager
 def _strict_and_quiet() -> Iterator[None]:
-    """What ORT's quantizer logs as an error is raised; its advice (to pre-process first, which is done) is dropped."""
+    """What ORT's quantizer logs as an error is raised.
+
+    Its advice (to pre-process first, which is done) and the progress that it prints are dropped.
+    """
     handler = _Raise(level=logging.ERROR)
     logger = logging.getLogger("onnxruntime.quantization")
     disabled = logging.root.manager.disable
     logger.addHandler(handler)
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             yield
     finally:

@@ -14,7 +14,7 @@ from dlops.checkpoint import Checkpoint
 from dlops.embedded import Embedded
 from dlops.environment import describe_environment
 from dlops.errors import CorruptError, UsageError, from_os_error
-from dlops.export.formats import portable_argument
+from dlops.export.formats import Calibration, portable_argument
 from dlops.export.plan import needs_calibration
 from dlops.manifest import MAX_MANIFEST_BYTES, Record, Sha256, explain_validation
 from dlops.runtimes.session import Device
@@ -48,6 +48,7 @@ class Settings(Record):
 
     max_drop: float = Field(ge=0, le=100)
     strict: bool
+    calibration_method: Calibration = "minmax"
     device: Device
 
 
@@ -153,7 +154,7 @@ def record_export(
         ),
         variant=variant,
         settings=settings,
-        calibration=_calibration_of(checkpoint, variant, calibration),
+        calibration=_calibration_of(checkpoint, variant, calibration, settings.calibration_method),
         seeds={"recovery": checkpoint.seed or 0} if variant.pruned_fraction else {},
         packages={
             "python": environment.python,
@@ -223,14 +224,16 @@ def read_record(artifact: Artifact) -> ExportRecord:
     return record
 
 
-def _calibration_of(checkpoint: Checkpoint, variant: Variant, samples: Samples | None) -> CalibrationUsed | None:
+def _calibration_of(
+    checkpoint: Checkpoint, variant: Variant, samples: Samples | None, method: Calibration
+) -> CalibrationUsed | None:
     if not needs_calibration(variant):
         return None
     assert samples is not None
     return CalibrationUsed(
         samples=len(samples),
         sha256=checkpoint.files["calibration"].sha256,
-        method="minmax" if variant.precision == "int8" else None,
+        method=method if variant.precision == "int8" else None,
     )
 
 

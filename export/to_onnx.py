@@ -1,4 +1,4 @@
-"""ONNX through torch.export: named dims, checked names, no trace of the machine; fp32, fp16 inside, or int8."""
+"""ONNX through torch.export: named dims, checked names, no trace of the machine, in the precision asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.export.precision import check_precision
-from dlops.export.quantize import quantize
+from dlops.export.quantize_dynamic import quantize_dynamic
+from dlops.export.quantize_static import quantize_static
+from dlops.export.quantize_weights import quantize_weights
 from dlops.signature import Signature
 
 # What torch's exporter writes without converting, and what every ONNX Runtime that we allow reads (1.17 and later).
@@ -43,7 +45,15 @@ def export(request: ExportRequest) -> Exported:
             model = _to_fp16(model, request)
         case "int8":
             assert request.calibration is not None
-            model, found = quantize(model, request.calibration, title=request.title)
+            model, found = quantize_static(
+                model, request.calibration, method=request.calibration_method, title=request.title
+            )
+            notes |= found
+        case "int8dyn":
+            model, found = quantize_dynamic(model, title=request.title)
+            notes |= found
+        case "int8wo":
+            model, found = quantize_weights(model, title=request.title)
             notes |= found
     strip(model)
     if request.embedded is not None:

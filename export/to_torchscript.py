@@ -1,24 +1,31 @@
-"""TorchScript: the module traced, frozen, and stripped of its source locations."""
+"""TorchScript: the module traced, frozen, and stripped of its source locations; in fp32 or bfloat16."""
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from dlops.checkpoint import example_inputs
+from dlops.console import say
 from dlops.embedded import EXTRA_FILE
 from dlops.errors import GateError, UsageError
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
-from dlops.runtimes.eager import outputs_by_name
+from dlops.export.precision import MIN_SHARE
+from dlops.runtimes.eager import ordered_outputs, outputs_by_name
+from dlops.runtimes.torchscript import computed_precision
 from dlops.signature import Signature
 
 # Beside each source file: pickled locations of the code that was traced, absolute paths of this machine among them.
 _DEBUG_SUFFIX = ".debug_pkl"
 _TracerWarning: type[Warning] = torch.jit.TracerWarning  # type: ignore[attr-defined]
+_STORED = {"fp32": (torch.float32, torch.float64), "bf16": (torch.bfloat16,)}
 # What the writer adds by itself.
 _WRITTEN_BY_TORCH = ("version", ".data/serialization_id", "byteorder", ".data/version")
 
@@ -29,20 +36,30 @@ def export(request: ExportRequest) -> Exported:
     Raises UsageError where the module cannot be traced, GateError where tracing would bake in a branch or a size, or
     where the written file differs from the request.
     """
-    traced = _trace(request)
+    module = request.module
+    if request.variant.precision == "bf16":
+        if computed_precision("bf16", torch.device("cpu")) != "bf16":
+            say(
+                f"WARNING: {request.title}: this CPU has no bfloat16 instructions: it is slower than fp32 here, "
+                "and so is this check"
+            )
+        module = _Narrowed(module, request.signature).eval()
+    traced = _trace(request, module)
     # Into memory: torch's writer ends the process where a disk is full (an exception thrown while it is destroyed).
     buffer = io.BytesIO()
     extra = {EXTRA_FILE: request.embedded.to_json()} if request.embedded is not None else {}
     with _without_retirement_notices():
         torch.jit.save(traced, buffer, _extra_files=extra)
     request.into.write_bytes(without_debug_files(buffer.getvalue()))
-    check_written(request.into, request.signature, title=request.title)
+    check_written(request.into, request.signature, precision=request.variant.precision, title=request.title)
     check_embedded(request)
     return Exported(path=request.into, notes={"torchscript": "traced and frozen", "torch": torch.__version__})
 
 
-def check_written(path: Path, signature: Signature, *, title: str) -> None:
-    """Raise GateError unless the file takes the signature's inputs and gives its outputs, at several batches.
+def check_written(path: Path, signature: Signature, *, precision: str, title: str) -> None:
+    """Raise GateError unless the file takes the signature's inputs, gives its outputs, at several batches.
+
+    90 % of its weights must be stored in `precision`.
 
     Its tensors have no names: inputs and outputs are matched by their place, and by number, shape and dtype.
     """
@@ -66,6 +83,7 @@ def check_written(path: Path, signature: Signature, *, title: str) -> None:
                     f"{title}: output {spec.name} at batch {batch} is {array.dtype}{list(array.shape)}, "
                     f"asked for was {spec.dtype}{list(wanted[1])}"
                 )
+    _check_precision(module, precision, title=title)
 
 
 def without_debug_files(content: bytes) -> bytes:
@@ -83,17 +101,67 @@ def without_debug_files(content: bytes) -> bytes:
     return stripped.getvalue()
 
 
-def _trace(request: ExportRequest) -> torch.jit.ScriptModule:
+class _Narrowed(nn.Module):
+    """The module in bfloat16, which takes and gives the dtypes of the signature."""
+
+    def __init__(self, module: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self._module = module.to(torch.bfloat16)
+        self._signature = signature
+        self._dtypes = [getattr(torch, spec.dtype) for spec in signature.outputs]
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        narrow = (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for tensor in inputs)
+        outputs = ordered_outputs(self._module(*narrow), self._signature)
+        return tuple(tensor.to(dtype) for tensor, dtype in zip(outputs, self._dtypes, strict=True))
+
+
+def _check_precision(module: torch.jit.ScriptModule, precision: str, *, title: str) -> None:
+    weights: Counter[tuple[torch.dtype, str]] = Counter()
+    total: Counter[torch.dtype] = Counter()
+    for tensor, users in _weights(module):
+        total[tensor.dtype] += tensor.numel()
+        weights.update(dict.fromkeys(((tensor.dtype, user) for user in users), tensor.numel()))
+    kept = sum(total[dtype] for dtype in _STORED[precision])
+    if not total and precision != "fp32":
+        raise GateError(f"{title}: {precision} was asked for, the written file holds no weights")
+    if kept < MIN_SHARE * total.total():
+        left = [(user, n, dtype) for (dtype, user), n in weights.most_common() if dtype not in _STORED[precision]][:5]
+        named = ", ".join(f"{user} ({n} in {str(dtype).removeprefix('torch.')})" for user, n, dtype in left)
+        raise GateError(
+            f"{title}: {precision} was asked for, {kept / total.total():.0%} of the weights in the written file "
+            f"are in it{f'; left over: {named}' if named else ''}",
+            hint="take torchscript-fp32",
+        )
+
+
+def _weights(module: torch.jit.ScriptModule) -> Iterator[tuple[torch.Tensor, set[str]]]:
+    """The floating tensors of a frozen module, which are constants of its graph, and what computes with each."""
+    for node in module.graph.findAllNodes("prim::Constant", recurse=True):  # type: ignore[attr-defined]
+        value = node.output().toIValue()
+        users = {use.user.kind() for use in node.output().uses()}
+        for tensor in value if isinstance(value, list) else [value]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.ndim:
+                yield tensor, users
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            yield tensor, {"an attribute"}
+
+
+def _trace(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule:
     example = example_inputs(request.signature, batch=EXAMPLE_BATCH)
     try:
         # Recorded and not raised: raised inside torch's C code a warning comes out as a SystemError.
         with warnings.catch_warnings(record=True) as recorded, torch.no_grad():
             warnings.simplefilter("always")
             # The parity gate compares with eager on real inputs at several batches, which torch's own check does not.
-            traced = torch.jit.trace(request.module, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace(module, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
             frozen: torch.jit.ScriptModule = torch.jit.freeze(traced)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"{request.title}: torch.jit.trace cannot take this module: {_first_line(error)}") from error
+        inside = " in bfloat16" if request.variant.precision == "bf16" else ""
+        raise UsageError(
+            f"{request.title}: torch.jit.trace cannot take this module{inside}: {_first_line(error)}"
+        ) from error
     baked = next((entry.message for entry in recorded if issubclass(entry.category, _TracerWarning)), None)
     if baked is not None:
         raise GateError(

@@ -197,7 +197,7 @@ def test_the_stricter_of_two_tolerances_is_taken_bound_by_bound() -> None:
 def test_a_precision_without_any_bound_is_not_called_tested(
     make_digits_artifact: Callable[..., Artifact], tmp_path: Path
 ) -> None:
-    artifact = make_digits_artifact(tmp_path, precision="bf16")
+    artifact = make_digits_artifact(tmp_path, precision="fp8")
     unbound = artifact.model_copy(update={"parity": artifact.parity.model_copy(update={"tolerance": Tolerance()})})
     with pytest.raises(CorruptError, match="records no tolerance"):
         self_test(unbound.located_at(tmp_path), open_session(artifact, CPU))

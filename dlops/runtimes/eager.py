@@ -145,7 +145,13 @@ def choose_device(options: SessionOptions) -> torch.device:
 
 
 def outputs_by_name(result: object, signature: Signature) -> dict[str, np.ndarray]:
-    """A module's return value (tensor, sequence or mapping) as arrays under the signature's names.
+    """A module's return value as arrays under the signature's names. Raises as `ordered_outputs` does."""
+    values = ordered_outputs(result, signature)
+    return {spec.name: value.detach().cpu().numpy() for spec, value in zip(signature.outputs, values, strict=True)}
+
+
+def ordered_outputs(result: object, signature: Signature) -> list[torch.Tensor]:
+    """A module's return value (tensor, sequence or mapping) as tensors in the signature's order.
 
     Raises ValueError where it gives another number of outputs.
     """
@@ -157,10 +163,9 @@ def outputs_by_name(result: object, signature: Signature) -> dict[str, np.ndarra
         values = list(result)
     else:
         raise TypeError(f"a module returned {type(result).__name__}, not tensors")
-    names = [spec.name for spec in signature.outputs]
-    if len(values) != len(names):
-        raise ValueError(f"it gives {len(values)} outputs, the signature has {len(names)}")
-    return {name: value.detach().cpu().numpy() for name, value in zip(names, values, strict=True)}
+    if len(values) != len(signature.outputs):
+        raise ValueError(f"it gives {len(values)} outputs, the signature has {len(signature.outputs)}")
+    return values
 
 
 def _writable(array: np.ndarray) -> np.ndarray:

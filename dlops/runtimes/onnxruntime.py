@@ -38,7 +38,7 @@ class OnnxSession:
         try:
             self._session = ort.InferenceSession(
                 model,
-                sess_options=_session_options(threads, options),
+                sess_options=_session_options(threads, options, precision),
                 providers=_chain(provider, options, self._stream),
             )
         except Exception as error:  # ORT raises a class of its own a status code, all direct children of Exception
@@ -61,11 +61,9 @@ class OnnxSession:
         self._graphs = itertools.count() if options.cuda_graph else None
         self._run_options = None if self._graphs is None else _run_options(graph=_NO_GRAPH)
         self._outputs = [spec.name for spec in signature.outputs]
-        # ORT's CPU kernels for fp16 cast to fp32 and back.
-        computed = "fp32" if provider == "CPUExecutionProvider" and precision == "fp16" else precision
         self.placement = Placement(
             runtime="onnxruntime", device="cuda:0" if device == "cuda" else "cpu",
-            provider=graph_provider(used, options), precision=computed, threads=threads,
+            provider=graph_provider(used, options), precision=_computed(precision, device), threads=threads,
             nodes=_assigned(self._session),
         )  # fmt: skip
 
@@ -186,17 +184,32 @@ def _choose_device(options: SessionOptions) -> str:
     return options.device
 
 
-def _session_options(threads: int, options: SessionOptions) -> ort.SessionOptions:
+def _session_options(threads: int, options: SessionOptions, precision: str) -> ort.SessionOptions:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = _ERRORS_ONLY
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if precision == "int8wo":
+        # Else every run widens the weights anew, and ONNX Runtime may turn their products into others, on integers.
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     if options.profile_prefix is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(options.profile_prefix)
     return settings
+
+
+def _computed(precision: str, device: str) -> str:
+    """What the kernels compute in."""
+    match precision:
+        case "fp16" if device == "cpu":  # its kernels there cast to fp32 and back
+            return "fp32"
+        case "int8wo":  # the weights are widened once, when the session is made
+            return "fp32"
+        case "int8dyn":
+            return "int8"
+    return precision
 
 
 def _assigned(session: ort.InferenceSession) -> dict[str, dict[str, int]]:

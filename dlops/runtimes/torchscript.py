@@ -10,9 +10,13 @@ import numpy as np
 import torch
 
 from dlops.artifact import Artifact
+from dlops.environment import describe_environment
 from dlops.errors import CorruptError
 from dlops.runtimes.eager import ModuleSession, choose_device
 from dlops.runtimes.session import SessionOptions
+
+# What multiplies bfloat16. Other CPUs widen it to fp32 and round the results.
+_BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> ModuleSession:
@@ -28,11 +32,17 @@ def open_session(artifact: Artifact, options: SessionOptions) -> ModuleSession:
     except RuntimeError as error:
         raise CorruptError(f"{artifact.title}: torch cannot load it: {str(error).splitlines()[0][:300]}") from error
     session = ModuleSession(
-        module, signature=artifact.signature, runtime="torchscript", precision=artifact.variant.precision,
-        device=device, options=options,
+        module, signature=artifact.signature, runtime="torchscript",
+        precision=computed_precision(artifact.variant.precision, device), device=device, options=options,
     )  # fmt: skip
     _settle(session)
     return session
+
+
+def computed_precision(precision: str, device: torch.device) -> str:
+    """What the kernels on `device` compute in, for weights stored in `precision`."""
+    widened = device.type == "cpu" and not _BF16_INSTRUCTIONS & set(describe_environment().instruction_sets)
+    return "fp32" if precision == "bf16" and widened else precision
 
 
 def _settle(session: ModuleSession) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ from dlops.artifact import Artifact
 from dlops.checkpoint import Checkpoint
 from dlops.export.pipeline import export_variants
 from dlops.preprocess import Decode, Normalize, Preprocess, Scale
+from dlops.runtimes import SessionOptions, open_session
+from dlops.runtimes.onnxruntime import OnnxSession
 from dlops.samples import Samples
 from dlops.saving import save_checkpoint
 
@@ -76,8 +82,13 @@ def save_digits(directory: Path, model: nn.Module, **changes: object) -> Checkpo
     return save_checkpoint(model, directory, **{**settings, **changes})
 
 
-DENSE = ("torchscript-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8")
-PRUNED = ("onnx-fp32-pruned50", "onnx-int8-pruned50", "torchscript-fp32-pruned50")
+DENSE = (
+    "torchscript-fp32", "torchscript-bf16", "onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int8dyn", "onnx-int8wo",
+)  # fmt: skip
+PRUNED = (
+    "onnx-fp32-pruned50", "onnx-int8-pruned50", "onnx-int8dyn-pruned50", "onnx-int8wo-pruned50",
+    "torchscript-fp32-pruned50", "torchscript-bf16-pruned50",
+)  # fmt: skip
 SaveDigits = Callable[..., Checkpoint]
 
 
@@ -127,6 +138,19 @@ def _exported(checkpoint: Checkpoint, slugs: tuple[str, ...], out: Path) -> dict
         command=("/opt/venv/bin/dlops", "export", "--out=/opt/elsewhere/artifacts"),
     )  # fmt: skip
     return {artifact.slug: artifact for artifact in made}
+
+
+def executed_operators(artifact: Artifact) -> Counter[str]:
+    """How often each operator is in the graph that ONNX Runtime runs, after all its fusions."""
+    options = SessionOptions(device="cpu", threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        profile = open_session(artifact, replace(options, profile_prefix=Path(folder, "profile")))
+        assert isinstance(profile, OnnxSession)
+        first = artifact.signature.inputs[0].name
+        profile.run({first: artifact.samples().inputs[first][:1]})
+        events = json.loads(profile.end_profile().read_text())
+        profile.close()
+    return Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
 
 
 @pytest.fixture

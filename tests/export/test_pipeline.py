@@ -32,13 +32,10 @@ from dlops.runtimes import SessionOptions, open_session
 from dlops.samples import Samples
 from dlops.saving import save_checkpoint
 
-from .conftest import split
+from .conftest import DENSE, PRUNED, split
 
 CPU = SessionOptions(device="cpu", threads=1)
-SLUGS = [
-    "torchscript-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8",
-    "onnx-fp32-pruned50", "onnx-int8-pruned50", "torchscript-fp32-pruned50",
-]  # fmt: skip
+SLUGS = [*DENSE, *PRUNED]
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -61,6 +58,9 @@ def test_the_files_are_as_small_as_their_precision_says(exported: dict[str, Arti
     size = {slug: artifact.model_bytes for slug, artifact in exported.items()}
     assert size["onnx-fp16"] < 0.6 * size["onnx-fp32"]
     assert size["onnx-int8"] < 0.4 * size["onnx-fp32"]
+    assert size["onnx-int8dyn"] < 0.4 * size["onnx-fp32"]
+    assert size["onnx-int8wo"] < 0.4 * size["onnx-fp32"]
+    assert size["torchscript-bf16"] < 0.65 * size["torchscript-fp32"]
     assert size["onnx-fp32-pruned50"] < 0.65 * size["onnx-fp32"]
     assert size["onnx-int8-pruned50"] < size["onnx-int8"]
 
@@ -173,7 +173,7 @@ def test_arguments_lose_the_folders_of_this_machine() -> None:
 def test_onnx_exports_again_to_the_same_bytes(
     exported: dict[str, Artifact], checkpoint: Checkpoint, small_net: type[nn.Module], tmp_path: Path
 ) -> None:
-    slugs = ["onnx-fp32", "onnx-fp16", "onnx-int8"]
+    slugs = ["onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int8dyn", "onnx-int8wo"]
     # Later, into another folder, by another command and with another max_drop.
     again = export_variants(checkpoint, variants=slugs, out=tmp_path, model=small_net)
     for artifact in again:

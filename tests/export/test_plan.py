@@ -33,10 +33,14 @@ def test_variants_come_in_order_and_once(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("slug", "said"),
     [
-        ("torchscript-int8", "torchscript in int8 is not available"),
-        ("onnx-bf16", "onnx in bf16 is not available"),
-        ("onnx-int8dyn", "not available"),
-        ("onnx-fp8", "not available"),
+        (
+            "torchscript-int8",
+            "torchscript in int8 is not available in this version: quantized models are written as onnx",
+        ),
+        ("torchscript-fp16", "torchscript in fp16 is not available in this version: torch's half precision on the CPU"),
+        ("onnx-bf16", "onnx in bf16 is not available in this version: ONNX Runtime's CPU provider has no bfloat16"),
+        ("onnx-fp8", r"onnx in fp8 is not available in this version: it runs on GPUs of .* 8\.9 and later .*TensorRT"),
+        ("torchscript-fp8", r"it runs on GPUs of .* 8\.9"),
         ("onnx-fp32-sparse50", "sparsity sparse50 is not available"),
         ("onnx-fp32-sparse24", "sparsity sparse24 is not available"),
         ("onnx-fp32-pruned99", "pruned05 to pruned95"),
@@ -65,6 +69,19 @@ def test_a_drop_that_means_nothing_is_refused(checkpoint: Checkpoint, max_drop: 
         plan(checkpoint, "onnx-fp32", max_drop=max_drop)
 
 
+def test_a_calibration_method_without_ranges_to_calibrate_is_refused(checkpoint: Checkpoint) -> None:
+    variants = plan_variants(
+        ["onnx-int8-pruned50", "onnx-int8wo"], checkpoint, max_drop=1, strict=False, calibration_method="entropy"
+    )
+    assert [variant.slug for variant in variants] == ["onnx-int8-pruned50", "onnx-int8wo"]
+    for method, slug, said in (
+        ("entropy", "onnx-int8dyn", "none of the variants is static int8"),
+        ("entropie", "onnx-int8", r"unknown calibration method .entropie.*did you mean entropy"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            plan_variants([slug], checkpoint, max_drop=1, strict=False, calibration_method=method)
+
+
 def test_no_variant_at_all_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(UsageError, match="no variant"):
         plan(checkpoint)
@@ -75,7 +92,8 @@ def test_what_calibrates_needs_calibration_samples(
     save_digits_checkpoint: SaveDigits, small_net: type[nn.Module], tmp_path: Path, slug: str
 ) -> None:
     bare = save_digits_checkpoint(tmp_path, small_net(), calibration=None)
-    assert plan(bare, "onnx-fp16") == ["onnx-fp16"]
+    free = ["onnx-fp16", "onnx-int8dyn", "onnx-int8wo", "torchscript-bf16"]
+    assert plan(bare, *free) == free
     with pytest.raises(UsageError, match="needs calibration samples"):
         plan(bare, slug)
 

@@ -49,12 +49,12 @@ def test_a_file_other_than_asked_for_is_refused(
     exported_dense: dict[str, Artifact], function: Callable[..., object], said: str, tmp_path: Path
 ) -> None:
     artifact = exported_dense["torchscript-fp32"]
-    check_written(artifact.path("model"), artifact.signature, title="it")
+    check_written(artifact.path("model"), artifact.signature, precision="fp32", title="it")
     examples = (torch.zeros(3, 1, 8, 8), torch.zeros(3, 10))[: function.__code__.co_argcount]
     with warnings.catch_warnings(action="ignore"):  # torch announces TorchScript's retirement
         torch.jit.trace(function, examples).save(str(tmp_path / "it.pt"))
     with pytest.raises(GateError, match=said):
-        check_written(tmp_path / "it.pt", artifact.signature, title="it")
+        check_written(tmp_path / "it.pt", artifact.signature, precision="fp32", title="it")
 
 
 def test_a_written_file_has_no_source_locations_and_aligned_tensors(exported_dense: dict[str, Artifact]) -> None:

@@ -22,7 +22,10 @@ CPU = SessionOptions(device="cpu", threads=1)
 ROLES = {"model": "onnx", "samples": "safetensors"}
 
 
-@pytest.mark.parametrize("slug", ["torchscript-fp32", "onnx-int8", "onnx-fp32-pruned50"])
+@pytest.mark.parametrize(
+    "slug",
+    ["torchscript-fp32", "torchscript-bf16", "onnx-int8", "onnx-int8dyn", "onnx-int8wo", "onnx-fp32-pruned50"],
+)
 def test_parity_and_accuracy_are_found_again(
     exported: dict[str, Artifact], checkpoint: Checkpoint, small_net: type[nn.Module], slug: str
 ) -> None:

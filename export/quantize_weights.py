@@ -1,0 +1,66 @@
+"""Weight-only int8: weights stored with a scale a channel and a DequantizeLinear in front, arithmetic in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+from onnx import helper, numpy_helper
+
+from dlops.errors import GateError
+from dlops.export.quantize import Notes, drop_unused, float_weights, quantizing, rounded
+
+# Which input of an operator is a weight, and along which of its axes lie the output channels.
+_WEIGHT_AXES: dict[str, tuple[tuple[int, int], ...]] = {
+    "Conv": ((1, 0),),
+    "ConvTranspose": ((1, 1),),
+    "MatMul": ((0, -2), (1, -1)),
+    "Gather": ((0, 0),),
+    "GRU": ((1, 1), (2, 1)),
+    "LSTM": ((1, 1), (2, 1)),
+    "RNN": ((1, 1), (2, 1)),
+}
+
+
+def quantize_weights(model: onnx.ModelProto, *, title: str) -> tuple[onnx.ModelProto, Notes]:
+    """The model with int8 weights that are widened before they are used, and how it was made.
+
+    Vectors (biases, norms) stay in fp32. Raises GateError where the model has no weight to quantize.
+    """
+    with quantizing(model, title=title) as (_, prepared):
+        result = onnx.load(prepared)
+    graph = result.graph
+    weights = float_weights(graph)
+    widened: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        for place, axis in _places(node):
+            name = node.input[place]
+            if name not in weights:
+                continue
+            if name not in widened:
+                values, scale = rounded(numpy_helper.to_array(weights[name]), axis=axis)
+                pieces = [f"{name}_int8", f"{name}_scale"]
+                graph.initializer.append(numpy_helper.from_array(values, pieces[0]))
+                graph.initializer.append(numpy_helper.from_array(scale, pieces[1]))
+                widened[name] = helper.make_node("DequantizeLinear", pieces, [f"{name}_fp32"], axis=axis % values.ndim)
+            node.input[place] = f"{name}_fp32"
+    if not widened:
+        kinds = ", ".join(sorted({node.op_type for node in graph.node}))
+        raise GateError(
+            f"{title}: int8wo has nothing to quantize: no operator with a matrix of weights among {kinds}",
+            hint="take another precision: onnx-fp16, say",
+        )
+    nodes = [*widened.values(), *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    drop_unused(graph)
+    return result, {"weights": "int8 per channel", "arithmetic": "fp32", "dequantize_nodes": len(widened)}
+
+
+def _places(node: onnx.NodeProto) -> Iterator[tuple[int, int]]:
+    """(input, axis of its output channels) for each weight that the operator takes."""
+    if node.op_type == "Gemm":
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        yield 1, 0 if transposed else 1
+        return
+    yield from _WEIGHT_AXES.get(node.op_type, ())
