@@ -44,7 +44,8 @@ MakeArtifact = Callable[..., Artifact]
 # The files that take longest, longest first: begun last, one of them would keep one process waiting for the other.
 LONGEST = (
     "workflows/test_quickstart.py", "train/test_training.py", "serve/test_launch.py", "deploy/test_bento.py",
-    "export/test_pipeline.py", "test_docs.py", "test_cli.py", "bench/test_openloop.py",
+    "export/test_pipeline.py", "export/test_unchanged.py", "export/test_reproduce.py", "workflows/test_sources.py",
+    "test_docs.py", "test_cli.py", "bench/test_openloop.py",
 )  # fmt: skip
 
 
