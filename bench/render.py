@@ -33,7 +33,7 @@ def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str
     report = cells.told_apart(report)
     groups = cells.groups(report)
     numbers = _numbers(report)
-    body = [_header(report), _summary(report), "<section><h2>Results</h2>"]
+    body = [_header(report), _summary(report), _at_a_glance(report, groups), "<section><h2>Results</h2>"]
     body += [_table(group, report) for group in groups]
     body += [_cold_starts(groups), "</section>"]
     for group in groups:
@@ -97,10 +97,34 @@ def _summary(report: Report) -> str:
     return "\n".join(parts)
 
 
+def _at_a_glance(report: Report, groups: Sequence[cells.Group]) -> str:
+    """What a run without a choice to make comes to: what was found of objectives, and the best of each table."""
+    if report.chosen_because:
+        return ""
+    lines = [*cells.objectives(report)]
+    for group in groups:
+        known = [row for row in group.rows if row.latency.p50_ns is not None]
+        if not known:
+            continue
+        best = min(known, key=lambda row: row.latency.p50_ns.value if row.latency.p50_ns else 0.0)
+        values = cells.values(best)
+        among = f" is the fastest of {len(group.rows)}" if len(group.rows) > 1 else ""
+        speed = f", {values['speed']} as fast as {report.baseline}" if _is_faster(best, report) else ""
+        lines.append(f"{_capital(group.title)}: {cells.name(best)}{among}: median {values['p50 ms']} ms{speed}")
+    quotable = sum(row.verdict.steady for row in report.measurements)
+    lines.append(f"{quotable} of {len(report.measurements)} rows can be quoted")
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<div class="card"><p class="verdict">At a glance</p><ul class="notes">{items}</ul></div>'
+
+
+def _is_faster(row: Measurement, report: Report) -> bool:
+    return row.speedup is not None and row.target != report.baseline
+
+
 def _figures(row: Measurement, report: Report) -> str:
     values = cells.values(row)
     figures = [(f"{values['p50 ms']} ms", "median latency")]
-    if row.speedup is not None and row.target != report.baseline:
+    if _is_faster(row, report):
         figures.append((values["speed"], f"as fast as {report.baseline}"))
     if row.accuracy is not None:
         figures.append((f"{values['acc %']} %", _accuracy_label(row)))

@@ -104,6 +104,16 @@ def test_two_models_of_one_variant_have_names_of_their_own(example) -> None:
     assert names[:2] == ["onnx-fp32", "digits-cnn/onnx-fp32#2"]
 
 
+def test_a_run_without_a_choice_has_a_summary_of_its_own(example) -> None:
+    measured = example()
+    report = measured.report.model_copy(update={"chosen": None, "chosen_because": None})
+    page = render_html(report, measured.samples)
+    assert "At a glance" in page
+    assert "In process, batch 1: onnx-int8-pruned50 is the fastest of 4: median" in page
+    assert "3 of 5 rows can be quoted" in page
+    assert "At a glance" not in render_html(measured.report, measured.samples)
+
+
 def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:
     report = example().report
     assert report.measurements[4].latency.p99_ns is None
