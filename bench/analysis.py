@@ -217,7 +217,11 @@ def undersampled(samples: Integers, turns: Integers) -> list[str]:
     """Which quantiles the sample does not certify, with what it would need."""
     reasons = []
     for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
-        if stats.quantile_interval(samples, q, turns=turns) is None:
-            have, need = stats.effective_samples(samples, q, turns=turns), stats.fewest_samples(q)
-            reasons.append(f"{name} is not certified: {have} effective samples of {len(samples)}, it needs {need}")
+        have, least = stats.effective_samples(samples, q, turns=turns), stats.fewest_samples(q)
+        need = stats.certifying_samples(q)
+        if have < need:
+            alone = f"; {least} give an interval" if have >= least else ""
+            reasons.append(
+                f"{name} is not certified: {have} effective samples of {len(samples)}, it needs {need}{alone}"
+            )
     return reasons

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from dlops.bench.stats import CERTIFIES_P99
 from dlops.errors import UsageError, from_os_error
 from dlops.report import Objective
 
@@ -24,7 +25,7 @@ Arrivals = Literal["poisson", "constant"]
 # Requests that come due in this first part of a schedule open connections and fill caches: they are not kept.
 _LEAD_IN_S = 0.5
 # Enough to certify p99 where all calls are independent; a slow rate is kept up longer for it, but not without end.
-WANTED_SAMPLES = 662
+WANTED_SAMPLES = CERTIFIES_P99
 STRETCH = 3.0
 # A trace of more lines than this is a mistake: an hour at 3,000 requests a second.
 _MAX_TRACE = 10_000_000

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dlops.bench import stats
+from dlops.bench.analysis import undersampled
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -199,3 +200,16 @@ def test_wilson_matches_a_published_interval() -> None:
     # Brown, Cai and DasGupta 2001: 10 of 20 gives 0.299 to 0.701.
     interval = stats.proportion_interval(0.5, 20)
     assert (interval.low, interval.high) == (pytest.approx(0.299, abs=1e-3), pytest.approx(0.701, abs=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("worth", "said"),
+    [
+        (300, ["p99 is not certified: 300 effective samples of 1000, it needs 662"]),
+        (500, ["p99 is not certified: 500 effective samples of 1000, it needs 662; 368 give an interval"]),
+        (662, []),
+    ],
+)
+def test_p99_has_an_interval_before_it_is_certified(worth: int, said: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(stats, "effective_samples", lambda samples, q, turns: worth)
+    assert undersampled(np.arange(1000) + 1, np.arange(1000) // 100) == said
