@@ -270,8 +270,11 @@ def _work(artifact: Artifact | None, batch: int) -> dict[str, int | str]:
 
 
 def _moved(artifact: Artifact | None, batch: int) -> int | None:
-    """The bytes of weights, inputs and outputs of a call; None where a shape depends on the data, or for a module."""
-    if artifact is None:
+    """The bytes of weights, inputs and outputs of a call; None where a shape depends on the data, or for a module.
+
+    And where weights are widened once they are loaded: the file does not tell what moves then.
+    """
+    if artifact is None or artifact.variant.precision == "int8wo":
         return None
     total = artifact.model_bytes
     for spec in (*artifact.signature.inputs, *artifact.signature.outputs):

@@ -26,10 +26,10 @@ TOLERANCES: Mapping[str, Tolerance] = {
     # interpolation mode gone wrong shows from 1e-3 up.
     "fp32": Tolerance(max_abs=2e-4, max_rel=1e-4),
     "fp16": _HALF,
-    # Healthy 8-bit networks come out at 20 to 40 dB, broken ones (a layer saturated, a scale off) below 10.
     # 7 bits of mantissa, 4e-3 a rounding: eight times what half precision may lose. 4e-3 to 9e-3 of the largest output
     # was measured in a small network, a transformer and an MLP of 10 million weights.
     "bf16": Tolerance(max_abs=1.6e-1, max_rel=4e-2),
+    # Healthy 8-bit networks come out at 20 to 40 dB, broken ones (a layer saturated, a scale off) below 10.
     "int8": Tolerance(min_sqnr_db=15.0, min_agreement=0.95),
     # Beside a loud neighbour the steps are coarser, so no more is asked: 23 dB (a ResNet-18 of random weights) to 40 dB
     # were measured over batches of 1 to 32.

@@ -20,21 +20,16 @@ AVAILABLE: Mapping[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "int8", "int8dyn", "int8wo"),
 }
 _FP8 = "it runs on GPUs of compute capability 8.9 and later (L4, H100), through TensorRT, which is no format here yet"
+_QUANTIZED = "quantized models are written as onnx"
 # Why some of the others are not.
-_WHY_NOT: Mapping[tuple[str, str], str] = {
-    (
-        "onnx",
-        "bf16",
-    ): "ONNX Runtime's CPU provider has no bfloat16 convolutions and matrix products; torchscript-bf16 has",
-    ("onnx", "fp8"): _FP8,
-    ("torchscript", "fp8"): _FP8,
-    (
-        "torchscript",
-        "fp16",
-    ): "torch's half precision on the CPU is slower than fp32; torchscript-bf16 or onnx-fp16 is as small",
-    ("torchscript", "int8"): "quantized models are written as onnx",
-    ("torchscript", "int8dyn"): "quantized models are written as onnx",
-    ("torchscript", "int8wo"): "quantized models are written as onnx",
+_WHY_NOT: Mapping[str, str] = {
+    "onnx-bf16": "ONNX Runtime's CPU provider has no bfloat16 convolutions and matrix products, torch has",
+    "onnx-fp8": _FP8,
+    "torchscript-fp16": "torch's half precision on the CPU is slower than fp32, and torchscript-bf16 is as small",
+    "torchscript-fp8": _FP8,
+    "torchscript-int8": _QUANTIZED,
+    "torchscript-int8dyn": _QUANTIZED,
+    "torchscript-int8wo": _QUANTIZED,
 }
 # With fewer, what recovery holds out says nothing of when to stop.
 MIN_RECOVERY_SAMPLES = 16
@@ -154,7 +149,7 @@ def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
     reasons = []
     offered = AVAILABLE.get(variant.format, ())
     if variant.precision not in offered:
-        why = _WHY_NOT.get((variant.format, variant.precision))
+        why = _WHY_NOT.get(f"{variant.format}-{variant.precision}")
         reasons.append(
             f"{variant.format} in {variant.precision} is not available in this version{f': {why}' if why else ''}"
         )
