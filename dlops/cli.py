@@ -91,26 +91,49 @@ def export(
     variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of the task's metric that may be lost.")] = 1.0,
     strict: Annotated[bool, typer.Option(help="Hold the interval's bound to --max-drop, not the estimate.")] = False,
-    out: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("artifacts"),
+    repair: Annotated[
+        bool, typer.Option(help="Where int8 loses too much: return the layers at fault to fp32, as few as pass.")
+    ] = True,
+    explain_: Annotated[
+        str | None,
+        typer.Option(
+            "--explain", metavar="VARIANT", help="Export nothing: show how much error int8 adds in each layer."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where artifacts go, artifacts if left out; the page of --explain, reports.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
 ) -> None:
     """Export variants of a checkpoint, each checked against it."""
     if variant and (format_ or precision or sparsity):
         _usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
+    if explain_ and (variant or format_ or precision or sparsity):
+        _usage("--explain names the variant that it explains, and exports none", "leave out the other variants")
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
     # Before PyTorch is imported, which takes seconds: a missing checkpoint is said at once.
     found = _checkpoint(checkpoint)
     from dlops.checkpoint import import_model_source
-    from dlops.export.pipeline import export_variants
+    from dlops.export.pipeline import export_variants, rank_variant
 
+    source = import_model_source(model) if model else None
+    if explain_:
+        from dlops.console import say
+        from dlops.export.explain import render_table, write_page
+
+        ranking = rank_variant(found, variant=explain_, model=source, device=device)
+        _print(render_table(ranking))
+        say(f"page: {write_page(ranking, out or Path('reports'))}")
+        return
     artifacts = export_variants(
         found,
         variants=slugs,
-        out=out,
-        model=import_model_source(model) if model else None,
+        out=out or "artifacts",
+        model=source,
         max_drop=max_drop,
         strict=strict,
+        repair=repair,
         device=device,
         command=_command(),
     )

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlops.artifact import Variant
 from dlops.errors import GateError
@@ -27,6 +27,8 @@ _MIN_PATH_BYTES = 5
 class ExportRequest:
     """module: in eval mode, on the CPU. calibration: input tensors, for int8 alone. into: the file to write.
 
+    excluded: names of the nodes that stay in fp32, for int8 alone.
+
     captured: what exporting this very module gave before, kept by the exporter for its next variant of it.
     """
 
@@ -36,7 +38,8 @@ class ExportRequest:
     into: Path
     title: str
     calibration: Feed | None = None
-    captured: dict[str, bytes] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+    captured: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

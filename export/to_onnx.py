@@ -15,8 +15,8 @@ import torch
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest
-from dlops.export.precision import check_precision
-from dlops.export.quantize import quantize
+from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precision
+from dlops.export.quantize import Calibrated, calibrate
 from dlops.signature import Signature
 
 # What torch's exporter writes without converting, and what every ONNX Runtime that we allow reads (1.17 and later).
@@ -34,25 +34,36 @@ def export(request: ExportRequest) -> Exported:
     Raises UsageError where the module has what ONNX cannot hold (the operator is named), GateError where the written
     file's opset, names, dtypes, named dims or weights are others than those asked for.
     """
-    if "onnx" not in request.captured:
-        request.captured["onnx"] = _to_fp32(request).SerializeToString(deterministic=True)
-    model = onnx.load_from_string(request.captured["onnx"])
+    model = _captured(request)
     notes: dict[str, str | int | float | bool] = {"opset": OPSET}
     match request.variant.precision:
         case "fp16":
             model = _to_fp16(model, request)
         case "int8":
-            assert request.calibration is not None
-            model, found = quantize(model, request.calibration, title=request.title)
-            notes |= found
+            ranges = calibrated(request)
+            model = ranges.quantize(excluded=request.excluded)
+            notes |= ranges.notes(model)
     strip(model)
     if model.ByteSize() > _MAX_BYTES:
         raise UsageError(f"{request.title}: {model.ByteSize()} bytes; one ONNX file holds at most 2 GB")
     # Deterministic: maps sorted by key, so that the same checkpoint gives the same bytes.
     request.into.write_bytes(model.SerializeToString(deterministic=True))
-    written = onnx.load(request.into)
-    check_written(written, request.signature, precision=request.variant.precision, title=request.title)
+    check_written(
+        onnx.load(request.into), request.signature, precision=request.variant.precision, title=request.title,
+        min_share=MIN_REPAIRED_SHARE if request.excluded else MIN_SHARE,
+    )  # fmt: skip
+    if request.excluded:
+        _check_smaller(request)
     return Exported(path=request.into, notes=notes)
+
+
+def calibrated(request: ExportRequest) -> Calibrated:
+    """The fp32 graph with the ranges that its int8 form is made of, once for a module."""
+    if "int8" not in request.captured:
+        assert request.calibration is not None
+        request.captured["int8"] = calibrate(_captured(request), request.calibration, title=request.title)
+    found: Calibrated = request.captured["int8"]
+    return found
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -68,8 +79,13 @@ def strip(model: onnx.ModelProto) -> None:
     _strip_graph(model.graph)
 
 
-def check_written(model: onnx.ModelProto, signature: Signature, *, precision: str, title: str) -> None:
-    """Raise GateError unless the file has the opset, names, dtypes, dims and precision that were asked for."""
+def check_written(
+    model: onnx.ModelProto, signature: Signature, *, precision: str, title: str, min_share: float = MIN_SHARE
+) -> None:
+    """Raise GateError unless the file has the opset, names, dtypes, dims and precision that were asked for.
+
+    min_share: of the weights, the fraction that must be stored in the precision.
+    """
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -85,7 +101,25 @@ def check_written(model: onnx.ModelProto, signature: Signature, *, precision: st
         found = [_described(value) for value in values]
         if wanted != found:
             raise GateError(f"{title}: {kind} asked for: {wanted}; in the written file: {found}")
-    check_precision(model, precision, title=title)
+    check_precision(model, precision, title=title, min_share=min_share)
+
+
+def _captured(request: ExportRequest) -> onnx.ModelProto:
+    if "onnx" not in request.captured:
+        request.captured["onnx"] = _to_fp32(request).SerializeToString(deterministic=True)
+    return onnx.load_from_string(request.captured["onnx"])
+
+
+def _check_smaller(request: ExportRequest) -> None:
+    """Raise GateError where int8 with layers left in fp32 no longer saves anything."""
+    whole = _captured(request)
+    strip(whole)
+    quantized, dense = request.into.stat().st_size, whole.ByteSize()
+    if quantized >= dense:
+        raise GateError(
+            f"{request.title}: with {len(request.excluded)} operators left in fp32 the file has {quantized} bytes, "
+            f"and all in fp32 it has {dense}: int8 in name only"
+        )
 
 
 def _to_fp32(request: ExportRequest) -> onnx.ModelProto:

@@ -77,4 +77,4 @@ def test_a_file_that_the_quantizer_cut_short_is_a_full_disk_where_there_is_no_ro
     monkeypatch.setattr(quantize, "quant_pre_process", cut)
     feed = exported_dense["onnx-fp32"].samples().inputs
     with pytest.raises(MachineError, match="the disk is full"):
-        quantize.quantize(model, feed, title="it")
+        quantize.calibrate(model, feed, title="it")
