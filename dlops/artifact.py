@@ -112,6 +112,35 @@ class Accuracy(Record):
     strict: bool
 
 
+class FloatLayer(Record):
+    """A layer of an int8 model that stays in fp32. weights: elements.
+
+    alone_db: SQNR of the model's outputs where this layer alone was int8, on calibration samples; null without any
+    error. share: of the error power that all layers added, each alone, in [0, 1].
+    """
+
+    name: str
+    operator: str
+    weights: int
+    alone_db: float | None
+    share: float
+
+
+class Repair(Record):
+    """Why and how layers of an int8 model were returned to fp32.
+
+    because: what the gate said of the model with all of them in int8. layers: worst first. of: the number of layers
+    that were int8. float_share: fraction of their weights that is fp32 now. tries: how often the gates were asked on
+    the evaluation samples, the first time included; the last of several answers on the same samples is a flattered one.
+    """
+
+    because: str
+    layers: tuple[FloatLayer, ...]
+    of: int
+    float_share: float
+    tries: int
+
+
 class Provenance(Record):
     """checkpoint_sha256: of the manifest it was made from. notes: what the export did that one should know."""
 
@@ -124,7 +153,7 @@ class Provenance(Record):
 
 
 class Artifact(Manifest):
-    """artifact.json: files hold the roles model and samples."""
+    """artifact.json: files hold the roles model and samples. repair: null where no layer had to be returned to fp32."""
 
     file_name: ClassVar[str] = "artifact.json"
     required_roles: ClassVar[tuple[str, ...]] = ("model", "samples")
@@ -142,6 +171,7 @@ class Artifact(Manifest):
     parity: Parity
     accuracy: Accuracy | None
     provenance: Provenance
+    repair: Repair | None = None
 
     @property
     def slug(self) -> str:

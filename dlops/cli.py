@@ -102,7 +102,18 @@ def export(
     calibration: Annotated[
         Literal["minmax", "entropy", "percentile"], typer.Option(help="How int8 chooses the ranges of activations.")
     ] = "minmax",
-    out: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("artifacts"),
+    repair: Annotated[
+        bool, typer.Option(help="Where int8 loses too much: return the layers at fault to fp32, as few as pass.")
+    ] = True,
+    explain_: Annotated[
+        str | None,
+        typer.Option(
+            "--explain", metavar="VARIANT", help="Export nothing: show how much error int8 adds in each layer."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where artifacts go, artifacts if left out; the page of --explain, reports.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Also what lies there already, unchanged.")] = False,
@@ -137,6 +148,8 @@ def export(
         return
     if variant and (format_ or precision or sparsity):
         _usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
+    if explain_ and (variant or format_ or precision or sparsity):
+        _usage("--explain names the variant that it explains, and exports none", "leave out the other variants")
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
     from dlops.workflows.sources import adopt, is_source, parse_arguments
 
@@ -160,16 +173,25 @@ def export(
         from dlops.checkpoint import import_model_source
 
         source = import_model_source(model) if model else None
-    from dlops.export.pipeline import export_variants
+    from dlops.export.pipeline import export_variants, rank_variant
 
+    if explain_:
+        from dlops.console import say
+        from dlops.export.explain import render_table, write_page
+
+        ranking = rank_variant(found, variant=explain_, model=source, calibration_method=calibration, device=device)
+        _print(render_table(ranking))
+        say(f"page: {write_page(ranking, out or Path('reports'))}")
+        return
     artifacts = export_variants(
         found,
         variants=slugs,
-        out=out,
+        out=out or "artifacts",
         model=source,
         max_drop=max_drop,
         strict=strict,
         calibration_method=calibration,
+        repair=repair,
         device=device,
         force=force,
         command=_command(),
@@ -477,7 +499,7 @@ def quickstart(
 
 
 def _reproduce(
-    artifact: Path, checkpoint: Path | None, *, model: str | None, out: Path, context: typer.Context
+    artifact: Path, checkpoint: Path | None, *, model: str | None, out: Path | None, context: typer.Context
 ) -> None:
     also_given = _given(context, but={"checkpoint", "reproduce", "model", "out"})
     if also_given:
@@ -493,7 +515,7 @@ def _reproduce(
         opened,
         found,
         model=import_model_source(model) if model else None,
-        out=out if "--out" in _given(context, but=set()) else None,
+        out=out,
         command=_command(),
     )
     _print(reproduction.summary())

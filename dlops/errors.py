@@ -1,7 +1,8 @@
 """Every error that dlops raises on purpose.
 
     DlopsError                 message, hint, exit status
-    ├── GateError         1    a check said no: parity failed, accuracy lost, regression
+    ├── GateError         1    a check said no: a file that is not what was asked for, regression
+    │   └── LossError          parity or accuracy: it computes too far from the original
     ├── UsageError        2    arguments and files: unknown names, bad values, missing paths
     │   ├── InputError         one request or sample does not fit the model: field, reason
     │   └── CorruptError       a file is not what its manifest says, or not ours
@@ -35,6 +36,10 @@ class DlopsError(Exception):
 
 class GateError(DlopsError):
     exit_status = 1
+
+
+class LossError(GateError):
+    """Too far from the original in its outputs or its accuracy, which a milder variant may not be."""
 
 
 class UsageError(DlopsError):

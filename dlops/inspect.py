@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from dlops.artifact import Accuracy, Artifact, Parity
+from dlops.artifact import Accuracy, Artifact, FloatLayer, Parity, Repair
 from dlops.checkpoint import Checkpoint
 from dlops.errors import CorruptError, DlopsError, UsageError
 from dlops.manifest import Manifest, Record, check_payload, read_manifest
@@ -322,6 +322,7 @@ def _artifact_facts(artifact: Artifact) -> dict[str, dict[str, str]]:
         "Accuracy": {
             "against the checkpoint": _accuracy_text(artifact.accuracy) if artifact.accuracy else "not measured"
         },
+        **({"Layers in fp32": _repair_lines(artifact.repair)} if artifact.repair else {}),
         "Provenance": {
             "checkpoint": f"{made.checkpoint} (manifest SHA-256 {made.checkpoint_sha256[:16]}…)",
             "command": " ".join(made.command) or "not recorded",
@@ -376,6 +377,19 @@ def _accuracy_text(accuracy: Accuracy) -> str:
         f"{accuracy.metric} {accuracy.value:.2%} against {accuracy.reference:.2%} on {accuracy.samples} samples, "
         f"{accuracy.drop_points:+.2f} points lost (95 % interval {accuracy.drop_low:+.2f} to {accuracy.drop_high:+.2f})"
     )
+
+
+def _repair_lines(repair: Repair) -> dict[str, str]:
+    def line(layer: FloatLayer) -> str:
+        alone = "no error" if layer.alone_db is None else f"{layer.alone_db:.1f} dB"
+        return f"{layer.operator}, {layer.weights:,} weights; alone in int8 {alone}, {layer.share:.1%} of the error"
+
+    return {
+        "kept": f"{len(repair.layers)} of {repair.of} layers, {repair.float_share:.1%} of their weights",
+        "because": repair.because,
+        "tries": f"{repair.tries} on the same evaluation samples",
+        **{f"{place}. {layer.name}": line(layer) for place, layer in enumerate(repair.layers, start=1)},
+    }
 
 
 def _measurement_text(measurement: Measurement) -> str:

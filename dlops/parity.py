@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.artifact import Artifact, Parity, Tolerance
-from dlops.errors import CorruptError, GateError
+from dlops.errors import CorruptError, GateError, LossError
 from dlops.runtimes.session import Placement, Session
 from dlops.signature import Array, Feed, Signature
 from dlops.tasks import Task, open_task
@@ -110,7 +110,7 @@ def check_parity(
 ) -> Parity:  # fmt: skip
     """Run `feed` through the session once for each size in `batches` and compare with `reference`.
 
-    Returns the worst errors over the batches. Raises GateError naming the batch and the bounds that are broken.
+    Returns the worst errors over the batches. Raises LossError naming the batch and the bounds that are broken.
     """
     found: list[Errors] = []
     problems: dict[int, list[str]] = {}
@@ -124,7 +124,7 @@ def check_parity(
         raise GateError(f"{title}: parity over no batch at all proves nothing")
     if problems:
         sizes = ", ".join(str(size) for size in problems)
-        raise GateError(
+        raise LossError(
             f"{title}: outputs differ from the reference on {session.placement.provider} at batch {sizes}: "
             f"{'; '.join(next(iter(problems.values())))}",
             hint="the model file does not compute what the checkpoint computes on this machine: do not use it",

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.artifact import Accuracy
-from dlops.errors import GateError
+from dlops.errors import LossError
 from dlops.signature import Array, Feed
 from dlops.tasks import Task
 
@@ -38,13 +38,13 @@ def measure_accuracy(
 
 
 def check_drop(accuracy: Accuracy, *, title: str) -> None:
-    """Raise GateError where more is lost than allowed: the point estimate decides, with `strict` the interval's end."""
+    """Raise LossError where more is lost than allowed: the point estimate decides, with `strict` the interval's end."""
     lost = accuracy.drop_high if accuracy.strict else accuracy.drop_points
     # Drops are multiples of 100 / n points; the last bits of a float must not decide.
     if lost <= accuracy.max_drop + 1e-9:
         return
     which = "the upper end of its interval" if accuracy.strict else "the point estimate"
-    raise GateError(
+    raise LossError(
         f"{title}: {accuracy.metric} {accuracy.value:.2%} against the dense checkpoint's {accuracy.reference:.2%}: "
         f"{accuracy.drop_points:.2f} points lost (95 % interval {accuracy.drop_low:.2f} to {accuracy.drop_high:.2f}, "
         f"{accuracy.samples} samples); {which} is above the {accuracy.max_drop:g} allowed",

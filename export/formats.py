@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dlops.artifact import Variant
 from dlops.embedded import Embedded, read_embedded
@@ -33,6 +33,8 @@ class ExportRequest:
 
     calibration: input tensors, for int8 alone. calibration_method: how the ranges of activations come from them.
 
+    excluded: names of the nodes that stay in fp32, for int8 alone.
+
     captured: what exporting this very module gave before, kept by the exporter for its next variant of it.
     embedded: what the file shall say of itself, null where nothing.
     """
@@ -44,7 +46,8 @@ class ExportRequest:
     title: str
     calibration: Feed | None = None
     calibration_method: Calibration = "minmax"
-    captured: dict[str, bytes] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+    captured: dict[str, Any] = field(default_factory=dict)
     embedded: Embedded | None = None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,16 @@ import torch
 from pydantic import JsonValue
 
 from dlops import catalog
-from dlops.artifact import Accuracy, Artifact, Parity, Provenance, Tolerance, Variant, open_artifact
+from dlops.artifact import Accuracy, Artifact, Parity, Provenance, Repair, Tolerance, Variant, open_artifact
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.console import say
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
-from dlops.errors import DlopsError, GateError, UsageError, from_os_error
+from dlops.errors import DlopsError, GateError, LossError, UsageError, from_os_error
 from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
 from dlops.export.existing import unchanged_artifact
 from dlops.export.formats import Calibration, Exported, ExportRequest, check_no_machine_paths, portable_argument
+from dlops.export.layers import Ranking, rank_layers
 from dlops.export.module import check_module, eager_outputs
 from dlops.export.origin import checkpoint_digest
 from dlops.export.parity import check_variant
@@ -32,6 +34,8 @@ from dlops.export.prune import prune
 from dlops.export.quantize import spread
 from dlops.export.record import FILE_NAME, ROLE, ExportRecord, Settings, answers_of, embedded_in, record_export
 from dlops.export.recover import recover
+from dlops.export.repair import repair_int8
+from dlops.export.to_onnx import calibrated
 from dlops.manifest import Payload, sha256_of
 from dlops.parity import run_batched, self_test
 from dlops.runtimes import SessionOptions, open_session
@@ -62,6 +66,7 @@ def export_variants(
     max_drop: float = 1.0,
     strict: bool = False,
     calibration_method: Calibration = "minmax",
+    repair: bool = True,
     device: Device = "cpu",
     force: bool = False,
     command: Sequence[str] = (),
@@ -71,8 +76,9 @@ def export_variants(
     variants: slugs or Variants. model: the module or a function that makes it, where the checkpoint names no builder.
     max_drop: percentage points of the task's metric that may be lost against the dense checkpoint; with `strict` the
     upper end of the 95 % interval must keep it too. calibration_method: how static int8 chooses the range of each
-    activation (`quantize_static` says what each does). device: where pruned models are recovered and the gates run.
-    force: make a variant anew where it lies there already, unchanged, which is otherwise kept as it is.
+    activation (`activation_ranges` says what each does). repair: where int8 loses too much, return the layers at fault
+    to fp32, as few as pass, and refuse only when none of them help. device: where pruned models are recovered and the
+    gates run. force: make a variant anew where it lies there already, unchanged, which is otherwise kept as it is.
 
     A variant that fails leaves an older artifact of it untouched, and the others are still made. Then GateError lists
     each that failed and why. Raises UsageError, before any work, for what cannot be made.
@@ -80,7 +86,7 @@ def export_variants(
     results = list(
         export_each(
             checkpoint, variants=variants, out=out, model=model, max_drop=max_drop, strict=strict,
-            calibration_method=calibration_method, device=device, force=force, command=command,
+            calibration_method=calibration_method, repair=repair, device=device, force=force, command=command,
         )
     )  # fmt: skip
     made = [result for _, result in results if isinstance(result, Artifact)]
@@ -99,6 +105,7 @@ def export_each(
     max_drop: float = 1.0,
     strict: bool = False,
     calibration_method: Calibration = "minmax",
+    repair: bool = True,
     device: Device = "cpu",
     force: bool = False,
     command: Sequence[str] = (),
@@ -111,8 +118,9 @@ def export_each(
         variants, checkpoint, max_drop=max_drop, strict=strict, calibration_method=calibration_method
     )
     export = _Export(
-        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, device=device, force=force,
-        command=command, calibrates=any(map(needs_calibration, planned)), calibration_method=calibration_method,
+        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, repair=repair, device=device,
+        force=force, command=command, calibrates=any(map(needs_calibration, planned)),
+        calibration_method=calibration_method,
     )  # fmt: skip
     for variant in planned:
         try:
@@ -123,6 +131,36 @@ def export_each(
         yield variant, result
 
 
+def rank_variant(
+    checkpoint: Checkpoint | Path | str,
+    *,
+    variant: Variant | str,
+    model: ModuleSource | None = None,
+    calibration_method: Calibration = "minmax",
+    device: Device = "cpu",
+) -> Ranking:
+    """The layers of an int8 variant by the error that each of them adds. Nothing is exported.
+
+    model, calibration_method, device: as for `export_variants`. Raises UsageError for a variant without quantized
+    layers.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint)
+    (planned,) = plan_variants(
+        [variant], checkpoint, max_drop=100.0, strict=False, calibration_method=calibration_method
+    )
+    if planned.precision != "int8":
+        raise UsageError(
+            f"{planned.slug}: none of its layers is quantized, so there is no such error to explain",
+            hint="onnx-int8 and onnx-int8-prunedNN can be explained",
+        )
+    export = _Export(
+        checkpoint, out=Path(), model=model, max_drop=100.0, strict=False, repair=False, device=device, force=True,
+        command=(), calibrates=True, calibration_method=calibration_method,
+    )  # fmt: skip
+    return export.rank(planned)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Structure:
     """A module that variants are made of, and what it answers on the evaluation samples: the reference of parity."""
@@ -131,7 +169,18 @@ class _Structure:
     reference: Feed
     notes: dict[str, JsonValue]
     record: str | None = None
-    captured: dict[str, bytes] = field(default_factory=dict)
+    captured: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """What passed every gate, in a temporary folder still."""
+
+    artifact: Artifact
+    exported: Exported
+
+    def noting(self, record: Repair) -> _Candidate:
+        return replace(self, artifact=self.artifact.model_copy(update={"repair": record}))
 
 
 class _Export:
@@ -139,11 +188,12 @@ class _Export:
 
     def __init__(
         self, checkpoint: Checkpoint, *, out: Path, model: ModuleSource | None, max_drop: float, strict: bool,
-        device: Device, force: bool, command: Sequence[str], calibrates: bool, calibration_method: Calibration,
+        repair: bool, device: Device, force: bool, command: Sequence[str], calibrates: bool,
+        calibration_method: Calibration,
     ) -> None:  # fmt: skip
         self.checkpoint, self.out, self.signature = checkpoint, out, checkpoint.signature
         self.max_drop, self.strict, self.command, self.force = max_drop, strict, tuple(command), force
-        self.calibration_method = calibration_method
+        self.calibration_method, self.repair = calibration_method, repair
         self.options = SessionOptions(device=device)
         self.task: Task = open_task(checkpoint.spec.task)
         evaluation = checkpoint.samples("evaluation")
@@ -179,13 +229,42 @@ class _Export:
         say(_summary(artifact))
         return artifact
 
+    def rank(self, variant: Variant) -> Ranking:
+        """The layers of an int8 variant by the error that they add. Nothing is written."""
+        title = f"{self.checkpoint.name}/{variant.slug}"
+        try:
+            return self._rank(variant, self._structure(variant), title)
+        except OSError as error:
+            raise from_os_error(error, doing=f"explaining {title}") from error
+
     def _make(self, variant: Variant, structure: _Structure, title: str) -> Artifact:
         say(f"{variant.slug}: exporting")
-        with tempfile.TemporaryDirectory(prefix="dlops-export-") as folder:
-            exported = self._export(variant, structure, Path(folder), title)
+        with tempfile.TemporaryDirectory(prefix="dlops-export-") as name:
+
+            def attempt(excluded: tuple[str, ...]) -> _Candidate:
+                return self._attempt(variant, structure, excluded, Path(name, str(len(excluded))), title)
+
+            try:
+                candidate = attempt(())
+            except LossError as refusal:
+                if not self._can_repair(variant, structure):
+                    raise
+                say(f"{refusal.message}; looking for the layers at fault")
+                ranking = self._rank(variant, structure, title)
+                repaired = repair_int8(attempt, refusal=refusal, ranking=ranking, slug=variant.slug)
+                candidate = repaired.result.noting(repaired.record)
+            return self._write(candidate.artifact, structure, candidate.exported, self._place(variant))
+
+    def _attempt(
+        self, variant: Variant, structure: _Structure, excluded: tuple[str, ...], folder: Path, title: str
+    ) -> _Candidate:
+        """Export into `folder` and ask every gate. Raises GateError, and then the folder is gone."""
+        folder.mkdir()
+        try:
+            exported = self._export(variant, structure, folder, title, excluded)
             draft = self._draft(variant, structure, exported)
             checked = self._gate(draft, structure)
-            final = self._write(checked, structure, exported, Path(folder, "whole"))
+            final = self._write(checked, structure, exported, folder / "whole")
             # The samples are the user's own data, whatever their metadata say; the rest was written by us.
             written = [final.path(role) for role in final.files if role != "samples"]
             for path in (final.directory / Artifact.file_name, *written):
@@ -195,7 +274,11 @@ class _Export:
                 self_test(final, session)
             finally:
                 session.close()
-            return self._write(final, structure, exported, self._place(variant))
+        except GateError:
+            # Several attempts of a large model would fill the disk.
+            shutil.rmtree(folder)
+            raise
+        return _Candidate(artifact=final, exported=exported)
 
     def _kept(self, variant: Variant) -> Artifact | None:
         if self.force:
@@ -210,15 +293,36 @@ class _Export:
         return self.out / self.checkpoint.name / variant.slug
 
     def _record(self, variant: Variant) -> ExportRecord:
+        static_int8 = variant.precision == "int8"
         return record_export(
             self.checkpoint, variant, sha256=self.digest, calibration=self.calibration,
             answers=self.answers, command=self.command,
             settings=Settings(
                 max_drop=self.max_drop, strict=self.strict, device=self.options.device,
-                # What has no ranges to choose comes out the same by any.
-                calibration_method=self.calibration_method if variant.precision == "int8" else "minmax",
+                # What has no ranges to choose, and no layers to return, comes out the same by any.
+                calibration_method=self.calibration_method if static_int8 else "minmax",
+                repair=self.repair if static_int8 else True,
             ),
         )  # fmt: skip
+
+    def _can_repair(self, variant: Variant, structure: _Structure) -> bool:
+        """Whether int8 is what loses too much, and layers may be returned: pruning may have lost it before."""
+        if variant.precision != "int8" or not self.repair:
+            return False
+        accuracy = self._accuracy(structure.reference)
+        try:
+            if accuracy is not None:
+                check_drop(accuracy, title=variant.slug)
+        except LossError as error:
+            say(f"{variant.slug}: the same in fp32 is refused, too, so no layer is at fault: {error.message}")
+            return False
+        return True
+
+    def _rank(self, variant: Variant, structure: _Structure, title: str) -> Ranking:
+        with tempfile.TemporaryDirectory(prefix="dlops-export-") as folder:
+            request = self._request(variant, structure, Path(folder), title)
+            assert request.calibration is not None
+            return rank_layers(calibrated(request), request.calibration, self.signature)
 
     def _structure(self, variant: Variant) -> _Structure:
         fraction = variant.pruned_fraction
@@ -270,8 +374,16 @@ class _Export:
             record=pruned.record.model_dump_json(),
         )
 
-    def _export(self, variant: Variant, structure: _Structure, folder: Path, title: str) -> Exported:
-        request = ExportRequest(
+    def _export(
+        self, variant: Variant, structure: _Structure, folder: Path, title: str, excluded: tuple[str, ...]
+    ) -> Exported:
+        request = replace(self._request(variant, structure, folder, title), excluded=excluded)
+        exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
+        check_no_machine_paths(exported.path, title=title)
+        return exported
+
+    def _request(self, variant: Variant, structure: _Structure, folder: Path, title: str) -> ExportRequest:
+        return ExportRequest(
             module=copy.deepcopy(structure.module),
             signature=self.signature,
             variant=variant,
@@ -282,9 +394,6 @@ class _Export:
             captured=structure.captured,
             embedded=embedded_in(self.checkpoint, variant, sha256=self.digest),
         )
-        exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
-        check_no_machine_paths(exported.path, title=title)
-        return exported
 
     def _draft(self, variant: Variant, structure: _Structure, exported: Exported) -> Artifact:
         """The artifact as the runtime needs it, before anything was measured; it is never written."""
@@ -409,4 +518,6 @@ def _summary(artifact: Artifact) -> str:
             f"{accuracy.metric} {accuracy.value:.2%}, {accuracy.drop_points:+.2f} points lost "
             f"({accuracy.drop_low:+.2f} to {accuracy.drop_high:+.2f}), {accuracy.flips} flips"
         )
+    if artifact.repair is not None:
+        parts.append(f"{len(artifact.repair.layers)} of {artifact.repair.of} layers in fp32")
     return " · ".join(parts)

@@ -13,6 +13,8 @@ from dlops.errors import GateError
 
 # Norms, embeddings of a few rows and the like may stay wider; the weights that make the size and the speed may not.
 MIN_SHARE = 0.9
+# Where layers were returned to fp32 on purpose: below this the file is int8 in name only.
+MIN_REPAIRED_SHARE = 0.5
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 _STORED = {
     "fp32": frozenset({"FLOAT", "DOUBLE"}),
@@ -46,10 +48,10 @@ class Weights:
     users: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
-def check_precision(model: onnx.ModelProto, precision: str, *, title: str) -> None:
+def check_precision(model: onnx.ModelProto, precision: str, *, title: str, min_share: float = MIN_SHARE) -> None:
     """Raise GateError, naming the operators left over, unless the file is what `precision` says.
 
-    90 % of the weights must be stored in it, and activations quantized as it says or not at all.
+    `min_share` of the weights must be stored in it, and activations quantized as it says or not at all.
     """
     weights = stored_weights(model, matrices_alone=precision in _MATRICES_ALONE)
     total = weights.elements.total()
@@ -57,7 +59,7 @@ def check_precision(model: onnx.ModelProto, precision: str, *, title: str) -> No
         raise GateError(f"{title}: {precision} was asked for, the written file holds no weights")
     kept = sum(count for kind, count in weights.elements.items() if kind in _STORED[precision])
     others = Counter({key: n for key, n in weights.users.items() if key[0] not in _STORED[precision]})
-    if kept < MIN_SHARE * total:
+    if kept < min_share * total:
         left = ", ".join(f"{user} ({count} in {kind})" for (kind, user), count in others.most_common(5))
         raise GateError(
             f"{title}: {precision} was asked for, {kept / total:.0%} of the weights in the written file are in it"

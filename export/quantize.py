@@ -32,17 +32,29 @@ def quantizing(model: onnx.ModelProto, *, title: str) -> Iterator[tuple[Path, Pa
     Inside it ONNX Runtime's quantizer prints nothing. What it raises or logs as an error comes out as GateError, or
     MachineError where the disk is full.
     """
-    with tempfile.TemporaryDirectory(prefix="dlops-quantize-") as name, _strict_and_quiet():
+    with tempfile.TemporaryDirectory(prefix="dlops-quantize-") as name:
         folder = Path(name)
         source, prepared = folder / "source.onnx", folder / "prepared.onnx"
         source.write_bytes(model.SerializeToString())
-        try:
+        with explained(title=title, folder=folder, model_bytes=model.ByteSize()):
             # Symbolic inference is for transformers, and adds nothing to shapes that the exporter already inferred.
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             yield folder, prepared
-        except Exception as error:  # ORT raises classes of its own beside ValueError, RuntimeError and AssertionError
-            _check_room(error, folder, model.ByteSize(), title=title)
-            raise GateError(f"{title}: ONNX Runtime cannot quantize it: {error}") from error
+
+
+@contextmanager
+def explained(*, title: str, folder: Path | None = None, model_bytes: int = 0) -> Iterator[None]:
+    """Let ONNX Runtime's quantizer print nothing, and make a GateError of what it raises or logs as an error.
+
+    folder: where it writes, if it does: then MachineError where the disk has no room for twice `model_bytes`.
+    """
+    try:
+        with _strict_and_quiet():
+            yield
+    except Exception as error:  # ORT raises classes of its own beside ValueError, RuntimeError and AssertionError
+        if folder is not None:
+            _check_room(error, folder, model_bytes, title=title)
+        raise GateError(f"{title}: ONNX Runtime cannot quantize it: {error}") from error
 
 
 def rounded(weight: NDArray[np.float32], *, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -49,6 +49,7 @@ class Settings(Record):
     max_drop: float = Field(ge=0, le=100)
     strict: bool
     calibration_method: Calibration = "minmax"
+    repair: bool = True
     device: Device
 
 

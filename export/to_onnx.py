@@ -15,9 +15,9 @@ import torch
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
-from dlops.export.precision import check_precision
+from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precision
 from dlops.export.quantize_dynamic import quantize_dynamic
-from dlops.export.quantize_static import quantize_static
+from dlops.export.quantize_static import Calibrated, calibrate
 from dlops.export.quantize_weights import quantize_weights
 from dlops.signature import Signature
 
@@ -36,36 +36,46 @@ def export(request: ExportRequest) -> Exported:
     Raises UsageError where the module has what ONNX cannot hold (the operator is named), GateError where the written
     file's opset, names, dtypes, named dims or weights are others than those asked for.
     """
-    if "onnx" not in request.captured:
-        request.captured["onnx"] = _to_fp32(request).SerializeToString(deterministic=True)
-    model = onnx.load_from_string(request.captured["onnx"])
+    model = _captured(request)
     notes: dict[str, str | int | float | bool] = {"opset": OPSET}
     match request.variant.precision:
         case "fp16":
             model = _to_fp16(model, request)
         case "int8":
-            assert request.calibration is not None
-            model, found = quantize_static(
-                model, request.calibration, method=request.calibration_method, title=request.title
-            )
-            notes |= found
+            ranges = calibrated(request)
+            model = ranges.quantize(excluded=request.excluded)
+            notes |= ranges.notes(model)
         case "int8dyn":
             model, found = quantize_dynamic(model, title=request.title)
             notes |= found
         case "int8wo":
             model, found = quantize_weights(model, title=request.title)
             notes |= found
-    strip(model)
-    if request.embedded is not None:
-        onnx.helper.set_model_props(model, request.embedded.to_entries())
+    _label(model, request)
     if model.ByteSize() > _MAX_BYTES:
         raise UsageError(f"{request.title}: {model.ByteSize()} bytes; one ONNX file holds at most 2 GB")
     # Deterministic: maps sorted by key, so that the same checkpoint gives the same bytes.
     request.into.write_bytes(model.SerializeToString(deterministic=True))
-    written = onnx.load(request.into)
-    check_written(written, request.signature, precision=request.variant.precision, title=request.title)
+    check_written(
+        onnx.load(request.into), request.signature, precision=request.variant.precision, title=request.title,
+        min_share=MIN_REPAIRED_SHARE if request.excluded else MIN_SHARE,
+    )  # fmt: skip
     check_embedded(request)
+    if request.excluded:
+        _check_smaller(request)
     return Exported(path=request.into, notes=notes)
+
+
+def calibrated(request: ExportRequest) -> Calibrated:
+    """The fp32 graph with the ranges that its int8 form is made of, once for a module and a way to choose ranges."""
+    key = f"int8 {request.calibration_method}"
+    if key not in request.captured:
+        assert request.calibration is not None
+        request.captured[key] = calibrate(
+            _captured(request), request.calibration, method=request.calibration_method, title=request.title
+        )
+    found: Calibrated = request.captured[key]
+    return found
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -81,8 +91,13 @@ def strip(model: onnx.ModelProto) -> None:
     _strip_graph(model.graph)
 
 
-def check_written(model: onnx.ModelProto, signature: Signature, *, precision: str, title: str) -> None:
-    """Raise GateError unless the file has the opset, names, dtypes, dims and precision that were asked for."""
+def check_written(
+    model: onnx.ModelProto, signature: Signature, *, precision: str, title: str, min_share: float = MIN_SHARE
+) -> None:
+    """Raise GateError unless the file has the opset, names, dtypes, dims and precision that were asked for.
+
+    min_share: of the weights, the fraction that must be stored in the precision.
+    """
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -98,7 +113,32 @@ def check_written(model: onnx.ModelProto, signature: Signature, *, precision: st
         found = [_described(value) for value in values]
         if wanted != found:
             raise GateError(f"{title}: {kind} asked for: {wanted}; in the written file: {found}")
-    check_precision(model, precision, title=title)
+    check_precision(model, precision, title=title, min_share=min_share)
+
+
+def _captured(request: ExportRequest) -> onnx.ModelProto:
+    if "onnx" not in request.captured:
+        request.captured["onnx"] = _to_fp32(request).SerializeToString(deterministic=True)
+    return onnx.load_from_string(request.captured["onnx"])
+
+
+def _label(model: onnx.ModelProto, request: ExportRequest) -> None:
+    """Let it say of itself what was asked for and nothing else."""
+    strip(model)
+    if request.embedded is not None:
+        onnx.helper.set_model_props(model, request.embedded.to_entries())
+
+
+def _check_smaller(request: ExportRequest) -> None:
+    """Raise GateError where int8 with layers left in fp32 no longer saves anything."""
+    whole = _captured(request)
+    _label(whole, request)
+    quantized, dense = request.into.stat().st_size, whole.ByteSize()
+    if quantized >= dense:
+        raise GateError(
+            f"{request.title}: with {len(request.excluded)} operators left in fp32 the file has {quantized} bytes, "
+            f"and all in fp32 it has {dense}: int8 in name only"
+        )
 
 
 def _to_fp32(request: ExportRequest) -> onnx.ModelProto:

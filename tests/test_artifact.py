@@ -13,8 +13,10 @@ from dlops.artifact import (
     PRECISIONS,
     Accuracy,
     Artifact,
+    FloatLayer,
     Parity,
     Provenance,
+    Repair,
     Tolerance,
     Variant,
     check_sparsity,
@@ -80,6 +82,10 @@ ARTIFACT = Artifact(
     provenance=Provenance(
         checkpoint="digits", checkpoint_sha256="cd" * 32, dlops_version="0.1.0", environment=ENVIRONMENT,
         command=("dlops", "export"), notes={"opset": 18},
+    ),
+    repair=Repair(
+        because="it lost", of=4, float_share=0.25, tries=3,
+        layers=(FloatLayer(name="body.0", operator="Conv", weights=27, alone_db=9.5, share=0.75),),
     ),
     files={"model": payload("model-0123456789abcdef.onnx"), "samples": payload("samples-0123456789abcdef.safetensors")},
 )  # fmt: skip

@@ -99,6 +99,7 @@ MISTAKES = [
     pytest.param(["inspect", "nowhere"], ["nowhere"], id="nothing to inspect"),
     pytest.param(["quickstart", "--data", "nowhere.tar.gz"], ["nowhere.tar.gz"], id="quickstart on missing data"),
     pytest.param(["export", "--variant", "onnx", "--format", "onnx"], ["--variant"], id="variant and format"),
+    pytest.param(["export", "--explain", "onnx-int8", "--precision", "int8"], ["--explain"], id="explain and export"),
 ]
 
 

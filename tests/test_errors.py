@@ -15,6 +15,7 @@ from dlops.errors import (
     DlopsError,
     GateError,
     InputError,
+    LossError,
     MachineError,
     NoVerdictError,
     UsageError,
@@ -27,8 +28,8 @@ from dlops.errors import (
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
-        (GateError, 1), (UsageError, 2), (InputError, 2), (CorruptError, 2), (NoVerdictError, 3), (MachineError, 4),
-        (DlopsError, 70),
+        (GateError, 1), (LossError, 1), (UsageError, 2), (InputError, 2), (CorruptError, 2), (NoVerdictError, 3),
+        (MachineError, 4), (DlopsError, 70),
     ],
 )  # fmt: skip
 def test_every_error_has_its_exit_status(kind: type[DlopsError], status: int) -> None:
@@ -37,7 +38,7 @@ def test_every_error_has_its_exit_status(kind: type[DlopsError], status: int) ->
 
 def test_the_docstring_draws_every_error() -> None:
     kinds = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, DlopsError)]
-    assert len(kinds) == 7
+    assert len(kinds) == 8
     assert all(f"{kind.__name__} " in str(errors.__doc__) for kind in kinds)
 
 

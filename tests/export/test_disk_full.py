@@ -14,7 +14,7 @@ from dlops.artifact import Artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import MachineError
 from dlops.export import quantize
-from dlops.export.quantize_static import quantize_static
+from dlops.export.quantize_static import calibrate
 
 _LIMITED = """
 import importlib.util, resource, signal, sys
@@ -78,4 +78,4 @@ def test_a_file_that_the_quantizer_cut_short_is_a_full_disk_where_there_is_no_ro
     monkeypatch.setattr(quantize, "quant_pre_process", cut)
     feed = exported_dense["onnx-fp32"].samples().inputs
     with pytest.raises(MachineError, match="the disk is full"):
-        quantize_static(model, feed, method="minmax", title="it")
+        calibrate(model, feed, method="minmax", title="it")

@@ -13,7 +13,7 @@ from torch import nn
 from dlops.checkpoint import Checkpoint
 from dlops.export.formats import CALIBRATIONS, Calibration
 from dlops.export.pipeline import export_variants
-from dlops.export.quantize_static import quantize_static
+from dlops.export.quantize_static import calibrate
 
 
 def _convolution() -> onnx.ModelProto:
@@ -29,10 +29,11 @@ def _convolution() -> onnx.ModelProto:
 
 def _input_range(rows: np.ndarray, method: Calibration) -> tuple[float, dict[str, object]]:
     """The width of the range that the input is quantized over, and the notes."""
-    model, notes = quantize_static(_convolution(), {"x": rows}, method=method, title="it")
+    calibrated = calibrate(_convolution(), {"x": rows}, method=method, title="it")
+    model = calibrated.quantize()
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     (node,) = (node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "x")
-    return float(arrays[node.input[1]]) * 255, dict(notes)
+    return float(arrays[node.input[1]]) * 255, dict(calibrated.notes(model))
 
 
 def test_a_few_outliers_widen_the_range_of_minmax_alone() -> None:

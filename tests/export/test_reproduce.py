@@ -40,7 +40,7 @@ RECORD = ExportRecord(
     command=("dlops", "export", "runs/digits", "--variant", "onnx-int8-pruned50"),
     checkpoint=CheckpointUsed(name="digits", version="2", path="runs/digits", sha256="cd" * 32),
     variant=Variant(format="onnx", precision="int8", sparsity="pruned50"),
-    settings=Settings(max_drop=1.5, strict=False, device="auto"),
+    settings=Settings(max_drop=1.5, strict=False, calibration_method="minmax", repair=False, device="auto"),
     calibration=CalibrationUsed(samples=400, sha256="ef" * 32, method="minmax"),
     seeds={"recovery": 7},
     packages={"python": "3.11.7", "dlops": "0.1.0", "torch": "2.14.1"},
@@ -64,6 +64,14 @@ def test_the_golden_file_holds_every_field_of_every_record() -> None:
     schema = ExportRecord.model_json_schema(by_alias=True)
     for record in (schema, *schema["$defs"].values()):
         assert names >= set(record.get("properties", {})), record["title"]
+
+
+def test_a_record_from_before_calibration_methods_and_repair_is_read() -> None:
+    older = json.loads(GOLDEN.read_text())
+    for name in ("calibration_method", "repair"):
+        del older["settings"][name]
+    settings = ExportRecord.model_validate(older).settings
+    assert (settings.calibration_method, settings.repair) == ("minmax", True)
 
 
 def _field_names(document: object) -> set[str]:
@@ -94,7 +102,7 @@ def _field_names(document: object) -> set[str]:
         ({"variant": Variant(format="onnx")}, ["variant onnx-int8-pruned50, now onnx-fp32"]),
         (
             {"settings": Settings(max_drop=1.5, strict=True, device="cpu")},
-            ["strict False, now True", "device auto, now cpu"],
+            ["strict False, now True", "repair False, now True", "device auto, now cpu"],
         ),
         (
             {"calibration": CalibrationUsed(samples=400, sha256="ef" * 32, method=None)},

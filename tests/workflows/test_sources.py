@@ -208,6 +208,15 @@ def test_several_inputs_and_named_outputs_of_a_function(here: Path, capsys) -> N
         assert run(["verify", str(artifact.directory)]) == 0
 
 
+def test_the_layers_of_a_named_model_are_explained(here: Path, capsys) -> None:
+    two_inputs(here / "samples.safetensors")
+    options = ["--samples", "samples.safetensors", *TWO_INPUTS, "--out", "pages"]
+    assert run(["export", "python:own_module:make", *options, "--explain", "onnx-int8"]) == 0
+    assert "Gemm" in capsys.readouterr().out
+    assert [path.name for path in Path("pages").iterdir()] == ["make-onnx-int8-layers.html"]
+    assert not Path("artifacts").exists()
+
+
 def test_images_for_a_function_follow_its_input(here: Path, photos: Path) -> None:
     (here / "images_module.py").write_text(
         "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, 2))\n"

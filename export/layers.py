@@ -1,0 +1,265 @@
+"""Which layers of a model int8 hurts: the error that each one adds, measured on calibration samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from dlops.console import progress_bar
+from dlops.errors import GateError
+from dlops.export.quantize import spread
+from dlops.export.quantize_static import OPERATORS, Calibrated
+from dlops.parity import run_batched
+from dlops.runtimes import SessionOptions
+from dlops.runtimes.onnxruntime import OnnxSession
+from dlops.signature import Array, Feed, Signature, TensorSpec
+
+# The order of layers is the same from here up on the networks tried, and every layer costs a pass over them.
+RANKING_SAMPLES = 64
+_BATCH = 16
+# Every layer's output is held at once, in two models.
+_ALL_OUTPUTS_BATCH = 4
+# These take over the scale of what they are given: they add no error of their own, and stay or go with their source.
+_FOLLOWERS = frozenset(
+    {"Relu", "Clip", "MaxPool", "AveragePool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice"}
+    | {"Split"}
+)
+# What the quantizer takes into the operator before it.
+_TAKEN_IN = frozenset({"Relu", "Clip"})
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One quantized operator of the fp32 graph.
+
+    name: its module's, or the node's where it has no weights. kind: what sort of its operator it is, "3×3 depthwise",
+    say. nodes: of the graph, its own first, then those that only hand on what it gives. output: the tensor. weights:
+    elements, biases left out.
+    """
+
+    name: str
+    operator: str
+    kind: str
+    nodes: tuple[str, ...]
+    output: str
+    weights: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerError:
+    """What int8 does to one layer and through it to the model's outputs.
+
+    local_db: SQNR of the layer's output in the model that is int8 throughout, so with the error that comes in.
+    alone_db: SQNR of the model's outputs where this layer alone is int8. Both null where there is no error
+    at all. share: of the error power that all layers add alone, in [0, 1].
+    """
+
+    layer: Layer
+    local_db: float | None
+    alone_db: float | None
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """layers: those that add most to the error of the outputs first. output_db: their SQNR with all layers in int8."""
+
+    title: str
+    layers: tuple[LayerError, ...]
+    output_db: float | None
+    samples: int
+
+    @property
+    def weights(self) -> int:
+        return sum(error.layer.weights for error in self.layers)
+
+
+def rank_layers(calibrated: Calibrated, feed: Feed, signature: Signature) -> Ranking:
+    """Quantize one layer at a time, and order layers by the error at the model's outputs, largest first.
+
+    feed: calibration samples, of which 64 are used, evenly spread. Raises GateError where nothing is quantized.
+
+    Why one at a time, and not the SQNR of each layer's own output in the int8 model: that one holds all the error that
+    came in from before, so it blames the last layers for what the first one did, and it does not know what the outputs
+    make of an error. Nor one layer fewer at a time: an activation between two layers stays in int8 for as long as
+    either of them is, so that leaving one out shows nothing where leaving out both would. The three orders are compared
+    in docs/benchmarks/int8-repair.md.
+    """
+    samples = spread(feed, RANKING_SAMPLES)
+    whole = calibrated.quantize()
+    layers = find_layers(calibrated.model, whole)
+    if not layers:
+        raise GateError(f"{calibrated.title}: ONNX Runtime quantizes none of its operators, so there is none to rank")
+    local = _local_db(calibrated, whole, layers, samples, signature)
+    expected = model_outputs(calibrated.model, samples, signature, title=calibrated.title)
+    total = relative_noise(expected, model_outputs(whole, samples, signature, title=calibrated.title))
+    noises = []
+    with progress_bar(f"{calibrated.title}: layers", total=len(layers)) as bar:
+        for layer in layers:
+            alone = calibrated.quantize(only=layer.nodes)
+            noises.append(relative_noise(expected, model_outputs(alone, samples, signature, title=calibrated.title)))
+            bar.advance(note=layer.name)
+    added = sum(noises)
+    errors = [
+        LayerError(
+            layer=layer, local_db=local[layer.output], alone_db=_db(noise), share=noise / added if added else 0.0
+        )
+        for layer, noise in zip(layers, noises, strict=True)
+    ]
+    errors.sort(key=lambda error: -error.share)
+    return Ranking(
+        title=calibrated.title,
+        layers=tuple(errors),
+        output_db=_db(total),
+        samples=len(next(iter(samples.values()))),
+    )
+
+
+def find_layers(model: onnx.ModelProto, quantized: onnx.ModelProto) -> list[Layer]:
+    """The operators of the fp32 graph `model` that `quantized` computes in int8, in the graph's order."""
+    dequantized = {name for node in _of_type(quantized, "DequantizeLinear") for name in node.output}
+    inside = {node.name for node in quantized.graph.node if dequantized & set(node.input)}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type in _FLOATS}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    layers = []
+    for node in model.graph.node:
+        if node.name not in inside or node.op_type not in OPERATORS - _FOLLOWERS:
+            continue
+        own = [weights[name] for name in node.input if name in weights and len(weights[name].dims) > 1]
+        layers.append(
+            Layer(
+                name=_layer_name(node, own),
+                operator=node.op_type,
+                kind=_kind(node, own),
+                nodes=(node.name, *(follower.name for follower in _followers(node, readers))),
+                output=_output(node, readers),
+                weights=sum(math.prod(tensor.dims) for tensor in own),
+            )
+        )
+    return layers
+
+
+def model_outputs(model: onnx.ModelProto, feed: Feed, signature: Signature, *, title: str) -> dict[str, Array]:
+    """What ONNX Runtime computes of a graph on the CPU."""
+    session = OnnxSession(
+        model.SerializeToString(), signature=signature, precision="int8", options=SessionOptions(device="cpu"),
+        title=title,
+    )  # fmt: skip
+    try:
+        return run_batched(session, feed, min(_BATCH, signature.max_batch))
+    finally:
+        session.close()
+
+
+def relative_noise(expected: Feed, found: Feed) -> float:
+    """Power of the error over the power of the signal, the mean over the outputs."""
+    ratios = []
+    for name, array in expected.items():
+        noise, signal = _error_power(found[name], array), _power(array)
+        ratios.append(noise / signal if signal else (0.0 if noise == 0 else math.inf))
+    return sum(ratios) / len(ratios)
+
+
+def _local_db(
+    calibrated: Calibrated, whole: onnx.ModelProto, layers: Sequence[Layer], feed: Feed, signature: Signature
+) -> dict[str, float | None]:
+    """The SQNR of every layer's output by tensor: what the int8 model has there against what the fp32 model has."""
+    places = _stand_ins(whole, [layer.output for layer in layers])
+    runs = zip(
+        _all_outputs(calibrated.model, list(places), feed, signature, title=calibrated.title),
+        _all_outputs(whole, list(places.values()), feed, signature, title=calibrated.title),
+        strict=True,
+    )
+    noise, signal = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0.0)
+    for expected, found in runs:
+        for name, place in places.items():
+            noise[name] += _error_power(found[place], expected[name])
+            signal[name] += _power(expected[name])
+    return {name: _db(noise[name] / signal[name] if signal[name] else math.inf) for name in places}
+
+
+def _all_outputs(
+    model: onnx.ModelProto, tensors: Sequence[str], feed: Feed, signature: Signature, *, title: str
+) -> Iterator[Feed]:
+    """Those tensors of the graph, batch by batch."""
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    there = {value.name for value in model.graph.output}
+    wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in there)
+    session = OnnxSession(
+        wide.SerializeToString(),
+        signature=signature.model_copy(
+            update={"outputs": tuple(TensorSpec(name=name, dtype="float32", shape=("batch",)) for name in tensors)}
+        ),
+        precision="int8", options=SessionOptions(device="cpu"), title=title,
+    )  # fmt: skip
+    size = min(_ALL_OUTPUTS_BATCH, signature.max_batch)
+    try:
+        for start in range(0, len(next(iter(feed.values()))), size):
+            yield session.run({name: array[start : start + size] for name, array in feed.items()})
+    finally:
+        session.close()
+
+
+def _stand_ins(quantized: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, str]:
+    """For each tensor of the fp32 graph the one in its place that later layers of the int8 graph read."""
+    rounded = {node.input[0]: node.output[0] for node in _of_type(quantized, "QuantizeLinear")}
+    back = {node.input[0]: node.output[0] for node in _of_type(quantized, "DequantizeLinear")}
+    # An output of the model keeps its name, and what it was before rounding gets another.
+    return {name: back[rounded[name]] if name in rounded else name for name in tensors}
+
+
+def _followers(node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]]) -> Iterator[onnx.NodeProto]:
+    for name in node.output:
+        for reader in readers.get(name, []):
+            if reader.op_type in _FOLLOWERS and reader.input[0] == name:
+                yield reader
+                yield from _followers(reader, readers)
+
+
+def _output(node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]]) -> str:
+    name = node.output[0]
+    while len(following := readers.get(name, [])) == 1 and following[0].op_type in _TAKEN_IN:
+        name = following[0].output[0]
+    return str(name)
+
+
+def _layer_name(node: onnx.NodeProto, own: Sequence[onnx.TensorProto]) -> str:
+    """As the module calls itself: its weight's name without the last part."""
+    module, dot, _ = own[0].name.rpartition(".") if own else ("", "", "")
+    return module if dot else node.name
+
+
+def _kind(node: onnx.NodeProto, own: Sequence[onnx.TensorProto]) -> str:
+    if not own:
+        return "–"
+    dims = list(own[0].dims)
+    if node.op_type not in ("Conv", "ConvTranspose"):
+        return "×".join(map(str, dims))
+    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    grouped = "" if groups == 1 else " depthwise" if dims[1] == 1 else f" in {groups} groups"
+    return "×".join(map(str, dims[2:])) + grouped
+
+
+def _of_type(model: onnx.ModelProto, kind: str) -> Iterator[onnx.NodeProto]:
+    return (node for node in model.graph.node if node.op_type == kind)
+
+
+def _power(values: Array) -> float:
+    return float(np.square(np.asarray(values, np.float64)).sum())
+
+
+def _error_power(found: Array, expected: Array) -> float:
+    return _power(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
+
+
+def _db(noise: float) -> float | None:
+    return None if noise == 0 else -10 * math.log10(noise)
