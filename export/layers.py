@@ -18,7 +18,7 @@ from dlops.runtimes import SessionOptions
 from dlops.runtimes.onnxruntime import OnnxSession
 from dlops.signature import Array, Feed, Signature, TensorSpec
 
-# The order of layers is the same from here up on the networks tried, and every layer costs a pass over them.
+# Every layer costs a pass over them, and what makes a layer fail shows on any of them.
 RANKING_SAMPLES = 64
 _BATCH = 16
 # Every layer's output is held at once, in two models.
