@@ -51,11 +51,12 @@ def test_no_call_that_counts_has_fewer_beside_it() -> None:
 
         return call
 
-    arm = Together([Local("short", lasting(0.001)), Local("long", lasting(0.03)), Local("longer", lasting(0.05))])
+    arm = Together([Local("short", lasting(0.001)), Local("long", lasting(0.03)), Local("longer", lasting(0.6))])
     arm.warm_up(0.2)
     turn = arm.take_turn(0.01)
     assert len(ended) == 3
-    assert min(ended.values()) >= int((turn.starts_ns + turn.latencies_ns).max()) - 5_000_000
+    # The others would be half a second ahead; a busy machine may delay a caller by some milliseconds.
+    assert min(ended.values()) >= int((turn.starts_ns + turn.latencies_ns).max()) - 300_000_000
 
 
 def test_what_one_call_raises_goes_through() -> None:
