@@ -150,6 +150,10 @@ def export(
         _usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
     if explain_ and (variant or format_ or precision or sparsity):
         _usage("--explain names the variant that it explains, and exports none", "leave out the other variants")
+    if explain_:
+        gates = {"--max-drop", "--strict", "--repair", "--force"}
+        if given := [option for option in _given(context, but=set()) if option in gates]:
+            _usage(f"{', '.join(given)}: for what is exported, and --explain exports nothing", "leave it out")
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
     from dlops.workflows.sources import adopt, is_source, parse_arguments
 

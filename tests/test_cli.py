@@ -75,6 +75,11 @@ MISTAKES = [
     pytest.param(["train", "cnn", "--resume"], ["resume"], id="nothing to resume"),
     pytest.param(["export"], ["no checkpoint", "dlops train"], id="no checkpoint yet"),
     pytest.param(["export", "nowhere"], ["nowhere", "checkpoint.json"], id="checkpoint missing"),
+    pytest.param(
+        ["export", "--explain", "onnx-int8", "--max-drop", "2", "--no-repair"],
+        ["--max-drop, --repair", "--explain exports nothing"],
+        id="gates of nothing",
+    ),
     pytest.param(["verify"], ["no artifact", "dlops export"], id="no artifact yet"),
     pytest.param(["serve"], ["no artifact"], id="nothing to serve"),
     pytest.param(["bench"], ["no artifact"], id="nothing to bench"),
