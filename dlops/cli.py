@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dlops import signals
+from dlops.cli_common import (
+    Device,
+    Json,
+    Threads,
+    command_line,
+    find_artifact,
+    find_checkpoint,
+    given_options,
+    print_result,
+    usage,
+)
+from dlops.cli_export import export
 from dlops.explain import complain, explain
 
 if TYPE_CHECKING:
     from dlops.artifact import Artifact
-    from dlops.checkpoint import Checkpoint
 
 # typer carries its own copy of click since 0.20 and names the base of its usage errors nowhere public.
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -50,11 +60,6 @@ class _Boundary(StrEnum):
     PREPROCESSING = "preprocessing"
 
 
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where it works.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="For one operator; all cores if left out.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-
-
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="cnn or mlp.")],
@@ -74,134 +79,15 @@ def train(
     from dlops.train import launch
 
     if help_config:
-        _print(launch.describe(recipe))
+        print_result(launch.describe(recipe))
         return
     overrides = [*(set_ or []), *([f"data={data}"] if data else [])]
     settings = launch.configure(recipe, preset=preset, config_file=config, overrides=overrides)
     checkpoint = launch.train_recipe(recipe, settings, run_dir=run_dir, resume=resume)
-    _print(checkpoint.directory)
+    print_result(checkpoint.directory)
 
 
-@app.command()
-def export(
-    context: typer.Context,
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(
-            help="A run folder; the newest if left out. Or torchvision:NAME, timm:NAME, python:module:function."
-        ),
-    ] = None,
-    format_: Annotated[list[str] | None, typer.Option("--format", help="torchscript, onnx; repeatable.")] = None,
-    precision: Annotated[
-        list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")
-    ] = None,
-    sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN (NN % of the MACs); repeatable.")] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
-    max_drop: Annotated[float, typer.Option(min=0, help="Points of the task's metric that may be lost.")] = 1.0,
-    strict: Annotated[bool, typer.Option(help="Hold the interval's bound to --max-drop, not the estimate.")] = False,
-    calibration: Annotated[
-        Literal["minmax", "entropy", "percentile"], typer.Option(help="How int8 chooses the ranges of activations.")
-    ] = "minmax",
-    repair: Annotated[
-        bool, typer.Option(help="Where int8 loses too much: return the layers at fault to fp32, as few as pass.")
-    ] = True,
-    explain_: Annotated[
-        str | None,
-        typer.Option(
-            "--explain", metavar="VARIANT", help="Export nothing: show how much error int8 adds in each layer."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where artifacts go, artifacts if left out; the page of --explain, reports.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Also what lies there already, unchanged.")] = False,
-    reproduce: Annotated[
-        Path | None,
-        typer.Option(metavar="ARTIFACT", help="Make that artifact again, and compare the two byte by byte."),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Of a named model: random, a file, or published ones by name.")
-    ] = None,
-    samples: Annotated[
-        str | None, typer.Option(help="Of a named model: a data set, folder or .safetensors to check it on.")
-    ] = None,
-    input_: Annotated[
-        list[str] | None, typer.Option("--input", metavar="NAME:DTYPE[DIMS]", help="Of a named model; repeatable.")
-    ] = None,
-    output: Annotated[list[str] | None, typer.Option(help="Names of a named model's outputs; repeatable.")] = None,
-    preprocess: Annotated[
-        str | None, typer.Option(help="Of a named model: imagenet, unit or a JSON file of steps.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Arguments of a named model's builder.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="What a named model's artifacts are called.")] = None,
-) -> None:
-    """Export variants of a checkpoint, or of a model by name, each checked against it.
-
-    One that lies in --out already, whole, working and of the same making, is kept as it is.
-    """
-    if reproduce is not None:
-        _reproduce(reproduce, Path(checkpoint) if checkpoint else None, model=model, out=out, context=context)
-        return
-    if variant and (format_ or precision or sparsity):
-        _usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
-    if explain_ and (variant or format_ or precision or sparsity):
-        _usage("--explain names the variant that it explains, and exports none", "leave out the other variants")
-    if explain_:
-        gates = {"--max-drop", "--strict", "--repair", "--force"}
-        if given := [option for option in _given(context, but=set()) if option in gates]:
-            _usage(f"{', '.join(given)}: for what is exported, and --explain exports nothing", "leave it out")
-    slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
-    from dlops.workflows.sources import adopt, is_source, parse_arguments
-
-    for_sources = {"weights", "samples", "input_", "output", "preprocess", "set_", "name"}
-    if checkpoint is not None and is_source(checkpoint):
-        if model is not None:
-            _usage("--model builds a checkpoint's module, and this is none", f"{checkpoint} says what builds it")
-        if samples is None:
-            _usage(f"{checkpoint}: nothing to check it on", "--samples DATASET, FOLDER or FILE.safetensors")
-        adopted = adopt(
-            checkpoint, samples=samples, weights=weights, inputs=input_ or [], preprocess=preprocess,
-            arguments=parse_arguments(set_ or []), output_names=output or [], name=name,
-        )  # fmt: skip
-        found, source = adopted.checkpoint, adopted.model
-    else:
-        others = {one.name for one in context.command.params if one.name} - for_sources
-        if given := _given(context, but=others):
-            _usage(f"{given[0]} is for torchvision:, timm: and python: models", "leave it out")
-        # Before PyTorch is imported, which takes seconds: a missing checkpoint is said at once.
-        found = _checkpoint(Path(checkpoint) if checkpoint else None)
-        from dlops.checkpoint import import_model_source
-
-        source = import_model_source(model) if model else None
-    from dlops.export.pipeline import export_variants, rank_variant
-
-    if explain_:
-        from dlops.console import say
-        from dlops.export.explain import render_table, write_page
-
-        ranking = rank_variant(found, variant=explain_, model=source, calibration_method=calibration, device=device)
-        _print(render_table(ranking))
-        say(f"page: {write_page(ranking, out or Path('reports'))}")
-        return
-    artifacts = export_variants(
-        found,
-        variants=slugs,
-        out=out or "artifacts",
-        model=source,
-        max_drop=max_drop,
-        strict=strict,
-        calibration_method=calibration,
-        repair=repair,
-        device=device,
-        force=force,
-        command=_command(),
-    )
-    for artifact in artifacts:
-        _print(artifact.directory)
+app.command()(export)
 
 
 @app.command()
@@ -222,7 +108,7 @@ def verify(
     from dlops.export.verify import verify_artifact
     from dlops.runtimes import SessionOptions
 
-    opened = _artifact(artifact)
+    opened = find_artifact(artifact)
     say(f"{opened.title}: verifying")
     verification = verify_artifact(
         opened,
@@ -230,7 +116,7 @@ def verify(
         checkpoint=load_checkpoint(checkpoint) if checkpoint else None,
         model=import_model_source(model) if model else None,
     )
-    _print(verification.model_dump_json(indent=2) if json else verification.summary())
+    print_result(verification.model_dump_json(indent=2) if json else verification.summary())
 
 
 @app.command()
@@ -248,7 +134,9 @@ def serve(
     """
     from dlops.serve.launch import serve_artifact
 
-    status = serve_artifact(_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers)
+    status = serve_artifact(
+        find_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers
+    )
     raise typer.Exit(status)
 
 
@@ -323,27 +211,27 @@ def bench(
     if from_ is not None:
         from dlops.workflows.reanalyse import reanalyse_report
 
-        also_given = _given(context, but={"from_", "out", "json", "markdown", "csv", "html"})
+        also_given = given_options(context, but={"from_", "out", "json", "markdown", "csv", "html"})
         raise typer.Exit(reanalyse_report(from_, outputs, also_given=also_given))
     if calibrate and not target and checkpoint is None:
         from dlops.workflows.calibration import calibrate_alone
 
-        raise typer.Exit(calibrate_alone(json=json, also_given=_given(context, but={"calibrate", "json"})))
+        raise typer.Exit(calibrate_alone(json=json, also_given=given_options(context, but={"calibrate", "json"})))
     if duration is not None and max_duration is not None:
-        _usage("--duration sets the seconds, and --max-duration limits what a pilot sets", "leave one of them out")
+        usage("--duration sets the seconds, and --max-duration limits what a pilot sets", "leave one of them out")
     if payload is not None and not any("://" in name for name in target or []):
-        _usage("--payload is what URLs are sent, and there is none", "leave it out, or name http://HOST:PORT")
+        usage("--payload is what URLs are sent, and there is none", "leave it out, or name http://HOST:PORT")
     if model is not None and checkpoint is None:
-        _usage("--model builds a checkpoint's module, and there is none", "name its run with --checkpoint")
-    if not rate and slo is None and "--arrivals" in _given(context, but=set()):
-        _usage("--arrivals is for requests at a rate", "add --rate or --slo")
+        usage("--model builds a checkpoint's module, and there is none", "name its run with --checkpoint")
+    if not rate and slo is None and "--arrivals" in given_options(context, but=set()):
+        usage("--arrivals is for requests at a rate", "add --rate or --slo")
     offered = offer(rate or [], arrivals=arrivals, pauses=pauses, trace=trace, slo=slo, senders=senders)
-    targets: list[Artifact | str] = [name if "://" in name else _artifact(Path(name)) for name in target or []] or [
-        _artifact(None)
+    targets: list[Artifact | str] = [name if "://" in name else find_artifact(Path(name)) for name in target or []] or [
+        find_artifact(None)
     ]
     status = benchmark(
         targets,
-        checkpoint=_checkpoint(checkpoint) if checkpoint else None,
+        checkpoint=find_checkpoint(checkpoint) if checkpoint else None,
         compiled=compile_,
         batch=batch or None,
         boundary=[one.value for one in boundary or [_Boundary.HOST]],
@@ -357,11 +245,11 @@ def bench(
         engine=engine,
         duration_s=duration,
         max_duration_s=max_duration,
-        payload=_artifact(payload) if payload else None,
+        payload=find_artifact(payload) if payload else None,
         model=model,
         profile=profile,
         outputs=outputs,
-        command=_command(),
+        command=command_line(),
         calibrate=calibrate,
     )
     raise typer.Exit(status)
@@ -406,7 +294,7 @@ def compare(
         out_dir=out,
         markdown=markdown,
         json=json,
-        command=_command(),
+        command=command_line(),
     )
     raise typer.Exit(status)
 
@@ -421,18 +309,18 @@ def deploy(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="docker: which image.")] = "cpu",
 ) -> None:
     """Package an artifact to run elsewhere."""
-    chosen = _artifact(artifact)
+    chosen = find_artifact(artifact)
     if kind == "bento":
         from dlops.deploy.bento import build_bento
 
         bento = build_bento(chosen, out=out)
-        _print(f"{bento.tag}\n{bento.path}")
+        print_result(f"{bento.tag}\n{bento.path}")
         return
     from dlops.deploy.docker import write_docker_context
 
     if out is None:
-        _usage("deploy docker writes a folder", "name it with --out DIR")
-    _print(write_docker_context(chosen, out=out, device=device))
+        usage("deploy docker writes a folder", "name it with --out DIR")
+    print_result(write_docker_context(chosen, out=out, device=device))
 
 
 @app.command()
@@ -446,10 +334,10 @@ def inspect(
 
     if is_model_file(path):
         file = describe_file(path)
-        _print(file.to_json() if json else file.render())
+        print_result(file.to_json() if json else file.render())
         return
     description = describe(path)
-    _print(description.to_json() if json else description.render())
+    print_result(description.to_json() if json else description.render())
     description.check()
 
 
@@ -459,7 +347,7 @@ def list_(root: Annotated[Path, typer.Argument(help="The working folder.")] = Pa
     from dlops.inspect import list_all
 
     listing = list_all(root)
-    _print(listing.to_json() if json else listing.render())
+    print_result(listing.to_json() if json else listing.render())
 
 
 @app.command()
@@ -471,7 +359,7 @@ def doctor(json: Json = False) -> None:
     from dlops.doctor import examine, render
 
     findings = examine()
-    _print(findings.model_dump_json(indent=2) if json else render(findings))
+    print_result(findings.model_dump_json(indent=2) if json else render(findings))
 
 
 @app.command()
@@ -498,32 +386,8 @@ def quickstart(
         max_drop=max_drop,
         duration_s=duration,
         device=device,
-        command=_command(),
+        command=command_line(),
     )
-
-
-def _reproduce(
-    artifact: Path, checkpoint: Path | None, *, model: str | None, out: Path | None, context: typer.Context
-) -> None:
-    also_given = _given(context, but={"checkpoint", "reproduce", "model", "out"})
-    if also_given:
-        _usage(f"--reproduce takes its settings from the artifact: leave out {', '.join(also_given)}", "--out may stay")
-    from dlops.artifact import open_artifact
-
-    # Before PyTorch is imported, which takes seconds: a missing folder is said at once.
-    opened, found = open_artifact(artifact), _checkpoint(checkpoint) if checkpoint else None
-    from dlops.checkpoint import import_model_source
-    from dlops.export.reproduce import reproduce_artifact
-
-    reproduction = reproduce_artifact(
-        opened,
-        found,
-        model=import_model_source(model) if model else None,
-        out=out,
-        command=_command(),
-    )
-    _print(reproduction.summary())
-    reproduction.check()
 
 
 def _version(value: bool) -> None:
@@ -553,63 +417,3 @@ def run(arguments: list[str]) -> int:
         return complain(error.format_message(), hint="dlops --help lists commands and options", status=2)
     except Exception as error:  # noqa: BLE001 - the last resort: what is not ours to explain is our bug
         return signals.received_status() or explain(error)
-
-
-def _usage(message: str, hint: str) -> NoReturn:
-    from dlops.errors import UsageError
-
-    raise UsageError(message, hint=hint)
-
-
-def _given(context: typer.Context, *, but: set[str]) -> list[str]:
-    """What the command line gives beside the parameters of those names: `TARGET`, `--duration`."""
-    return [
-        one.opts[0] if one.param_type_name == "option" else one.opts[0].upper()
-        for one in context.command.params
-        if one.name is not None and one.name not in but
-        and (source := context.get_parameter_source(one.name)) is not None and source.name == "COMMANDLINE"
-    ]  # fmt: skip
-
-
-def _command() -> tuple[str, ...]:
-    return ("dlops", *sys.argv[1:])
-
-
-def _print(thing: Any) -> None:
-    from dlops.console import out
-
-    if isinstance(thing, (str, Path)):
-        out.print(str(thing), markup=False, emoji=False, soft_wrap=True)
-    else:
-        out.print(thing)
-
-
-def _slugs(formats: list[str], precisions: list[str], sparsities: list[str]) -> list[str]:
-    return [
-        "-".join([form, precision, *([] if sparsity == "dense" else [sparsity])])
-        for sparsity in sparsities
-        for form in formats
-        for precision in precisions
-    ]
-
-
-def _checkpoint(path: Path | None) -> Checkpoint:
-    from dlops.checkpoint import load_checkpoint, newest_checkpoint
-    from dlops.console import say
-
-    if path is not None:
-        return load_checkpoint(path)
-    checkpoint = newest_checkpoint()
-    say(f"Taking the newest checkpoint: {checkpoint.directory}")
-    return checkpoint
-
-
-def _artifact(path: Path | None) -> Artifact:
-    from dlops.artifact import newest_artifact, open_artifact
-    from dlops.console import say
-
-    if path is not None:
-        return open_artifact(path)
-    artifact = newest_artifact()
-    say(f"Taking the newest artifact: {artifact.directory}")
-    return artifact

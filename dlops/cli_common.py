@@ -1,0 +1,68 @@
+"""What the commands share: options that several take, what is left out found, usage errors, and stdout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from dlops.artifact import Artifact
+    from dlops.checkpoint import Checkpoint
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where it works.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="For one operator; all cores if left out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def usage(message: str, hint: str) -> NoReturn:
+    from dlops.errors import UsageError
+
+    raise UsageError(message, hint=hint)
+
+
+def given_options(context: typer.Context, *, but: set[str]) -> list[str]:
+    """What the command line gives beside the parameters of those names: `TARGET`, `--duration`."""
+    return [
+        one.opts[0] if one.param_type_name == "option" else one.opts[0].upper()
+        for one in context.command.params
+        if one.name is not None and one.name not in but
+        and (source := context.get_parameter_source(one.name)) is not None and source.name == "COMMANDLINE"
+    ]  # fmt: skip
+
+
+def command_line() -> tuple[str, ...]:
+    return ("dlops", *sys.argv[1:])
+
+
+def print_result(thing: Any) -> None:
+    from dlops.console import out
+
+    if isinstance(thing, (str, Path)):
+        out.print(str(thing), markup=False, emoji=False, soft_wrap=True)
+    else:
+        out.print(thing)
+
+
+def find_checkpoint(path: Path | None) -> Checkpoint:
+    from dlops.checkpoint import load_checkpoint, newest_checkpoint
+    from dlops.console import say
+
+    if path is not None:
+        return load_checkpoint(path)
+    checkpoint = newest_checkpoint()
+    say(f"Taking the newest checkpoint: {checkpoint.directory}")
+    return checkpoint
+
+
+def find_artifact(path: Path | None) -> Artifact:
+    from dlops.artifact import newest_artifact, open_artifact
+    from dlops.console import say
+
+    if path is not None:
+        return open_artifact(path)
+    artifact = newest_artifact()
+    say(f"Taking the newest artifact: {artifact.directory}")
+    return artifact

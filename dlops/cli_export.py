@@ -1,0 +1,164 @@
+"""`dlops export`: its options, and which of them go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dlops.cli_common import command_line, find_checkpoint, given_options, print_result, usage
+
+
+def export(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run folder; the newest if left out. Or torchvision:NAME, timm:NAME, python:module:function."
+        ),
+    ] = None,
+    format_: Annotated[list[str] | None, typer.Option("--format", help="torchscript, onnx; repeatable.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")
+    ] = None,
+    sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN (NN % of the MACs); repeatable.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
+    max_drop: Annotated[float, typer.Option(min=0, help="Points of the task's metric that may be lost.")] = 1.0,
+    strict: Annotated[bool, typer.Option(help="Hold the interval's bound to --max-drop, not the estimate.")] = False,
+    calibration: Annotated[
+        Literal["minmax", "entropy", "percentile"], typer.Option(help="How int8 chooses the ranges of activations.")
+    ] = "minmax",
+    repair: Annotated[
+        bool, typer.Option(help="Where int8 loses too much: return the layers at fault to fp32, as few as pass.")
+    ] = True,
+    explain_: Annotated[
+        str | None,
+        typer.Option(
+            "--explain", metavar="VARIANT", help="Export nothing: show how much error int8 adds in each layer."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where artifacts go, artifacts if left out; the page of --explain, reports.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Also what lies there already, unchanged.")] = False,
+    reproduce: Annotated[
+        Path | None,
+        typer.Option(metavar="ARTIFACT", help="Make that artifact again, and compare the two byte by byte."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of a named model: random, a file, or published ones by name.")
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Of a named model: a data set, folder or .safetensors to check it on.")
+    ] = None,
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME:DTYPE[DIMS]", help="Of a named model; repeatable.")
+    ] = None,
+    output: Annotated[list[str] | None, typer.Option(help="Names of a named model's outputs; repeatable.")] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="Of a named model: imagenet, unit or a JSON file of steps.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Arguments of a named model's builder.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What a named model's artifacts are called.")] = None,
+) -> None:
+    """Export variants of a checkpoint, or of a model by name, each checked against it.
+
+    One that lies in --out already, whole, working and of the same making, is kept as it is.
+    """
+    if reproduce is not None:
+        _reproduce(reproduce, Path(checkpoint) if checkpoint else None, model=model, out=out, context=context)
+        return
+    if variant and (format_ or precision or sparsity):
+        usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
+    if explain_ and (variant or format_ or precision or sparsity):
+        usage("--explain names the variant that it explains, and exports none", "leave out the other variants")
+    if explain_:
+        gates = {"--max-drop", "--strict", "--repair", "--force"}
+        if given := [option for option in given_options(context, but=set()) if option in gates]:
+            usage(f"{', '.join(given)}: for what is exported, and --explain exports nothing", "leave it out")
+    slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
+    from dlops.workflows.sources import adopt, is_source, parse_arguments
+
+    for_sources = {"weights", "samples", "input_", "output", "preprocess", "set_", "name"}
+    if checkpoint is not None and is_source(checkpoint):
+        if model is not None:
+            usage("--model builds a checkpoint's module, and this is none", f"{checkpoint} says what builds it")
+        if samples is None:
+            usage(f"{checkpoint}: nothing to check it on", "--samples DATASET, FOLDER or FILE.safetensors")
+        adopted = adopt(
+            checkpoint, samples=samples, weights=weights, inputs=input_ or [], preprocess=preprocess,
+            arguments=parse_arguments(set_ or []), output_names=output or [], name=name,
+        )  # fmt: skip
+        found, source = adopted.checkpoint, adopted.model
+    else:
+        others = {one.name for one in context.command.params if one.name} - for_sources
+        if given := given_options(context, but=others):
+            usage(f"{given[0]} is for torchvision:, timm: and python: models", "leave it out")
+        # Before PyTorch is imported, which takes seconds: a missing checkpoint is said at once.
+        found = find_checkpoint(Path(checkpoint) if checkpoint else None)
+        from dlops.checkpoint import import_model_source
+
+        source = import_model_source(model) if model else None
+    from dlops.export.pipeline import export_variants, rank_variant
+
+    if explain_:
+        from dlops.console import say
+        from dlops.export.explain import render_table, write_page
+
+        ranking = rank_variant(found, variant=explain_, model=source, calibration_method=calibration, device=device)
+        print_result(render_table(ranking))
+        say(f"page: {write_page(ranking, out or Path('reports'))}")
+        return
+    artifacts = export_variants(
+        found,
+        variants=slugs,
+        out=out or "artifacts",
+        model=source,
+        max_drop=max_drop,
+        strict=strict,
+        calibration_method=calibration,
+        repair=repair,
+        device=device,
+        force=force,
+        command=command_line(),
+    )
+    for artifact in artifacts:
+        print_result(artifact.directory)
+
+
+def _reproduce(
+    artifact: Path, checkpoint: Path | None, *, model: str | None, out: Path | None, context: typer.Context
+) -> None:
+    also_given = given_options(context, but={"checkpoint", "reproduce", "model", "out"})
+    if also_given:
+        usage(f"--reproduce takes its settings from the artifact: leave out {', '.join(also_given)}", "--out may stay")
+    from dlops.artifact import open_artifact
+
+    # Before PyTorch is imported, which takes seconds: a missing folder is said at once.
+    opened, found = open_artifact(artifact), find_checkpoint(checkpoint) if checkpoint else None
+    from dlops.checkpoint import import_model_source
+    from dlops.export.reproduce import reproduce_artifact
+
+    reproduction = reproduce_artifact(
+        opened,
+        found,
+        model=import_model_source(model) if model else None,
+        out=out,
+        command=command_line(),
+    )
+    print_result(reproduction.summary())
+    reproduction.check()
+
+
+def _slugs(formats: list[str], precisions: list[str], sparsities: list[str]) -> list[str]:
+    return [
+        "-".join([form, precision, *([] if sparsity == "dense" else [sparsity])])
+        for sparsity in sparsities
+        for form in formats
+        for precision in precisions
+    ]
