@@ -494,3 +494,17 @@ def test_a_run_does_not_wait_for_what_only_watches_it(monkeypatch) -> None:
     with Recorder() as recorder:
         timeline = recorder.end()
     assert timeline.absent["telemetry"] == "the process that samples did not answer within 0 s"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux knows SCHED_IDLE and groups of sessions")
+def test_the_observer_takes_idle_time_only_in_a_session_of_its_own_too() -> None:
+    code = (
+        "import os; from pathlib import Path; from dlops.bench.observer import _stand_back; _stand_back();"
+        "group = Path('/proc/self/autogroup'); print(os.sched_getscheduler(0) == os.SCHED_IDLE);"
+        "print(group.read_text().split()[-1] if group.exists() else 'none')"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], start_new_session=True, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert said[0] == "True"
+    assert said[1] in ("19", "none")
