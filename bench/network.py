@@ -191,7 +191,13 @@ def _difference(endpoint: Endpoint, artifact: Artifact) -> str | None:
     except ValueError:
         return "answers whose shapes differ from one another"
     try:
-        errors = compare(samples.outputs, outputs, task=open_task(artifact.task), where=endpoint.url)
+        errors = compare(
+            samples.outputs,
+            outputs,
+            task=open_task(artifact.task),
+            where=endpoint.url,
+            min_iou=artifact.parity.tolerance.min_iou,
+        )
     except GateError as error:
         return error.message
     return "; ".join(shortfalls(errors, artifact.parity.tolerance, sampled=True)) or None

@@ -68,13 +68,14 @@ class Tolerance(Record):
 
     max_abs: of the output, over the reference's standard deviation where that is above 1. max_rel: the largest error
     over the largest reference value. min_sqnr_db: signal-to-quantization-noise ratio. min_agreement: fraction of
-    samples whose decision stays.
+    the decisions that stay. min_iou: intersection over union from which on two boxes are the same.
     """
 
     max_abs: float | None = None
     max_rel: float | None = None
     min_sqnr_db: float | None = None
     min_agreement: float | None = None
+    min_iou: float | None = None
 
 
 class Parity(Record):
@@ -97,7 +98,7 @@ class Accuracy(Record):
     """The task's metric against the dense checkpoint's, paired on the same samples.
 
     value, reference: fractions. drop_points: percentage points lost, with its 95 % interval low and high.
-    flips: samples whose decision differs.
+    flips: samples with a decision that differs.
     """
 
     metric: str

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FAMILIES = ("torchvision", "timm")
 _QUANTIZED = "quantized_"
+# Height and width of the images that detectors are given.
+_DETECTED = (640, 640)
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
@@ -105,7 +107,24 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
     parameters = inspect.signature(models.get_model_builder(name)).parameters
     # A detector's backbone has weights by default.
     untrained = {key: None for key in parameters if key.startswith("weights")}
-    return partial(models.get_model, name, **untrained)
+
+    def build(**kwargs: Any) -> nn.Module:
+        from dlops.adapters import adapted
+
+        return adapted(models.get_model(name, **(untrained | kwargs)))
+
+    return build
+
+
+def builder_task(builder: str) -> str:
+    """What a network of another package is for, as the name of a task of ours."""
+    family, _, name = builder.partition(":")
+    if family != "torchvision":
+        return "classification"
+    kind = _import_torchvision(name).get_model_builder(name).__module__.split(".")[2]
+    return {"detection": "detection", "segmentation": "segmentation", "optical_flow": "regression"}.get(
+        kind, "classification"
+    )
 
 
 def _import_torchvision(name: str) -> Any:
@@ -137,7 +156,9 @@ def _published_torchvision(name: str, which: str) -> Published:
     member = entry[which] if which in names else entry.DEFAULT
     preprocess = _of_transforms(member.transforms())
     if preprocess is None:
-        raise UsageError(f"torchvision:{name}: its weights {member.name} are not for classifying images")
+        raise UsageError(
+            f"torchvision:{name}: its weights {member.name} take no single image", hint="--weights FILE and --input"
+        )
     try:
         weights = member.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
@@ -146,9 +167,30 @@ def _published_torchvision(name: str, which: str) -> Published:
 
 
 def _of_transforms(transforms: Any) -> Preprocess | None:
-    """Of torchvision's preset for classification; None for those of other tasks."""
-    if type(transforms).__name__ != "ImageClassification":
-        return None
+    """Of torchvision's presets for images; None for those of videos and pairs of images.
+
+    Detectors resize inside, and segmentation takes any size: both get images of one size here, stretched, so that they
+    can be batched.
+    """
+    match type(transforms).__name__:
+        case "ObjectDetection":
+            return Preprocess(
+                input="image", shape=(3, *_DETECTED),
+                steps=(Decode(mode="RGB"), Resize(size=_DETECTED), Scale()),
+            )  # fmt: skip
+        case "SemanticSegmentation":
+            side = transforms.resize_size[0]
+            return Preprocess(
+                input="image", shape=(3, side, side),
+                steps=(
+                    Decode(mode="RGB"), Resize(size=(side, side)), Scale(),
+                    Normalize(mean=tuple(transforms.mean), std=tuple(transforms.std)),
+                ),
+            )  # fmt: skip
+        case "ImageClassification":
+            pass
+        case _:
+            return None
     (crop,) = transforms.crop_size
     return _for_images(
         resize=transforms.resize_size[0], crop=(crop, crop), interpolation=transforms.interpolation.value,

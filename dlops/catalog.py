@@ -35,10 +35,13 @@ RUNTIMES: Mapping[str, str] = {
 }
 TASKS: Mapping[str, str] = {
     "classification": "dlops.tasks.classification:Classification",
+    "detection": "dlops.tasks.detection:Detection",
+    "regression": "dlops.tasks.regression:Regression",
+    "segmentation": "dlops.tasks.segmentation:Segmentation",
 }
 # What must be importable to run an artifact of a format, and the extra that brings it.
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
-    # Without torchvision: its operators are those of detection models, and no task of ours is one.
+    # Without torchvision: detectors alone call its operators, and their artifacts name it, too.
     "torchscript": ("torch",),
     "onnx": ("onnxruntime",),
 }

@@ -168,8 +168,10 @@ def import_model_source(name: str) -> ModuleSource:
 
 
 def example_inputs(signature: Signature, *, batch: int) -> tuple[torch.Tensor, ...]:
-    """Zeros that fit a signature; named dims other than batch take their smallest size."""
+    """Zeros that fit a signature, of that batch where it allows one; other named dims take their smallest size."""
     import torch
+
+    batch = min(batch, signature.max_batch)
 
     def sizes(spec: TensorSpec) -> list[int]:
         return [
@@ -196,7 +198,9 @@ def _construct(spec: ModelSpec, model: ModuleSource | None) -> nn.Module:
             raise _failed("making the model given", error) from error
         if not isinstance(built, nn.Module):
             raise UsageError(f"the model given is of type {type(built).__name__}, not a torch.nn.Module")
-        return built
+        from dlops.adapters import adapted
+
+        return adapted(built)
     if spec.builder is None:
         raise UsageError(
             f"the checkpoint holds the weights of {spec.source or 'a module of your own'}, not its code",

@@ -61,6 +61,10 @@ def export(
     preprocess: Annotated[
         str | None, typer.Option(help="Of a named model: imagenet, unit or a JSON file of steps.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Of a named model: classification, segmentation, detection, regression, if it is unclear."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Arguments of a named model's builder.")
     ] = None,
@@ -84,7 +88,7 @@ def export(
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
     from dlops.workflows.sources import adopt, is_source, parse_arguments
 
-    for_sources = {"weights", "samples", "input_", "output", "preprocess", "set_", "name"}
+    for_sources = {"weights", "samples", "input_", "output", "preprocess", "set_", "name", "task"}
     if checkpoint is not None and is_source(checkpoint):
         if model is not None:
             usage("--model builds a checkpoint's module, and this is none", f"{checkpoint} says what builds it")
@@ -92,7 +96,7 @@ def export(
             usage(f"{checkpoint}: nothing to check it on", "--samples DATASET, FOLDER or FILE.safetensors")
         adopted = adopt(
             checkpoint, samples=samples, weights=weights, inputs=input_ or [], preprocess=preprocess,
-            arguments=parse_arguments(set_ or []), output_names=output or [], name=name,
+            arguments=parse_arguments(set_ or []), output_names=output or [], name=name, task=task,
         )  # fmt: skip
         found, source = adopted.checkpoint, adopted.model
     else:

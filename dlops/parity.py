@@ -16,7 +16,7 @@ from dlops.artifact import Artifact, Parity, Tolerance
 from dlops.errors import CorruptError, GateError, LossError
 from dlops.runtimes.session import Placement, Session
 from dlops.signature import Array, Feed, Signature
-from dlops.tasks import Task, open_task
+from dlops.tasks import SAME_BOX_IOU, Task, open_task
 
 # What half precision may lose, 10 bits of mantissa: 5e-4 a rounding. 3e-4 to 4e-4 of the largest output was measured
 # in a small network and in ResNet-18; ten times that leaves room for deep ones, and a weight off by 1 % still shows.
@@ -37,6 +37,16 @@ TOLERANCES: Mapping[str, Tolerance] = {
     # Rounded weights alone: 25 dB (the same ResNet-18) to 44 dB.
     "int8wo": Tolerance(min_sqnr_db=20.0, min_agreement=0.95),
 }
+# Where decisions count beside the numbers. Boxes are matched first; that two of almost equal score or overlap change
+# places in a suppression costs a few of them in any arithmetic.
+_OF_DETECTION: Mapping[str, Tolerance] = {
+    "fp32": Tolerance(max_abs=2e-3, max_rel=1e-3, min_agreement=0.98, min_iou=0.9),
+    "fp16": Tolerance(max_abs=1e-1, max_rel=5e-2, min_agreement=0.9, min_iou=0.75),
+    "bf16": Tolerance(max_abs=4e-1, max_rel=2e-1, min_agreement=0.8, min_iou=0.5),
+    "int8": Tolerance(min_sqnr_db=15.0, min_agreement=0.7, min_iou=0.5),
+    "int8dyn": Tolerance(min_sqnr_db=15.0, min_agreement=0.7, min_iou=0.5),
+    "int8wo": Tolerance(min_sqnr_db=15.0, min_agreement=0.7, min_iou=0.5),
+}
 # Outputs that differ by less than this, relative to their size, over all samples do not depend on the input.
 _CONSTANT = 1e-6
 # Equal up to the rounding of float32: preprocessing is a few multiplications on whole numbers.
@@ -50,7 +60,8 @@ class Errors:
     """How far outputs are from their reference, the worst over all tensors.
 
     max_abs: over the reference's standard deviation where that is above 1. max_rel: over the largest reference value.
-    sqnr_db: null where there is no error at all. agreement: fraction of samples whose decision stays.
+    sqnr_db: null where there is no error at all. agreement: fraction of the decisions that stay, a sample's share
+    counting as one. decisions: how many were compared, one or more a sample.
     """
 
     samples: int
@@ -58,26 +69,45 @@ class Errors:
     max_rel: float
     sqnr_db: float | None
     agreement: float
+    decisions: int
 
 
-def compare(reference: Feed, outputs: Feed, *, task: Task, where: str = "outputs") -> Errors:
-    """The errors of `outputs` against `reference`, tensor by tensor.
+def tolerance_for(task: str, precision: str) -> Tolerance:
+    """What is demanded of a precision in a task. Raises KeyError for a precision that has no bounds."""
+    return (_OF_DETECTION if task == "detection" else TOLERANCES)[precision]
 
-    Raises GateError where the comparison would mean nothing or cannot be made: no samples, other names, dtypes or
-    shapes, NaN or infinity on either side, or a reference that does not depend on the input.
+
+def compare(
+    reference: Feed, outputs: Feed, *, task: Task, where: str = "outputs", min_iou: float | None = None
+) -> Errors:
+    """The errors of `outputs` against `reference`, tensor by tensor, as the task pairs them.
+
+    min_iou: from which on two boxes are the same, where there are boxes; null for the task's own. Raises GateError
+    where the comparison would mean nothing or cannot be made: no samples, other names, dtypes or shapes, NaN or
+    infinity on either side, a reference that does not depend on the input, or nothing detected.
     """
     _check_comparable(reference, outputs, where)
-    pairs = [(np.asarray(reference[n], np.float64), np.asarray(outputs[n], np.float64)) for n in reference]
-    count = len(pairs[0][0])
+    try:
+        paired = task.pair(reference, outputs, min_iou=SAME_BOX_IOU if min_iou is None else min_iou)
+    except GateError as error:
+        raise GateError(f"{where}: {error.message}", hint=error.hint) from None
+    _check_varying(reference, where)
+    pairs = [
+        (np.asarray(paired.reference[n], np.float64), np.asarray(paired.outputs[n], np.float64))
+        for n in paired.reference
+        if paired.reference[n].size
+    ]
     sqnrs = [value for expected, got in pairs if (value := _sqnr_db(expected, got)) is not None]
-    ordered = {name: outputs[name] for name in reference}
-    kept = np.equal(task.decide(reference), task.decide(ordered)).reshape(count, -1).all(axis=1)
+    # Where no box found its own, there is nothing to subtract, and everything is wrong.
     return Errors(
-        samples=count,
-        max_abs=max(_largest(got - expected) / max(1.0, float(expected.std())) for expected, got in pairs),
-        max_rel=max(_relative(expected, got) for expected, got in pairs),
-        sqnr_db=min(sqnrs, default=None),
-        agreement=float(kept.mean()),
+        max_abs=max(
+            (_largest(got - expected) / max(1.0, float(expected.std())) for expected, got in pairs), default=math.inf
+        ),
+        max_rel=max((_relative(expected, got) for expected, got in pairs), default=math.inf),
+        sqnr_db=min(sqnrs, default=None) if pairs else -math.inf,
+        samples=len(paired.agreement),
+        agreement=float(paired.agreement.mean()),
+        decisions=paired.decisions,
     )
 
 
@@ -96,11 +126,12 @@ def shortfalls(errors: Errors, tolerance: Tolerance, *, sampled: bool = False) -
     if tolerance.min_sqnr_db is not None and not exact and not errors.sqnr_db >= tolerance.min_sqnr_db:  # type: ignore[operator]
         broken.append(f"SQNR {errors.sqnr_db:.1f} dB, at least {tolerance.min_sqnr_db:g} wanted")
     if tolerance.min_agreement is not None:
-        flips = round((1 - errors.agreement) * errors.samples)
         floor = tolerance.min_agreement
-        allowed = _plausible_flips(errors.samples, 1 - floor) if sampled else (1 - floor) * errors.samples + 1e-9
-        if flips > allowed:
-            broken.append(f"{flips} of {errors.samples} decisions differ, at least {floor:.0%} must stay")
+        # Samples are drawn, and not the pixels or boxes in them, which resemble one another.
+        allowed = _plausible_flips(errors.samples, 1 - floor) / errors.samples if sampled else 1 - floor
+        if 1 - errors.agreement > allowed + 1e-9:
+            flips = round((1 - errors.agreement) * errors.decisions)
+            broken.append(f"{flips} of {errors.decisions} decisions differ, at least {floor:.0%} must stay")
     return broken
 
 
@@ -116,7 +147,9 @@ def check_parity(
     problems: dict[int, list[str]] = {}
     for size in batches:
         outputs = run_batched(session, feed, size)
-        errors = compare(reference, outputs, task=task, where=f"{title} at batch {size}")
+        errors = compare(
+            reference, outputs, task=task, where=f"{title} at batch {size}", min_iou=tolerance.min_iou
+        )  # fmt: skip
         found.append(errors)
         if clauses := shortfalls(errors, tolerance, sampled=sampled):
             problems[size] = clauses
@@ -158,7 +191,11 @@ def self_test(artifact: Artifact, session: Session) -> Parity:
     if artifact.preprocess is not None:
         name = artifact.signature.inputs[0].name
         _check_tensors(samples.inputs[name], artifact.preprocess.batch(samples.raw), artifact.title)
-    tolerance = stricter(artifact.parity.tolerance, TOLERANCES.get(artifact.variant.precision, Tolerance()))
+    try:
+        own = tolerance_for(artifact.task, artifact.variant.precision)
+    except KeyError:
+        own = Tolerance()  # of a later version; what it records then decides
+    tolerance = stricter(artifact.parity.tolerance, own)
     if tolerance == Tolerance():
         raise CorruptError(
             f"{artifact.title}: it records no tolerance, and this version has none for {artifact.variant.precision}",
@@ -169,7 +206,7 @@ def self_test(artifact: Artifact, session: Session) -> Parity:
         samples.inputs,
         samples.outputs,
         task=open_task(artifact.task),
-        tolerance=tolerance_on(session.placement, artifact.variant.precision, tolerance),
+        tolerance=tolerance_on(session.placement, artifact.variant.precision, tolerance, task=artifact.task),
         batches=sorted({1, min(len(samples), artifact.signature.max_batch)}),
         title=artifact.title,
         sampled=True,
@@ -189,15 +226,18 @@ def stricter(recorded: Tolerance, table: Tolerance) -> Tolerance:
         max_rel=harder("max_rel", min),
         min_sqnr_db=harder("min_sqnr_db", max),
         min_agreement=harder("min_agreement", max),
+        min_iou=harder("min_iou", max),
     )
 
 
-def tolerance_on(placement: Placement, precision: str, recorded: Tolerance) -> Tolerance:
+def tolerance_on(
+    placement: Placement, precision: str, recorded: Tolerance, *, task: str = "classification"
+) -> Tolerance:
     """The tolerance that holds where the artifact truly runs: the recorded one, or half precision's.
 
     fp32 convolutions and products run in TF32 on CUDA, which has the 10 bits of mantissa of fp16.
     """
-    return _HALF if precision == "fp32" and placement.device.startswith("cuda") else recorded
+    return tolerance_for(task, "fp16") if precision == "fp32" and placement.device.startswith("cuda") else recorded
 
 
 def run_batched(session: Session, feed: Feed, size: int) -> dict[str, Array]:
@@ -222,6 +262,9 @@ def _check_comparable(reference: Feed, outputs: Feed, where: str) -> None:
         for side, array in (("the reference", expected), ("it", got)):
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise GateError(f"{where}: {side} has NaN or infinity in {name}")
+
+
+def _check_varying(reference: Feed, where: str) -> None:
     if all(_is_constant(array) for array in reference.values()):
         raise GateError(
             f"{where}: the reference gives the same output for every sample, so agreement with it proves nothing",

@@ -55,9 +55,16 @@ def save_checkpoint(
 
     evaluation, calibration: (inputs, targets) with inputs (n, ...) as the module takes them, or Samples with raw
     inputs, which `preprocess` turns into the module's. Evaluation samples are held out from training; calibration
-    samples come from the training split. builder: how to rebuild the module (a catalog name or "torchvision:NAME" with
-    kwargs); without it, export asks for the module again. Raises UsageError where something does not fit together.
+    samples come from the training split. One of torchvision's detectors is taken as `dlops.adapters.Detector`, and
+    gives boxes, scores and labels for one image at a time. builder: how to rebuild the module (a catalog name or
+    "torchvision:NAME" with kwargs); without it, export asks for the module again. Raises UsageError where something
+    does not fit together.
     """
+    from dlops.adapters import DETECTOR_BATCH, Detector, adapted
+
+    model = adapted(model)
+    if isinstance(model, Detector):
+        max_batch = DETECTOR_BATCH
     directory = Path(directory)
     evaluating = _as_samples(evaluation, "evaluation")
     calibrating = None if calibration is None else _as_samples(calibration, "calibration")
@@ -184,7 +191,7 @@ def _probe(
     """The signature, from what the module does with two samples."""
     import torch
 
-    few = samples.take(range(min(2, len(samples))))
+    few = samples.take(range(min(2, max_batch, len(samples))))
     if preprocess is None and not few.inputs:
         raise UsageError("raw samples without a preprocessing", hint="pass preprocess=, or the tensors themselves")
     feed = few.feed(preprocess, "input")

@@ -67,6 +67,16 @@ class Signature(Record):
         """The largest batch, 1 where there is no batch axis."""
         return self.dims["batch"].max if "batch" in self.dims else 1
 
+    def is_free(self, dim: str) -> bool:
+        """Whether a named dim may take more than one size."""
+        return self.dims[dim].min < self.dims[dim].max
+
+    def declared(self, spec: TensorSpec) -> tuple[int | str, ...]:
+        """A tensor's shape as a file declares it: a named dim of one size is that size."""
+        return tuple(
+            self.dims[dim].min if isinstance(dim, str) and not self.is_free(dim) else dim for dim in spec.shape
+        )
+
     def check(self, feed: Feed) -> None:
         """Raise InputError, naming the tensor, unless `feed` fits the inputs exactly and every float is finite."""
         wanted = {spec.name for spec in self.inputs}

@@ -22,7 +22,7 @@ def measure_accuracy(
     """The task's metric of `outputs` beside that of `dense`, what the dense checkpoint gives on the same samples."""
     reference, value = task.score(dense, targets), task.score(outputs, targets)
     low, high = paired_interval(reference - value)
-    flips = np.not_equal(task.decide(dense), task.decide(outputs)).reshape(len(value), -1).any(axis=1)
+    flips = task.pair(dense, outputs).agreement < 1
     return Accuracy(
         metric=task.metric,
         samples=len(value),

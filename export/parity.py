@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dlops.artifact import Parity
-from dlops.parity import TOLERANCES, check_parity, tolerance_on
+from dlops.parity import check_parity, tolerance_for, tolerance_on
 from dlops.runtimes.session import Session
 from dlops.signature import Feed
 from dlops.tasks import Task
@@ -29,7 +29,7 @@ def check_variant(session: Session, feed: Feed, reference: Feed, *, task: Task, 
     largest batch are repeated to fill it. Raises GateError where the tolerance of the precision is not kept.
     """
     *small, largest = parity_batches(session.signature.max_batch)
-    tolerance = tolerance_on(session.placement, precision, TOLERANCES[precision])
+    tolerance = tolerance_on(session.placement, precision, tolerance_for(task.name, precision), task=task.name)
     count = len(next(iter(feed.values())))
     few = np.unique(np.linspace(0, count - 1, min(count, _SMALL_BATCH_SAMPLES)).round().astype(np.int64))
     many = np.arange(max(min(count, _LARGE_BATCH_SAMPLES), largest)) % count

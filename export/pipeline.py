@@ -16,6 +16,7 @@ import torch
 from pydantic import JsonValue
 
 from dlops import catalog
+from dlops.adapters import Detector
 from dlops.artifact import Accuracy, Artifact, Parity, Provenance, Repair, Tolerance, Variant, open_artifact
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.console import say
@@ -410,7 +411,7 @@ class _Export:
             preprocess=self.checkpoint.spec.preprocess,
             labels=self.checkpoint.spec.labels,
             task=self.checkpoint.spec.task,
-            requires=catalog.REQUIREMENTS[variant.format],
+            requires=_required(variant, structure.module),
             parity=nothing,
             accuracy=None,
             provenance=Provenance(
@@ -460,6 +461,7 @@ class _Export:
     def _carried(self, structure: _Structure) -> Samples:
         """Real inputs for any machine to check itself with: raw, tensors, and what the reference answered."""
         size = sum(array[0].nbytes for array in self.feed.values()) * (1 if self.checkpoint.spec.preprocess else 2)
+        size += sum(array[0].nbytes for array in structure.reference.values())
         limit = max(MIN_CARRIED, min(MAX_ARTIFACT_SAMPLES, MAX_CARRIED_BYTES // max(size, 1)))
         chosen = [int(i) for i in spread({"index": np.arange(len(self.evaluation))}, limit)["index"]]
         taken = self.evaluation.take(chosen)
@@ -496,6 +498,12 @@ class _Export:
 
     def _feed(self, samples: Samples) -> Feed:
         return samples.feed(self.checkpoint.spec.preprocess, self.signature.inputs[0].name)
+
+
+def _required(variant: Variant, module: nn.Module) -> tuple[str, ...]:
+    """The packages that running the file takes."""
+    packages = catalog.REQUIREMENTS[variant.format]
+    return (*packages, "torchvision") if variant.format == "torchscript" and isinstance(module, Detector) else packages
 
 
 def _raise_failures(failed: Mapping[str, DlopsError], made: list[Artifact], *, planned: int) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 import onnx
 import torch
 
+from dlops.adapters import Detector
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
@@ -19,6 +20,7 @@ from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precisio
 from dlops.export.quantize_dynamic import quantize_dynamic
 from dlops.export.quantize_static import Calibrated, calibrate
 from dlops.export.quantize_weights import quantize_weights
+from dlops.export.trace_onnx import trace_detector
 from dlops.signature import Signature
 
 # What torch's exporter writes without converting, and what every ONNX Runtime that we allow reads (1.17 and later).
@@ -109,7 +111,7 @@ def check_written(
         ("inputs", signature.inputs, model.graph.input),
         ("outputs", signature.outputs, model.graph.output),
     ):
-        wanted = [(spec.name, spec.dtype, tuple(spec.shape)) for spec in specs]
+        wanted = [(spec.name, spec.dtype, signature.declared(spec)) for spec in specs]
         found = [_described(value) for value in values]
         if wanted != found:
             raise GateError(f"{title}: {kind} asked for: {wanted}; in the written file: {found}")
@@ -142,10 +144,14 @@ def _check_smaller(request: ExportRequest) -> None:
 
 
 def _to_fp32(request: ExportRequest) -> onnx.ModelProto:
+    if isinstance(request.module, Detector):
+        return trace_detector(request, opset=OPSET)
     signature = request.signature
     dims = {name: torch.export.Dim(name, min=limits.min) for name, limits in signature.dims.items()}
+    # What can have one size only is none.
     shapes = tuple(
-        {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in signature.inputs
+        {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and signature.is_free(dim)}
+        for spec in signature.inputs
     )
     try:
         with _quiet(), torch.no_grad():

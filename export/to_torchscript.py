@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dlops.adapters import Detector
 from dlops.checkpoint import example_inputs
 from dlops.console import say
 from dlops.embedded import EXTRA_FILE
@@ -43,17 +44,23 @@ def export(request: ExportRequest) -> Exported:
                 f"WARNING: {request.title}: this CPU has no bfloat16 instructions: it is slower than fp32 here, "
                 "and so is this check"
             )
+        if isinstance(module, Detector):
+            raise UsageError(
+                f"{request.title}: a detector's boxes are chosen by comparisons, which bfloat16 would decide otherwise",
+                hint="take torchscript-fp32",
+            )
         module = _Narrowed(module, request.signature).eval()
-    traced = _trace(request, module)
+    compiled = _script(request, module) if isinstance(module, Detector) else _trace(request, module)
     # Into memory: torch's writer ends the process where a disk is full (an exception thrown while it is destroyed).
     buffer = io.BytesIO()
     extra = {EXTRA_FILE: request.embedded.to_json()} if request.embedded is not None else {}
     with _without_retirement_notices():
-        torch.jit.save(traced, buffer, _extra_files=extra)
+        torch.jit.save(compiled, buffer, _extra_files=extra)
     request.into.write_bytes(without_debug_files(buffer.getvalue()))
     check_written(request.into, request.signature, precision=request.variant.precision, title=request.title)
     check_embedded(request)
-    return Exported(path=request.into, notes={"torchscript": "traced and frozen", "torch": torch.__version__})
+    way = "scripted" if isinstance(module, Detector) else "traced"
+    return Exported(path=request.into, notes={"torchscript": f"{way} and frozen", "torch": torch.__version__})
 
 
 def check_written(path: Path, signature: Signature, *, precision: str, title: str) -> None:
@@ -68,7 +75,7 @@ def check_written(path: Path, signature: Signature, *, precision: str, title: st
     taken = len(module.forward.schema.arguments) - 1  # the first is the module itself
     if taken != len(signature.inputs):
         raise GateError(f"{title}: the written file takes {taken} inputs, the signature has {len(signature.inputs)}")
-    for batch in sorted({1, 2, EXAMPLE_BATCH + 2}):
+    for batch in sorted({min(batch, signature.max_batch) for batch in (1, 2, EXAMPLE_BATCH + 2)}):
         feed = example_inputs(signature, batch=batch)
         try:
             with torch.inference_mode():
@@ -168,6 +175,18 @@ def _trace(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule:
             f"{request.title}: tracing would bake in what should depend on the input: {_first_line(Warning(baked))}",
             hint="rewrite that branch with tensor operations (torch.where), or export to onnx",
         )
+    return frozen
+
+
+def _script(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule:
+    """Loops over what was found, which tracing would unroll, are kept."""
+    try:
+        with _without_retirement_notices():
+            frozen: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(module))
+    except (RuntimeError, torch.jit.frontend.NotSupportedError) as error:
+        raise UsageError(
+            f"{request.title}: torch.jit.script cannot take this detector: {_first_line(error)}"
+        ) from error
     return frozen
 
 

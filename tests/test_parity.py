@@ -40,7 +40,7 @@ def feed(array: np.ndarray) -> Feed:
 
 def test_equal_outputs_have_no_error_at_all() -> None:
     errors = compare(feed(LOGITS), feed(LOGITS.copy()), task=TASK)
-    assert errors == Errors(samples=50, max_abs=0.0, max_rel=0.0, sqnr_db=None, agreement=1.0)
+    assert errors == Errors(samples=50, max_abs=0.0, max_rel=0.0, sqnr_db=None, agreement=1.0, decisions=50)
 
 
 def test_sqnr_is_the_power_ratio_in_decibels() -> None:
@@ -93,7 +93,7 @@ def test_other_output_names_are_refused() -> None:
     ],
 )
 def test_each_bound_is_held(errors: dict[str, float], tolerance: Tolerance, said: str) -> None:
-    fine = {"samples": 100, "max_abs": 0.0, "max_rel": 0.0, "sqnr_db": 40.0, "agreement": 1.0}
+    fine = {"samples": 100, "max_abs": 0.0, "max_rel": 0.0, "sqnr_db": 40.0, "agreement": 1.0, "decisions": 100}
     assert shortfalls(Errors(**fine), tolerance) == []
     (clause,) = shortfalls(Errors(**(fine | errors)), tolerance)
     assert said in clause
@@ -101,7 +101,7 @@ def test_each_bound_is_held(errors: dict[str, float], tolerance: Tolerance, said
 
 def test_a_small_sample_calls_agreement_too_low_only_beyond_chance() -> None:
     def broken(flips: int) -> list[str]:
-        errors = Errors(samples=32, max_abs=0, max_rel=0, sqnr_db=30.0, agreement=1 - flips / 32)
+        errors = Errors(samples=32, max_abs=0, max_rel=0, sqnr_db=30.0, agreement=1 - flips / 32, decisions=32)
         return shortfalls(errors, TOLERANCES["int8"], sampled=True)
 
     # 2 of 32 are 6 %, which a true rate of 5 % often gives; 12 of 32 it gives once in a million.

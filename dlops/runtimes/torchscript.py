@@ -11,7 +11,7 @@ import torch
 
 from dlops.artifact import Artifact
 from dlops.environment import describe_environment
-from dlops.errors import CorruptError
+from dlops.errors import CorruptError, missing_package
 from dlops.runtimes.eager import ModuleSession, choose_device
 from dlops.runtimes.session import SessionOptions
 
@@ -23,6 +23,8 @@ def open_session(artifact: Artifact, options: SessionOptions) -> ModuleSession:
     import warnings
 
     device = choose_device(options)
+    if "torchvision" in artifact.requires:
+        _register_operators(artifact.title)
     try:
         with warnings.catch_warnings():
             # torch announces TorchScript's retirement at every load; the format was the user's choice.
@@ -45,10 +47,20 @@ def computed_precision(precision: str, device: torch.device) -> str:
     return "fp32" if precision == "bf16" and widened else precision
 
 
+def _register_operators(title: str) -> None:
+    """Detectors call torchvision's own operators, which importing it registers."""
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        raise missing_package("torchvision", extra="export", needed_for=f"running {title}") from None
+
+
 def _settle(session: ModuleSession) -> None:
     """Run twice at batch 1: the profiling executor records on the first run and recompiles on the second."""
     feed = {
-        spec.name: np.zeros([1 if isinstance(dim, str) else dim for dim in spec.shape], dtype=spec.dtype)
+        spec.name: np.zeros(
+            [session.signature.dims[dim].min if isinstance(dim, str) else dim for dim in spec.shape], dtype=spec.dtype
+        )
         for spec in session.signature.inputs
     }
     for _ in range(2):

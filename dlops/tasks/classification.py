@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dlops.errors import InputError
 from dlops.signature import Array, Feed, TensorSpec
+from dlops.tasks import SAME_BOX_IOU, Pair, label_of
 
 
 class Classification:
@@ -52,14 +53,20 @@ class Classification:
             )
 
     def decide(self, outputs: Feed) -> Array:
+        """The class of each sample, (n,)."""
         return np.asarray(np.argmax(_logits(outputs), axis=1))
+
+    def pair(self, reference: Feed, outputs: Feed, *, min_iou: float = SAME_BOX_IOU) -> Pair:
+        ordered = {name: outputs[name] for name in reference}
+        kept = np.equal(self.decide(reference), self.decide(ordered)).astype(np.float64)
+        return Pair(reference=reference, outputs=ordered, agreement=kept, decisions=len(kept))
 
     def answer(self, outputs: Feed, *, labels: Sequence[str], top: int = 5) -> list[dict[str, Any]]:
         """`{"label": str, "probability": float, "top": [{"label", "probability"}, ...]}` a sample."""
         answers = []
         for row in softmax(_logits(outputs)):
             best = np.argsort(-row, kind="stable")[:top]
-            ranked = [{"label": _label(labels, int(i)), "probability": float(row[i])} for i in best]
+            ranked = [{"label": label_of(labels, int(i)), "probability": float(row[i])} for i in best]
             answers.append({**ranked[0], "top": ranked})
         return answers
 
@@ -77,7 +84,3 @@ def _logits(outputs: Feed) -> NDArray[np.floating[Any]]:
     if logits.ndim != 2:
         raise InputError(f"{name}: shape {list(logits.shape)}, classification takes [samples, classes]", field=name)
     return cast("NDArray[np.floating[Any]]", logits)
-
-
-def _label(labels: Sequence[str], index: int) -> str:
-    return labels[index] if index < len(labels) else str(index)

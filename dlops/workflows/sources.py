@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 from pydantic import JsonValue, ValidationError
 
-from dlops.builders import Published, find_builder, is_family, published_labels, published_preprocess, published_weights
+from dlops import catalog
+from dlops.builders import (
+    Published,
+    builder_task,
+    find_builder,
+    is_family,
+    published_labels,
+    published_preprocess,
+    published_weights,
+)
 from dlops.checkpoint import Checkpoint, ModelSpec, import_model_source, load_checkpoint, misfits, rebuild
 from dlops.console import say
 from dlops.errors import CorruptError, UsageError, from_os_error
@@ -26,7 +35,8 @@ from dlops.manifest import explain_validation
 from dlops.preprocess import CenterCrop, Decode, Normalize, Preprocess, Resize, Scale, Step
 from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES, Samples
 from dlops.saving import save_checkpoint
-from dlops.signature import Array, DimRange, DType, Feed, Signature, TensorSpec
+from dlops.signature import Array, DimRange, DType, Signature, TensorSpec
+from dlops.workflows.untrained import scale_weights, settle_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +50,8 @@ _TARGETS = ("targets", "target", "labels")
 _IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # As in the recipes: of two classes or more, drawn with a fixed seed.
 _SPLIT_SEED = 0
+# What the only output is called where nobody names it.
+_OUTPUT = {"regression": "values"}
 # For the statistics of an untrained network.
 _SETTLING = 16
 
@@ -60,6 +72,14 @@ class _Data:
     calibration: Samples | None
     labels: tuple[str, ...] = ()
 
+    def without_targets(self) -> _Data:
+        def bare(samples: Samples) -> Samples:
+            return Samples(raw=samples.raw, inputs=samples.inputs)
+
+        return _Data(
+            evaluation=bare(self.evaluation), calibration=None if self.calibration is None else bare(self.calibration)
+        )
+
 
 def is_source(text: str) -> bool:
     """Whether it names a model elsewhere, and not the folder of a checkpoint."""
@@ -76,6 +96,7 @@ def adopt(
     arguments: Mapping[str, JsonValue] | None = None,
     output_names: Sequence[str] = (),
     name: str | None = None,
+    task: str | None = None,
     max_batch: int = 64,
     root: Path = Path("runs"),
 ) -> Adopted:
@@ -85,8 +106,13 @@ def adopt(
     input and, for accuracy, "targets". weights: "random", the name of published ones, or a .safetensors, .pth or .pt
     file; without it a function's module keeps its own. inputs: `name:dtype[dims]` in the order of the arguments.
     preprocess: "imagenet", "unit" or a JSON file; by default what the published weights were trained with. arguments:
-    for the builder. Raises UsageError for what does not fit together, before anything is written.
+    for the builder. task: what it is for; by default what torchvision sorts it under, or a detector's, or
+    classification. Raises UsageError for what does not fit together, before anything is written.
     """
+    if task is not None:
+        catalog.check(catalog.TASKS, "task", task)
+    from dlops.adapters import task_of
+
     specs = [parse_input(text) for text in inputs]
     own = import_model_source(source) if source.startswith("python:") else None
     if own is None and weights is None:
@@ -102,12 +128,21 @@ def adopt(
         data, steps = _from_tensors(Path(samples), specs), None
     else:
         data = _from_images(samples, steps, source)
-    module, kwargs = _module(source, own, weights, published, dict(arguments or {}), data.labels)
+    expected = task or (builder_task(source) if is_family(source) else "classification")
+    classes = data.labels if expected == "classification" else ()
+    module, kwargs = _module(source, own, weights, published, dict(arguments or {}), classes)
+    task = task or task_of(module) or expected
+    if task != "classification" and data.labels:
+        # Class folders tell what is in an image, and not where.
+        say(f"{source}: the classes of {samples} are no targets for {task}: accuracy is not measured")
+        data = data.without_targets()
     if weights == "random":
         few = (data.calibration or data.evaluation).take(slice(_SETTLING))
         settle_statistics(module, few.feed(steps, "input"))
+        if task == "detection":
+            scale_weights(module, few.feed(steps, "input"))
     # Weights that were trained elsewhere tell the classes apart that they were trained on.
-    trained = is_family(source) and weights != "random" and "num_classes" not in kwargs
+    trained = is_family(source) and "num_classes" not in kwargs and (weights != "random" or task != "classification")
     labels = (published.labels if published is not None else published_labels(source)) if trained else data.labels
     if not labels and data.labels:
         labels = _numbered(module, data, steps)
@@ -118,12 +153,13 @@ def adopt(
         calibration=None if data.calibration is None else _as_known(data.calibration, data.labels, labels),
         labels=labels,
         preprocess=steps,
+        task=task,
         name=title,
         builder=None if own is not None else source,
         kwargs=kwargs,
         config={"source": source, "weights": weights, "samples": Path(samples).name},
         max_batch=max_batch,
-        output_names=output_names or ("logits",),
+        output_names=output_names or (_OUTPUT.get(task, "logits"),),
     )
     checkpoint = _the_one_that_was_there(checkpoint)
     say(f"{source}: checkpoint in {checkpoint.directory}, {len(data.evaluation)} evaluation samples")
@@ -146,33 +182,6 @@ def parse_input(text: str) -> TensorSpec:
         raise UsageError(f"--input {text!r}: {strange[0]!r} is no size")
     shape = ("batch", *(int(part) for part in parts[1:]))
     return TensorSpec(name=name, dtype=cast("DType", dtype), shape=shape)
-
-
-def settle_statistics(module: nn.Module, feed: Feed) -> None:
-    """Have batch normalization estimate its means and variances on these inputs, in place; the rest stays in eval mode.
-
-    At 0 and 1, as they are before training, what an untrained network answers hardly depends on what it is given, and
-    an export of it would prove nothing.
-    """
-    import torch
-    from torch import nn
-
-    norms = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    momenta = [one.momentum for one in norms]
-    try:
-        for one in norms:
-            # None: the plain average of all batches.
-            one.momentum = None
-            one.reset_running_stats()
-            one.train()
-        with torch.no_grad():
-            module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in feed.values()))
-    finally:
-        for one, momentum in zip(norms, momenta, strict=True):
-            one.momentum = momentum
-            one.eval()
 
 
 def parse_arguments(given: Sequence[str]) -> dict[str, JsonValue]:
@@ -238,6 +247,8 @@ def _module(
     """The module in eval mode with its weights, and the arguments that it was built with."""
     import torch
 
+    from dlops.adapters import named_for
+
     path = None if weights is None or published is not None or weights == "random" else Path(weights)
     tensors = published.weights if published is not None else read_weights(path) if path is not None else None
     counted = is_family(source) and published is None and "num_classes" not in kwargs and len(labels) > 1
@@ -254,10 +265,11 @@ def _module(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = rebuild(spec, own, _ANY)
-        problem = "" if tensors is None else misfits(tensors, module)
+        fitting = None if tensors is None else named_for(dict(tensors), module)
+        problem = "" if fitting is None else misfits(fitting, module)
         if not problem:
-            if tensors is not None:
-                module.load_state_dict(dict(tensors))
+            if fitting is not None:
+                module.load_state_dict(fitting)
             return module.eval(), attempt
     raise UsageError(
         f"{source}: the weights {weights} do not fit: {problem}", hint="--set num_classes=N, or what it was built with"
@@ -274,7 +286,7 @@ def _preprocess(
         published.preprocess if published is not None else published_preprocess(source) if is_family(source) else None
     )
     if given is None and default is not None:
-        return default
+        return _sized(default, specs)
     shape = default.shape if default is not None else specs[0].shape[1:] if len(specs) == 1 else ()
     if len(shape) != 3 or shape[0] not in (1, 3):
         return None
@@ -288,6 +300,21 @@ def _preprocess(
             raise UsageError("--preprocess imagenet: normalizes three channels, and the input has one")
         steps.append(_IMAGENET)
     return Preprocess(input="image", shape=(channels, height, width), steps=tuple(steps))
+
+
+def _sized(preprocess: Preprocess, specs: Sequence[TensorSpec]) -> Preprocess:
+    """Where images are stretched to one size, and the input is given another: that one."""
+    shape = specs[0].shape[1:] if len(specs) == 1 else ()
+    if len(shape) != 3 or not all(isinstance(dim, int) for dim in shape) or shape == preprocess.shape:
+        return preprocess
+    size = (int(shape[1]), int(shape[2]))
+    steps = tuple(
+        Resize(size=size, interpolation=step.interpolation)
+        if isinstance(step, Resize) and isinstance(step.size, tuple) else step
+        for step in preprocess.steps
+    )  # fmt: skip
+    stretched = steps != preprocess.steps
+    return Preprocess(input="image", shape=(preprocess.shape[0], *size), steps=steps) if stretched else preprocess
 
 
 def _read_preprocess(path: Path) -> Preprocess:

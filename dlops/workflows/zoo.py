@@ -33,10 +33,12 @@ _LIMIT_S = 900.0
 _SAMPLES = 8
 _MAX_BATCH = 4
 _SIZE = 224
+# The least that RAFT takes: eighths of it still have to be pooled three times.
+_FLOW = (128, 160)
 # Frames of a video.
 _FRAMES = 16
-# What torchvision sorts its builders into, and what of it has answers that dlops can compare.
-_OTHERS = ("segmentation", "detection", "optical_flow")
+# Detectors resize what they are given to the size of their training; by these arguments to that of the samples.
+_DETECTED = 256
 
 
 class Tried(Record):
@@ -95,7 +97,6 @@ def table(tried: Sequence[Tried]) -> str:
 def try_network(name: str) -> list[Tried]:
     """Export one network in every format, here: untrained, on coloured noise. What goes wrong is a reason."""
     import torch
-    from torchvision import models
 
     from dlops.builders import find_builder
     from dlops.errors import DlopsError
@@ -109,25 +110,25 @@ def try_network(name: str) -> list[Tried]:
         ]
 
     source = f"torchvision:{name}"
-    kind = models.get_model_builder(name).__module__.split(".")[2]
-    if kind in _OTHERS:
-        return all_of_them(
-            None, f"{kind.replace('_', ' ')} is no task of dlops yet: answers of classifiers are compared"
-        )
+    kwargs = _arguments(name)
     try:
         with torch.device("meta"):
-            parameters = sum(one.numel() for one in find_builder(source, {})().parameters())
+            parameters = sum(one.numel() for one in find_builder(source, {})(**kwargs).parameters())
     except DlopsError as error:
         return all_of_them(None, error.message)
     if parameters > MAX_PARAMETERS:
         return all_of_them(None, f"{parameters / 1e6:.0f} M parameters, over {MAX_PARAMETERS / 1e6:.0f} M", parameters)
     with tempfile.TemporaryDirectory(prefix="dlops-zoo-") as folder:
         samples = Path(folder, "samples.safetensors")
-        save_file({"input": _inputs(name)}, samples)
+        inputs = _inputs(name)
+        save_file(inputs, samples)
         try:
             adopted = adopt(
-                source, samples=str(samples), weights="random", max_batch=_MAX_BATCH, root=Path(folder, "runs")
-            )
+                source, samples=str(samples), weights="random", max_batch=_MAX_BATCH, root=Path(folder, "runs"),
+                inputs=[f"{tensor}:float32[batch,{','.join(map(str, array.shape[1:]))}]"
+                        for tensor, array in inputs.items()],
+                arguments=kwargs,
+            )  # fmt: skip
         except DlopsError as error:
             return all_of_them(False, error.message, parameters)
         found = []
@@ -145,17 +146,40 @@ def try_network(name: str) -> list[Tried]:
         return found
 
 
-def _inputs(name: str) -> NDArray[np.float32]:
-    """As large as the published weights of that network want them: images, or videos that stand still and fade."""
+def _arguments(name: str) -> dict[str, Any]:
+    """What the builder is given: for detectors that resize their images a small size, so that all fit into hours."""
+    from dlops.builders import builder_task
+
+    # SSDs have one size by their anchors.
+    if builder_task(f"torchvision:{name}") != "detection" or name.startswith("ssd"):
+        return {}
+    return {"min_size": _DETECTED, "max_size": _DETECTED}
+
+
+def _inputs(name: str) -> dict[str, NDArray[np.float32]]:
+    """As large as the published weights of that network want them: images, pairs of them, or videos that fade."""
     from torchvision import models
 
     transforms = models.get_model_weights(name).DEFAULT.transforms()
+    match type(transforms).__name__:
+        case "ObjectDetection":
+            # In [0, 1], where these take their images.
+            return {"input": np.clip(0.5 + 0.2 * coloured_noise(_SAMPLES, _DETECTED), 0, 1).astype(np.float32)}
+        case "OpticalFlow":
+            first = coloured_noise(_SAMPLES, _FLOW[1])[..., : _FLOW[0], :]
+            # What moved to the right by three pixels and down by one.
+            second = np.roll(first, (1, 3), axis=(2, 3))
+            return {"first": np.ascontiguousarray(first), "second": np.ascontiguousarray(second)}
+        case "SemanticSegmentation":
+            return {"input": coloured_noise(_SAMPLES, _SIZE)}
+        case _:
+            pass
     size = getattr(transforms, "crop_size", [_SIZE])
     images = coloured_noise(_SAMPLES, max(size))[..., : size[0], : size[-1]]
     if type(transforms).__name__ != "VideoClassification":
-        return np.ascontiguousarray(images)
+        return {"input": np.ascontiguousarray(images)}
     fading = np.linspace(1.0, 0.5, _FRAMES, dtype=np.float32)[None, None, :, None, None]
-    return np.ascontiguousarray(images[:, :, None] * fading)
+    return {"input": np.ascontiguousarray(images[:, :, None] * fading)}
 
 
 def coloured_noise(count: int, size: int) -> NDArray[np.float32]:
