@@ -27,7 +27,7 @@ class Detector(nn.Module):
         self.detector = detector
         # Scripted, torchvision's would say in the first run of every process that they give their losses, too.
         if hasattr(detector, "_has_warned"):
-            detector._has_warned = True
+            detector.__dict__["_has_warned"] = True
         self.most = most
 
     # The annotations are read by torch.jit.script, which knows neither `dict` nor postponed ones of other names.
