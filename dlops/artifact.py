@@ -78,10 +78,26 @@ class Tolerance(Record):
     min_iou: float | None = None
 
 
+class ParityCase(Record):
+    """What came out for inputs other than the samples themselves: of another size, black, saturated, tiny or huge.
+
+    The fields are Parity's. held: whether the tolerance was demanded here; where not, only that no NaN or infinity
+    comes out.
+    """
+
+    name: str
+    samples: int
+    max_abs: float
+    max_rel: float
+    sqnr_db: float | None
+    agreement: float
+    held: bool
+
+
 class Parity(Record):
     """How far an artifact's outputs are from the eager fp32 module's, over `samples` real inputs at each batch.
 
-    provider: what truly ran. The errors are the worst over all batches and outputs.
+    provider: what truly ran. The errors are the worst over all batches and outputs. cases: other inputs than those.
     """
 
     provider: str
@@ -92,6 +108,7 @@ class Parity(Record):
     sqnr_db: float | None
     agreement: float
     tolerance: Tolerance
+    cases: tuple[ParityCase, ...] = ()
 
 
 class Accuracy(Record):

@@ -18,6 +18,7 @@ from dlops.manifest import Manifest, Record, newest_manifest, read_manifest
 from dlops.preprocess import Preprocess
 from dlops.samples import Samples, read_samples
 from dlops.signature import Signature, TensorSpec
+from dlops.sizes import example_size
 from dlops.version import __version__
 
 if TYPE_CHECKING:
@@ -168,14 +169,15 @@ def import_model_source(name: str) -> ModuleSource:
 
 
 def example_inputs(signature: Signature, *, batch: int) -> tuple[torch.Tensor, ...]:
-    """Zeros that fit a signature, of that batch where it allows one; other named dims take their smallest size."""
+    """Zeros that fit a signature, of that batch where it allows one; other named dims take a small size, not 1."""
     import torch
 
     batch = min(batch, signature.max_batch)
 
     def sizes(spec: TensorSpec) -> list[int]:
         return [
-            dim if isinstance(dim, int) else batch if dim == "batch" else signature.dims[dim].min for dim in spec.shape
+            dim if isinstance(dim, int) else batch if dim == "batch" else example_size(signature.dims[dim])
+            for dim in spec.shape
         ]
 
     return tuple(torch.zeros(sizes(spec), dtype=getattr(torch, spec.dtype)) for spec in signature.inputs)

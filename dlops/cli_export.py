@@ -57,6 +57,10 @@ def export(
     input_: Annotated[
         list[str] | None, typer.Option("--input", metavar="NAME:DTYPE[DIMS]", help="Of a named model; repeatable.")
     ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MIN:MAX[:STEP]", help="Sizes of a dim that --input names; repeatable."),
+    ] = None,
     output: Annotated[list[str] | None, typer.Option(help="Names of a named model's outputs; repeatable.")] = None,
     preprocess: Annotated[
         str | None, typer.Option(help="Of a named model: imagenet, unit or a JSON file of steps.")
@@ -88,14 +92,14 @@ def export(
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
     from dlops.workflows.sources import adopt, is_source, parse_arguments
 
-    for_sources = {"weights", "samples", "input_", "output", "preprocess", "set_", "name", "task"}
+    for_sources = {"weights", "samples", "input_", "dim", "output", "preprocess", "set_", "name", "task"}
     if checkpoint is not None and is_source(checkpoint):
         if model is not None:
             usage("--model builds a checkpoint's module, and this is none", f"{checkpoint} says what builds it")
         if samples is None:
             usage(f"{checkpoint}: nothing to check it on", "--samples DATASET, FOLDER or FILE.safetensors")
         adopted = adopt(
-            checkpoint, samples=samples, weights=weights, inputs=input_ or [], preprocess=preprocess,
+            checkpoint, samples=samples, weights=weights, inputs=input_ or [], dims=dim or [], preprocess=preprocess,
             arguments=parse_arguments(set_ or []), output_names=output or [], name=name, task=task,
         )  # fmt: skip
         found, source = adopted.checkpoint, adopted.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import JsonValue, ValidationError
@@ -17,8 +17,9 @@ from dlops.environment import describe_environment
 from dlops.errors import InputError, UsageError, unknown_name
 from dlops.manifest import explain_validation
 from dlops.preprocess import Preprocess
+from dlops.probing import probe_signature
 from dlops.samples import Samples
-from dlops.signature import Array, DimRange, DType, Signature, TensorSpec
+from dlops.signature import Array, DimRange, Feed, Signature, TensorSpec
 from dlops.tasks import Task, open_task
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 DEFAULT_MAX_BATCH = 256
 # Of a split, how many raw samples are preprocessed when it is saved: a second's work for photos.
 _CHECKED_SAMPLES = 256
-_DTYPE_HINT = f"convert it inside the model to one of {', '.join(get_args(DType))}"
 
 
 def save_checkpoint(
@@ -50,6 +50,8 @@ def save_checkpoint(
     seed: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     output_names: Sequence[str] = ("logits",),
+    inputs: Sequence[TensorSpec] = (),
+    dims: Mapping[str, DimRange] | None = None,
 ) -> Checkpoint:
     """Write a trained module as a checkpoint that `dlops export` can take.
 
@@ -57,8 +59,9 @@ def save_checkpoint(
     inputs, which `preprocess` turns into the module's. Evaluation samples are held out from training; calibration
     samples come from the training split. One of torchvision's detectors is taken as `dlops.adapters.Detector`, and
     gives boxes, scores and labels for one image at a time. builder: how to rebuild the module (a catalog name or
-    "torchvision:NAME" with kwargs); without it, export asks for the module again. Raises UsageError where something
-    does not fit together.
+    "torchvision:NAME" with kwargs); without it, export asks for the module again. inputs, dims: names, dtypes and
+    shapes of the inputs, in the order of the module's arguments, where sizes other than the batch vary, and the ranges
+    of those. Raises UsageError where something does not fit together.
     """
     from dlops.adapters import DETECTOR_BATCH, Detector, adapted
 
@@ -82,7 +85,10 @@ def save_checkpoint(
         splits["calibration"] = calibrating
     for split, samples in splits.items():
         _check_preprocessed(samples, preprocess, split)
-    signature = _probe(model, evaluating, preprocess, max_batch=max_batch, output_names=output_names)
+    few = _few(evaluating, preprocess, max_batch=max_batch)
+    signature = probe_signature(
+        model, few, max_batch=max_batch, output_names=output_names, inputs=inputs, dims=dims
+    )  # fmt: skip
     for split, samples in splits.items():
         _check_fitting(samples, preprocess, signature, open_task(task), split)
     if builder is not None:
@@ -185,54 +191,12 @@ def _check_rebuilds(model: nn.Module, spec: ModelSpec, signature: Signature) -> 
         )
 
 
-def _probe(
-    model: nn.Module, samples: Samples, preprocess: Preprocess | None, *, max_batch: int, output_names: Sequence[str]
-) -> Signature:
-    """The signature, from what the module does with two samples."""
-    import torch
-
+def _few(samples: Samples, preprocess: Preprocess | None, *, max_batch: int) -> Feed:
+    """The tensors of two samples, or of as many as there may be."""
     few = samples.take(range(min(2, max_batch, len(samples))))
     if preprocess is None and not few.inputs:
         raise UsageError("raw samples without a preprocessing", hint="pass preprocess=, or the tensors themselves")
-    feed = few.feed(preprocess, "input")
-    modes = {module: module.training for module in model.modules()}
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    try:
-        with torch.inference_mode():
-            result = model.eval()(*(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in feed.values()))
-    except Exception as error:  # a person's own code, which may raise anything
-        raise UsageError(
-            f"running the model on the evaluation samples failed: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        # One by one: layers that were frozen in eval mode stay so.
-        for module, was_training in modes.items():
-            module.training = was_training
-    outputs = dict(result) if isinstance(result, Mapping) else None
-    if outputs is None:
-        tensors = list(result) if isinstance(result, (tuple, list)) else [result]
-        if len(tensors) != len(output_names):
-            raise UsageError(f"the model gives {len(tensors)} outputs, {len(output_names)} names", hint="output_names=")
-        outputs = dict(zip(output_names, tensors, strict=True))
-    strange = [name for name, value in outputs.items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise UsageError(f"the model gives {', '.join(strange)}, which are not tensors", hint="return tensors only")
-    count = len(few)
-
-    def spec(name: str, shape: Sequence[int], dtype: str) -> TensorSpec:
-        if not shape or shape[0] != count:
-            raise InputError(f"{name}: no batch axis in front (shape {list(shape)})", field=name)
-        if dtype not in get_args(DType):
-            raise InputError(f"{name}: {dtype} is not a dtype that artifacts have", field=name, hint=_DTYPE_HINT)
-        return TensorSpec(name=name, dtype=cast("DType", dtype), shape=("batch", *shape[1:]))
-
-    return Signature(
-        inputs=tuple(spec(name, array.shape, array.dtype.name) for name, array in feed.items()),
-        outputs=tuple(
-            spec(name, tensor.shape, str(tensor.dtype).removeprefix("torch.")) for name, tensor in outputs.items()
-        ),
-        dims={"batch": DimRange(min=1, max=max_batch)},
-    )
+    return few.feed(preprocess, "input")
 
 
 def _weights_bytes(model: nn.Module) -> bytes:

@@ -31,15 +31,18 @@ class TensorSpec(Record):
 
 
 class DimRange(Record):
-    """Sizes that a named dim may take, both ends included."""
+    """Sizes that a named dim may take: from min to max, both included, by steps."""
 
     min: int = Field(1, ge=1)
     max: int = Field(ge=1)
+    step: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> DimRange:
         if self.max < self.min:
             raise ValueError(f"max {self.max} is below min {self.min}")
+        if (self.max - self.min) % self.step or self.min % self.step:
+            raise ValueError(f"{self.min} and {self.max} are not whole steps of {self.step}")
         return self
 
 
@@ -102,6 +105,10 @@ class Signature(Record):
             if not limits.min <= size <= limits.max:
                 raise InputError(
                     f"{spec.name}: {dim} is {size}, allowed is {limits.min} to {limits.max}", field=spec.name
+                )
+            if size % limits.step:
+                raise InputError(
+                    f"{spec.name}: {dim} is {size}, allowed are multiples of {limits.step}", field=spec.name
                 )
 
     def _check_tensor(self, spec: TensorSpec, array: Array, sizes: dict[str, tuple[int, str]]) -> None:

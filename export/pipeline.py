@@ -17,13 +17,14 @@ from pydantic import JsonValue
 
 from dlops import catalog
 from dlops.adapters import Detector
-from dlops.artifact import Accuracy, Artifact, Parity, Provenance, Repair, Tolerance, Variant, open_artifact
+from dlops.artifact import Accuracy, Artifact, Parity, ParityCase, Provenance, Repair, Tolerance, Variant, open_artifact
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.console import say
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import DlopsError, GateError, LossError, UsageError, from_os_error
 from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
+from dlops.export.cases import check_cases, make_cases
 from dlops.export.existing import unchanged_artifact
 from dlops.export.formats import Calibration, Exported, ExportRequest, check_no_machine_paths, portable_argument
 from dlops.export.layers import Ranking, rank_layers
@@ -41,7 +42,7 @@ from dlops.manifest import Payload, sha256_of
 from dlops.parity import run_batched, self_test
 from dlops.runtimes import SessionOptions, open_session
 from dlops.runtimes.eager import choose_device
-from dlops.runtimes.session import Device
+from dlops.runtimes.session import Device, Session
 from dlops.samples import MAX_ARTIFACT_SAMPLES, Samples, row_fingerprints
 from dlops.signature import Feed
 from dlops.tasks import Task, open_task
@@ -432,12 +433,24 @@ class _Export:
                 session, self.feed, structure.reference, task=self.task, precision=draft.variant.precision,
                 title=draft.title,
             )  # fmt: skip
+            parity = parity.model_copy(update={"cases": self._cases(session, structure, draft, parity.tolerance)})
             accuracy = self._accuracy(run_batched(session, self.feed, min(ACCURACY_BATCH, self.signature.max_batch)))
         finally:
             session.close()
         if accuracy is not None:
             check_drop(accuracy, title=draft.title)
         return draft.model_copy(update={"parity": parity, "accuracy": accuracy})
+
+    def _cases(
+        self, session: Session, structure: _Structure, draft: Artifact, tolerance: Tolerance
+    ) -> tuple[ParityCase, ...]:
+        """Parity at other sizes and at the edges; the references are made once a structure."""
+        if "cases" not in structure.captured:
+            structure.captured["cases"] = make_cases(structure.module, self.feed, self.signature)
+        return check_cases(
+            session, structure.captured["cases"], task=self.task, precision=draft.variant.precision,
+            tolerance=tolerance, title=draft.title,
+        )  # fmt: skip
 
     def _accuracy(self, outputs: Feed) -> Accuracy | None:
         if self.evaluation.targets is None:

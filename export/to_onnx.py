@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
 
 import onnx
 import torch
@@ -21,7 +22,7 @@ from dlops.export.quantize_dynamic import quantize_dynamic
 from dlops.export.quantize_static import Calibrated, calibrate
 from dlops.export.quantize_weights import quantize_weights
 from dlops.export.trace_onnx import trace_detector
-from dlops.signature import Signature
+from dlops.signature import DimRange, Signature
 
 # What torch's exporter writes without converting, and what every ONNX Runtime that we allow reads (1.17 and later).
 OPSET = 20
@@ -147,7 +148,7 @@ def _to_fp32(request: ExportRequest) -> onnx.ModelProto:
     if isinstance(request.module, Detector):
         return trace_detector(request, opset=OPSET)
     signature = request.signature
-    dims = {name: torch.export.Dim(name, min=limits.min) for name, limits in signature.dims.items()}
+    dims = {name: _dim(name, limits) for name, limits in signature.dims.items()}
     # What can have one size only is none.
     shapes = tuple(
         {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and signature.is_free(dim)}
@@ -170,7 +171,28 @@ def _to_fp32(request: ExportRequest) -> onnx.ModelProto:
         raise _explained(error, request.title) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    _name_dims(model, signature)
     return model
+
+
+def _dim(name: str, limits: DimRange) -> Any:
+    """As torch.export wants it: the batch without an upper end, which a module may not state; multiples by a factor."""
+    if name == "batch":
+        return torch.export.Dim(name, min=limits.min)
+    if limits.step == 1:
+        return torch.export.Dim(name, min=limits.min, max=limits.max)
+    steps = torch.export.Dim(f"{name}_steps", min=limits.min // limits.step, max=limits.max // limits.step)
+    return limits.step * steps
+
+
+def _name_dims(model: onnx.ModelProto, signature: Signature) -> None:
+    """Call the open dims as the signature does, which the exporter calls by their formulas: a fixed one stays fixed."""
+    for spec, value in zip(
+        (*signature.inputs, *signature.outputs), (*model.graph.input, *model.graph.output), strict=True
+    ):
+        for axis, dim in zip(spec.shape, value.type.tensor_type.shape.dim, strict=False):
+            if isinstance(axis, str) and axis != "batch" and dim.dim_param:
+                dim.dim_param = axis
 
 
 def _to_fp16(model: onnx.ModelProto, request: ExportRequest) -> onnx.ModelProto:

@@ -15,6 +15,7 @@ from dlops.artifact import (
     Artifact,
     FloatLayer,
     Parity,
+    ParityCase,
     Provenance,
     Repair,
     Tolerance,
@@ -73,7 +74,12 @@ ARTIFACT = Artifact(
     signature=SIGNATURE, preprocess=PREPROCESS, labels=("cat", "dog"), task="classification", requires=("onnxruntime",),
     parity=Parity(
         provider="CPUExecutionProvider", batches=(1, 2, 7), samples=32, max_abs=0.5, max_rel=0.25, sqnr_db=30.5,
-        agreement=1.0, tolerance=Tolerance(max_abs=1.0, max_rel=2.0, min_sqnr_db=15.0, min_agreement=0.95),
+        agreement=1.0, tolerance=Tolerance(max_abs=1.0, max_rel=2.0, min_sqnr_db=15.0, min_agreement=0.95, min_iou=0.5),
+        cases=(
+            ParityCase(
+                name="black", samples=2, max_abs=0.25, max_rel=0.125, sqnr_db=20.5, agreement=0.5, held=False
+            ),
+        ),
     ),
     accuracy=Accuracy(
         metric="accuracy", samples=100, value=0.91, reference=0.92, drop_points=1.0, drop_low=-0.5, drop_high=2.5,

@@ -33,6 +33,7 @@ from dlops.console import say
 from dlops.errors import CorruptError, UsageError, from_os_error
 from dlops.manifest import explain_validation
 from dlops.preprocess import CenterCrop, Decode, Normalize, Preprocess, Resize, Scale, Step
+from dlops.probing import check_named
 from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES, Samples
 from dlops.saving import save_checkpoint
 from dlops.signature import Array, DimRange, DType, Signature, TensorSpec
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 _PREFIXES = ("torchvision:", "timm:", "python:")
 _INPUT = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*):([a-z]+\d*)\[([^\]]*)\]")
+_RANGE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(\d+):(\d+)(?::(\d+))?")
 _TARGETS = ("targets", "target", "labels")
 _IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # As in the recipes: of two classes or more, drawn with a fixed seed.
@@ -92,6 +94,7 @@ def adopt(
     samples: str,
     weights: str | None = None,
     inputs: Sequence[str] = (),
+    dims: Sequence[str] = (),
     preprocess: str | None = None,
     arguments: Mapping[str, JsonValue] | None = None,
     output_names: Sequence[str] = (),
@@ -104,7 +107,8 @@ def adopt(
 
     samples: a data set that dlops knows, a folder or archive of class folders, or a safetensors file with a tensor an
     input and, for accuracy, "targets". weights: "random", the name of published ones, or a .safetensors, .pth or .pt
-    file; without it a function's module keeps its own. inputs: `name:dtype[dims]` in the order of the arguments.
+    file; without it a function's module keeps its own. inputs: `name:dtype[dims]` in the order of the arguments; dims:
+    `NAME=MIN:MAX[:STEP]` for each that has a name and not a size.
     preprocess: "imagenet", "unit" or a JSON file; by default what the published weights were trained with. arguments:
     for the builder. task: what it is for; by default what torchvision sorts it under, or a detector's, or
     classification. Raises UsageError for what does not fit together, before anything is written.
@@ -113,7 +117,7 @@ def adopt(
         catalog.check(catalog.TASKS, "task", task)
     from dlops.adapters import task_of
 
-    specs = [parse_input(text) for text in inputs]
+    specs, ranges = [parse_input(text) for text in inputs], parse_dims(dims)
     own = import_model_source(source) if source.startswith("python:") else None
     if own is None and weights is None:
         raise UsageError(
@@ -125,7 +129,7 @@ def adopt(
     published = _published(source, weights)
     steps = _preprocess(preprocess, source, specs, published)
     if Path(samples).suffix == ".safetensors":
-        data, steps = _from_tensors(Path(samples), specs), None
+        data, steps = _from_tensors(Path(samples), specs, ranges), None
     else:
         data = _from_images(samples, steps, source)
     expected = task or (builder_task(source) if is_family(source) else "classification")
@@ -160,6 +164,8 @@ def adopt(
         config={"source": source, "weights": weights, "samples": Path(samples).name},
         max_batch=max_batch,
         output_names=output_names or (_OUTPUT.get(task, "logits"),),
+        inputs=_taken(specs, steps) if ranges else (),
+        dims=ranges,
     )
     checkpoint = _the_one_that_was_there(checkpoint)
     say(f"{source}: checkpoint in {checkpoint.directory}, {len(data.evaluation)} evaluation samples")
@@ -178,10 +184,27 @@ def parse_input(text: str) -> TensorSpec:
     parts = dims.split(",") if dims else []
     if not parts or parts[0] != "batch":
         raise UsageError(f"--input {text!r}: the first dim is the batch", hint=f"{name}:{dtype}[batch,...]")
-    if strange := [part for part in parts[1:] if not part.isdecimal()]:
-        raise UsageError(f"--input {text!r}: {strange[0]!r} is no size")
-    shape = ("batch", *(int(part) for part in parts[1:]))
+    if strange := [part for part in parts[1:] if not (part.isdecimal() or part.isidentifier()) or part == "batch"]:
+        raise UsageError(
+            f"--input {text!r}: {strange[0]!r} is no size", hint="a number, or a name with a range: --dim NAME=MIN:MAX"
+        )
+    shape = ("batch", *(int(part) if part.isdecimal() else part for part in parts[1:]))
     return TensorSpec(name=name, dtype=cast("DType", dtype), shape=shape)
+
+
+def parse_dims(given: Sequence[str]) -> dict[str, DimRange]:
+    """`height=224:640` or `height=224:640:32`, the last a step, as ranges by name. Raises UsageError."""
+    ranges = {}
+    for one in given:
+        match = _RANGE.fullmatch(one.replace(" ", ""))
+        if match is None:
+            raise UsageError(f"--dim {one!r}: expected NAME=MIN:MAX or NAME=MIN:MAX:STEP", hint="height=224:640:32")
+        name, low, high, step = match.groups()
+        try:
+            ranges[name] = DimRange(min=int(low), max=int(high), step=int(step or 1))
+        except ValidationError as error:
+            raise UsageError(f"--dim {one!r}: {explain_validation(error)}") from None
+    return ranges
 
 
 def parse_arguments(given: Sequence[str]) -> dict[str, JsonValue]:
@@ -288,7 +311,7 @@ def _preprocess(
     if given is None and default is not None:
         return _sized(default, specs)
     shape = default.shape if default is not None else specs[0].shape[1:] if len(specs) == 1 else ()
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(size, int) for size in shape):
         return None
     channels, height, width = (int(size) for size in shape)
     steps: list[Step] = [
@@ -346,7 +369,7 @@ def _from_images(samples: str, preprocess: Preprocess | None, source: str) -> _D
     )
 
 
-def _from_tensors(path: Path, specs: Sequence[TensorSpec]) -> _Data:
+def _from_tensors(path: Path, specs: Sequence[TensorSpec], ranges: Mapping[str, DimRange]) -> _Data:
     """Every second sample of a file is for evaluation, the others for calibration."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -376,7 +399,7 @@ def _from_tensors(path: Path, specs: Sequence[TensorSpec]) -> _Data:
             f"{path}: {', '.join(f'{name} has {n}' for name, n in lengths.items())} samples; two or more, alike"
         )
     if specs:
-        Signature(inputs=tuple(specs), outputs=tuple(specs), dims={"batch": DimRange(max=count)}).check(feed)
+        check_named(specs, ranges, feed)
     whole = Samples(raw=tuple(next(iter(feed.values()))), inputs=feed, targets=targets)
     places = np.arange(count)
     return _Data(evaluation=whole.take(list(places[::2])), calibration=whole.take(list(places[1::2])))
@@ -401,6 +424,11 @@ def _as_known(samples: Samples, labels: Sequence[str], known: Sequence[str]) -> 
         numbers.append(place)
     targets = np.array(numbers, np.int64)[samples.targets]
     return Samples(raw=samples.raw, inputs=samples.inputs, outputs=samples.outputs, targets=targets)
+
+
+def _taken(specs: Sequence[TensorSpec], preprocess: Preprocess | None) -> Sequence[TensorSpec]:
+    """The inputs as given; images go into the one that preprocessing makes, under the name that it has there."""
+    return specs if preprocess is None else [specs[0].model_copy(update={"name": "input"})]
 
 
 def _numbered(module: nn.Module, data: _Data, preprocess: Preprocess | None) -> tuple[str, ...]:

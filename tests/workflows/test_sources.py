@@ -260,7 +260,7 @@ def test_what_does_not_fit_together_is_one_line(here: Path, photos: Path, option
     ("text", "said"),
     [
         ("pixels", "expected name:dtype"), ("x:float31[batch,3]", "float31 is not one of"),
-        ("x:float32[3,batch]", "the first dim is the batch"), ("x:float32[batch,width]", "'width' is no size"),
+        ("x:float32[3,batch]", "the first dim is the batch"), ("x:float32[batch,-3]", "'-3' is no size"),
     ],
 )  # fmt: skip
 def test_an_input_that_is_none_is_refused(text: str, said: str) -> None:
