@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Both exporters that take data-dependent loops (torch.onnx's by tracing, torch.jit.script) bake in or loop over images.
-DETECTOR_BATCH = 1
+# What adapted modules take: a traced detector holds the loop over its images unrolled, and torch.export takes the batch
+# of RAFT's grids for a constant.
+ADAPTED_BATCH = 1
 
 
 class Detector(nn.Module):
@@ -83,6 +84,11 @@ def adapted(module: nn.Module) -> nn.Module:
 def task_of(module: nn.Module) -> str | None:
     """What an adapted module is for; None of any other."""
     return "detection" if isinstance(module, Detector) else "regression" if isinstance(module, LastFlow) else None
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether it takes one sample at a time, and is scripted for TorchScript: it branches and loops on its data."""
+    return task_of(module) is not None
 
 
 def named_for(tensors: dict[str, Any], module: nn.Module) -> dict[str, Any]:

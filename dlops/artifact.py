@@ -81,8 +81,8 @@ class Tolerance(Record):
 class ParityCase(Record):
     """What came out for inputs other than the samples themselves: of another size, black, saturated, tiny or huge.
 
-    The fields are Parity's. held: whether the tolerance was demanded here; where not, only that no NaN or infinity
-    comes out.
+    The fields are Parity's. held: whether the tolerance was demanded here; where not (8 bits at the edges, or a
+    module whose own rounding there comes near the tolerance), only that no NaN or infinity comes out.
     """
 
     name: str

@@ -58,16 +58,16 @@ def save_checkpoint(
     evaluation, calibration: (inputs, targets) with inputs (n, ...) as the module takes them, or Samples with raw
     inputs, which `preprocess` turns into the module's. Evaluation samples are held out from training; calibration
     samples come from the training split. One of torchvision's detectors is taken as `dlops.adapters.Detector`, and
-    gives boxes, scores and labels for one image at a time. builder: how to rebuild the module (a catalog name or
-    "torchvision:NAME" with kwargs); without it, export asks for the module again. inputs, dims: names, dtypes and
-    shapes of the inputs, in the order of the module's arguments, where sizes other than the batch vary, and the ranges
-    of those. Raises UsageError where something does not fit together.
+    gives boxes, scores and labels for one image at a time; RAFT gives its last flow of one pair. builder: how to
+    rebuild the module (a catalog name or "torchvision:NAME" with kwargs); without it, export asks for the module again.
+    inputs, dims: names, dtypes and shapes of the inputs, in the order of the module's arguments, where sizes other than
+    the batch vary, and the ranges of those. Raises UsageError where something does not fit together.
     """
-    from dlops.adapters import DETECTOR_BATCH, Detector, adapted
+    from dlops.adapters import ADAPTED_BATCH, adapted, is_adapted
 
     model = adapted(model)
-    if isinstance(model, Detector):
-        max_batch = DETECTOR_BATCH
+    if is_adapted(model):
+        max_batch = ADAPTED_BATCH
     directory = Path(directory)
     evaluating = _as_samples(evaluation, "evaluation")
     calibrating = None if calibration is None else _as_samples(calibration, "calibration")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlops.adapters import Detector
+from dlops.adapters import Detector, is_adapted
 from dlops.checkpoint import example_inputs
 from dlops.console import say
 from dlops.embedded import EXTRA_FILE
@@ -50,7 +50,7 @@ def export(request: ExportRequest) -> Exported:
                 hint="take torchscript-fp32",
             )
         module = _Narrowed(module, request.signature).eval()
-    compiled = _script(request, module) if isinstance(module, Detector) else _trace(request, module)
+    compiled = _script(request, module) if is_adapted(module) else _trace(request, module)
     # Into memory: torch's writer ends the process where a disk is full (an exception thrown while it is destroyed).
     buffer = io.BytesIO()
     extra = {EXTRA_FILE: request.embedded.to_json()} if request.embedded is not None else {}
@@ -59,7 +59,7 @@ def export(request: ExportRequest) -> Exported:
     request.into.write_bytes(without_debug_files(buffer.getvalue()))
     check_written(request.into, request.signature, precision=request.variant.precision, title=request.title)
     check_embedded(request)
-    way = "scripted" if isinstance(module, Detector) else "traced"
+    way = "scripted" if is_adapted(module) else "traced"
     return Exported(path=request.into, notes={"torchscript": f"{way} and frozen", "torch": torch.__version__})
 
 
@@ -184,9 +184,7 @@ def _script(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule
         with _without_retirement_notices():
             frozen: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(module))
     except (RuntimeError, torch.jit.frontend.NotSupportedError) as error:
-        raise UsageError(
-            f"{request.title}: torch.jit.script cannot take this detector: {_first_line(error)}"
-        ) from error
+        raise UsageError(f"{request.title}: torch.jit.script cannot take this module: {_first_line(error)}") from error
     return frozen
 
 

@@ -138,6 +138,32 @@ def test_an_edge_that_is_computed_otherwise_is_refused(made: dict[str, Path]) ->
         session.close()
 
 
+class NormalizesEachImage(nn.Module):
+    """Divides the rounding errors of an even image by their own deviation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, eps=1e-30), nn.Conv2d(8, CLASSES, 1), nn.InstanceNorm2d(CLASSES)
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.layers(image)
+
+
+def test_where_the_module_itself_is_rounding_nothing_is_demanded(checkpoint: Checkpoint) -> None:
+    torch.manual_seed(0)
+    signature = checkpoint.signature.model_copy(update={"outputs": checkpoint.signature.outputs[:1], "dims": {
+        "batch": DimRange(max=4), "height": DimRange(min=20, max=20), "width": DimRange(min=24, max=24),
+        "logits_2": DimRange(min=18, max=18), "logits_3": DimRange(min=22, max=22),
+    }})  # fmt: skip
+    errors = {case.name: case.own_error for case in make_cases(
+        NormalizesEachImage().eval(), {"image": images()}, signature
+    )}  # fmt: skip
+    assert errors["saturated"] > 1e-2
+    assert errors["huge"] < 1e-5
+
+
 class Baked(nn.Module):
     """Its answer depends on the height that it was captured with, which no exporter says."""
 
