@@ -20,6 +20,8 @@ from dlops.version import __version__
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8dyn", "int8wo", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int8dyn", "int8wo", "fp8")
+# The roles of files that are the model: the second one where a format keeps its weights beside the graph, or has to.
+MODEL_ROLES = ("model", "weights")
 _SPARSITY = re.compile(r"^(pruned|sparse)([0-9]{2})$")
 
 
@@ -171,7 +173,10 @@ class Provenance(Record):
 
 
 class Artifact(Manifest):
-    """artifact.json: files hold the roles model and samples. repair: null where no layer had to be returned to fp32."""
+    """artifact.json: files hold the roles model and samples, and weights where the model is two files.
+
+    repair: null where no layer had to be returned to fp32.
+    """
 
     file_name: ClassVar[str] = "artifact.json"
     required_roles: ClassVar[tuple[str, ...]] = ("model", "samples")
@@ -202,8 +207,8 @@ class Artifact(Manifest):
 
     @property
     def model_bytes(self) -> int:
-        """Size of the model file."""
-        return self.files["model"].bytes
+        """Size of the model file, and of the one beside it with its weights where there is one."""
+        return sum(self.files[role].bytes for role in MODEL_ROLES if role in self.files)
 
     def samples(self) -> Samples:
         """At most 32 real inputs, with preprocessed tensors and the reference's outputs."""

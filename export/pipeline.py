@@ -381,7 +381,8 @@ class _Export:
     ) -> Exported:
         request = replace(self._request(variant, structure, folder, title), excluded=excluded)
         exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
-        check_no_machine_paths(exported.path, title=title)
+        for path in (exported.path, *exported.extra.values()):
+            check_no_machine_paths(path, title=title)
         return exported
 
     def _request(self, variant: Variant, structure: _Structure, folder: Path, title: str) -> ExportRequest:
@@ -422,7 +423,7 @@ class _Export:
                 command=tuple(portable_argument(argument) for argument in self.command),
                 notes={**self.notes, **structure.notes, **exported.notes},
             ),
-            files={"model": Payload(path=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)},
+            files={role: _payload(path) for role, path in {"model": path, **exported.extra}.items()},
         ).located_at(path.parent)
 
     def _gate(self, draft: Artifact, structure: _Structure) -> Artifact:
@@ -464,6 +465,7 @@ class _Export:
         with DirectoryWriter(directory) as writer:
             files = {
                 "model": writer.add_file(exported.path.name, exported.path),
+                **{role: writer.add_file(f"{role}{path.suffix}", path) for role, path in exported.extra.items()},
                 "samples": writer.add("samples.safetensors", self._carried(structure).to_bytes()),
                 ROLE: writer.add(FILE_NAME, self._record(artifact.variant).to_json().encode()),
             }
@@ -517,6 +519,10 @@ def _required(variant: Variant, module: nn.Module) -> tuple[str, ...]:
     """The packages that running the file takes."""
     packages = catalog.REQUIREMENTS[variant.format]
     return (*packages, "torchvision") if variant.format == "torchscript" and isinstance(module, Detector) else packages
+
+
+def _payload(path: Path) -> Payload:
+    return Payload(path=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)
 
 
 def _raise_failures(failed: Mapping[str, DlopsError], made: list[Artifact], *, planned: int) -> None:

@@ -176,6 +176,16 @@ def test_an_artifact_opens_by_its_folder_or_its_manifest(digits_artifact: Artifa
     assert len(by_folder.samples()) == 16
 
 
+def test_a_model_in_two_files_is_sized_as_one_and_samples_are_no_part_of_it() -> None:
+    files = {
+        "model": payload("model-0.onnx"),
+        "weights": payload("weights-0.data"),
+        "samples": payload("samples-0.bin"),
+    }
+    two = ARTIFACT.model_copy(update={"files": files})
+    assert two.model_bytes == files["model"].bytes + files["weights"].bytes > ARTIFACT.model_bytes
+
+
 def test_an_altered_model_does_not_open(make_digits_artifact: object, tmp_path: Path) -> None:
     artifact = make_digits_artifact(tmp_path / "digits")
     content = bytearray(artifact.path("model").read_bytes())
