@@ -161,6 +161,28 @@ class Repair(Record):
     tries: int
 
 
+Verdict = Literal["both", "faster", "smaller", "neither", "unsure"]
+
+
+class Worth(Record):
+    """Whether the variant is faster or smaller than `parent`, a slug, on the machine that exported it.
+
+    speed: the parent's median latency over this one's at `batch`, in turns, with its 95 % interval. size: the parent's
+    bytes over this one's. verdict: faster where all of the interval is above 1; "unsure" where it is no smaller and the
+    machine was too unsteady to say that it is no faster. reason: why it is not faster, as far as the runtime tells;
+    null where it is, or where nothing was found.
+    """
+
+    parent: str
+    batch: int
+    speed: float
+    speed_low: float
+    speed_high: float
+    size: float
+    verdict: Verdict
+    reason: str | None
+
+
 class Provenance(Record):
     """checkpoint_sha256: of the manifest it was made from. notes: what the export did that one should know."""
 
@@ -175,7 +197,7 @@ class Provenance(Record):
 class Artifact(Manifest):
     """artifact.json: files hold the roles model and samples, and weights where the model is two files.
 
-    repair: null where no layer had to be returned to fp32.
+    repair: null where no layer had to be returned to fp32. worth: null where it was not compared.
     """
 
     file_name: ClassVar[str] = "artifact.json"
@@ -195,6 +217,7 @@ class Artifact(Manifest):
     accuracy: Accuracy | None
     provenance: Provenance
     repair: Repair | None = None
+    worth: Worth | None = None
 
     @property
     def slug(self) -> str:

@@ -17,12 +17,23 @@ from pydantic import JsonValue
 
 from dlops import catalog
 from dlops.adapters import Detector
-from dlops.artifact import Accuracy, Artifact, Parity, ParityCase, Provenance, Repair, Tolerance, Variant, open_artifact
+from dlops.artifact import (
+    Accuracy,
+    Artifact,
+    Parity,
+    ParityCase,
+    Provenance,
+    Repair,
+    Tolerance,
+    Variant,
+    Worth,
+    open_artifact,
+)
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.console import say
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
-from dlops.errors import DlopsError, GateError, LossError, UsageError, from_os_error
+from dlops.errors import CorruptError, DlopsError, GateError, LossError, UsageError, from_os_error
 from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
 from dlops.export.cases import check_cases, make_cases
 from dlops.export.existing import unchanged_artifact
@@ -38,6 +49,7 @@ from dlops.export.record import FILE_NAME, ROLE, ExportRecord, Settings, answers
 from dlops.export.recover import recover
 from dlops.export.repair import repair_int8
 from dlops.export.to_onnx import calibrated
+from dlops.export.worth import narrowed_widths, parent_of, weigh, worth_text
 from dlops.manifest import Payload, sha256_of
 from dlops.parity import run_batched, self_test
 from dlops.runtimes import SessionOptions, open_session
@@ -69,6 +81,7 @@ def export_variants(
     strict: bool = False,
     calibration_method: Calibration = "minmax",
     repair: bool = True,
+    worth: bool = False,
     device: Device = "cpu",
     force: bool = False,
     command: Sequence[str] = (),
@@ -79,8 +92,10 @@ def export_variants(
     max_drop: percentage points of the task's metric that may be lost against the dense checkpoint; with `strict` the
     upper end of the 95 % interval must keep it too. calibration_method: how static int8 chooses the range of each
     activation (`activation_ranges` says what each does). repair: where int8 loses too much, return the layers at fault
-    to fp32, as few as pass, and refuse only when none of them help. device: where pruned models are recovered and the
-    gates run. force: make a variant anew where it lies there already, unchanged, which is otherwise kept as it is.
+    to fp32, as few as pass, and refuse only when none of them help. worth: time each variant that passed, for about a
+    second, against what it was made of, and record whether it is faster or smaller; it decides nothing. device: where
+    pruned models are recovered and the gates run. force: make a variant anew where it lies there already, unchanged,
+    which is otherwise kept as it is.
 
     A variant that fails leaves an older artifact of it untouched, and the others are still made. Then GateError lists
     each that failed and why. Raises UsageError, before any work, for what cannot be made.
@@ -88,7 +103,8 @@ def export_variants(
     results = list(
         export_each(
             checkpoint, variants=variants, out=out, model=model, max_drop=max_drop, strict=strict,
-            calibration_method=calibration_method, repair=repair, device=device, force=force, command=command,
+            calibration_method=calibration_method, repair=repair, worth=worth, device=device, force=force,
+            command=command,
         )
     )  # fmt: skip
     made = [result for _, result in results if isinstance(result, Artifact)]
@@ -108,6 +124,7 @@ def export_each(
     strict: bool = False,
     calibration_method: Calibration = "minmax",
     repair: bool = True,
+    worth: bool = False,
     device: Device = "cpu",
     force: bool = False,
     command: Sequence[str] = (),
@@ -120,8 +137,8 @@ def export_each(
         variants, checkpoint, max_drop=max_drop, strict=strict, calibration_method=calibration_method
     )
     export = _Export(
-        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, repair=repair, device=device,
-        force=force, command=command, calibrates=any(map(needs_calibration, planned)),
+        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, repair=repair, worth=worth,
+        device=device, force=force, command=command, calibrates=any(map(needs_calibration, planned)),
         calibration_method=calibration_method,
     )  # fmt: skip
     for variant in planned:
@@ -157,8 +174,8 @@ def rank_variant(
             hint="onnx-int8 and onnx-int8-prunedNN can be explained",
         )
     export = _Export(
-        checkpoint, out=Path(), model=model, max_drop=100.0, strict=False, repair=False, device=device, force=True,
-        command=(), calibrates=True, calibration_method=calibration_method,
+        checkpoint, out=Path(), model=model, max_drop=100.0, strict=False, repair=False, worth=False, device=device,
+        force=True, command=(), calibrates=True, calibration_method=calibration_method,
     )  # fmt: skip
     return export.rank(planned)
 
@@ -190,12 +207,12 @@ class _Export:
 
     def __init__(
         self, checkpoint: Checkpoint, *, out: Path, model: ModuleSource | None, max_drop: float, strict: bool,
-        repair: bool, device: Device, force: bool, command: Sequence[str], calibrates: bool,
+        repair: bool, worth: bool, device: Device, force: bool, command: Sequence[str], calibrates: bool,
         calibration_method: Calibration,
     ) -> None:  # fmt: skip
         self.checkpoint, self.out, self.signature = checkpoint, out, checkpoint.signature
         self.max_drop, self.strict, self.command, self.force = max_drop, strict, tuple(command), force
-        self.calibration_method, self.repair = calibration_method, repair
+        self.calibration_method, self.repair, self.worth = calibration_method, repair, worth
         self.options = SessionOptions(device=device)
         self.task: Task = open_task(checkpoint.spec.task)
         evaluation = checkpoint.samples("evaluation")
@@ -255,7 +272,39 @@ class _Export:
                 ranking = self._rank(variant, structure, title)
                 repaired = repair_int8(attempt, refusal=refusal, ranking=ranking, slug=variant.slug)
                 candidate = repaired.result.noting(repaired.record)
-            return self._write(candidate.artifact, structure, candidate.exported, self._place(variant))
+            artifact = candidate.artifact
+            if self.worth:
+                artifact = artifact.model_copy(update={"worth": self._weigh(artifact, structure, Path(name, "parent"))})
+            return self._write(artifact, structure, candidate.exported, self._place(variant))
+
+    def _weigh(self, artifact: Artifact, structure: _Structure, folder: Path) -> Worth | None:
+        """Whether it is faster or smaller than its parent; null, with the reason said, where that cannot be told."""
+        parent = parent_of(artifact.variant)
+        if parent is None:
+            return None
+        try:
+            return weigh(
+                artifact, self._parent(parent, folder), self.feed, options=self.options,
+                widths=narrowed_widths(structure.module, self.dense.module),
+            )  # fmt: skip
+        except DlopsError as error:
+            say(f"{artifact.slug}: not compared with {parent.slug}: {error.message}")
+            return None
+
+    def _parent(self, variant: Variant, folder: Path) -> Artifact:
+        """The one of this checkpoint that lies there, else one made in `folder` for this alone, past no gate."""
+        place = self._place(variant)
+        if (place / Artifact.file_name).is_file():
+            try:
+                found = open_artifact(place)
+            except CorruptError as error:
+                say(f"{variant.slug}: passed over: {error.message}")
+            else:
+                if found.provenance.checkpoint_sha256 == self.digest:
+                    return found
+        folder.mkdir()
+        exported = self._export(variant, self.dense, folder, f"{self.checkpoint.name}/{variant.slug}", ())
+        return self._draft(variant, self.dense, exported)
 
     def _attempt(
         self, variant: Variant, structure: _Structure, excluded: tuple[str, ...], folder: Path, title: str
@@ -547,4 +596,5 @@ def _summary(artifact: Artifact) -> str:
         )
     if artifact.repair is not None:
         parts.append(f"{len(artifact.repair.layers)} of {artifact.repair.of} layers in fp32")
-    return " · ".join(parts)
+    summary = " · ".join(parts)
+    return summary if artifact.worth is None else f"{summary}\n  {worth_text(artifact.worth)}"

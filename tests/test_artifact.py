@@ -20,6 +20,7 @@ from dlops.artifact import (
     Repair,
     Tolerance,
     Variant,
+    Worth,
     check_sparsity,
     newest_artifact,
     open_artifact,
@@ -92,6 +93,10 @@ ARTIFACT = Artifact(
     repair=Repair(
         because="it lost", of=4, float_share=0.25, tries=3,
         layers=(FloatLayer(name="body.0", operator="Conv", weights=27, alone_db=9.5, share=0.75),),
+    ),
+    worth=Worth(
+        parent="onnx-fp32", batch=1, speed=0.5, speed_low=0.25, speed_high=0.75, size=1.0, verdict="neither",
+        reason="it",
     ),
     files={"model": payload("model-0123456789abcdef.onnx"), "samples": payload("samples-0123456789abcdef.safetensors")},
 )  # fmt: skip
