@@ -22,22 +22,26 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int8dyn", "int8wo", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int8dyn", "int8wo", "fp8")
 # The roles of files that are the model: the second one where a format keeps its weights beside the graph, or has to.
 MODEL_ROLES = ("model", "weights")
+_RAW = "raw"
 _SPARSITY = re.compile(r"^(pruned|sparse)([0-9]{2})$")
 
 
 class Variant(Record):
     """format × precision × sparsity; `slug` names the artifact's folder.
 
-    sparsity: None for dense, "prunedNN" (NN % of the dense model's MACs removed), "sparseNN" or "sparse24".
+    sparsity: None for dense, "prunedNN" (NN % of the dense model's MACs removed), "sparseNN" or "sparse24". raw: the
+    file takes raw inputs and gives probabilities and labels: what scales and normalizes is in it.
     """
 
     format: str = Field(pattern=r"^[a-z0-9]+$")
     precision: Precision = "fp32"
     sparsity: str | None = Field(None, pattern=_SPARSITY.pattern)
+    raw: bool = False
 
     @property
     def slug(self) -> str:
-        return "-".join(part for part in (self.format, self.precision, self.sparsity) if part)
+        parts = (self.format, self.precision, self.sparsity, _RAW if self.raw else None)
+        return "-".join(part for part in parts if part)
 
     @property
     def pruned_fraction(self) -> float:
@@ -47,8 +51,9 @@ class Variant(Record):
 
     @classmethod
     def parse(cls, slug: str) -> Self:
-        """From `<format>-<precision>[-<sparsity>]`. Raises UsageError naming the part that is wrong."""
-        form, precision, sparsity = [*slug.split("-", 2), None, None][:3]
+        """From `<format>-<precision>[-<sparsity>][-raw]`. Raises UsageError naming the part that is wrong."""
+        rest = slug.removesuffix(f"-{_RAW}")
+        form, precision, sparsity = [*rest.split("-", 2), None, None][:3]
         if form not in catalog.FORMATS:
             raise unknown_name("format", str(form), catalog.FORMATS, where=f"variant {slug!r}")
         if precision is None:
@@ -56,7 +61,7 @@ class Variant(Record):
         if precision not in PRECISIONS:
             raise unknown_name("precision", precision, PRECISIONS, where=f"variant {slug!r}")
         check_sparsity(sparsity, where=f"variant {slug!r}")
-        return cls(format=str(form), precision=precision, sparsity=sparsity)
+        return cls(format=str(form), precision=precision, sparsity=sparsity, raw=rest != slug)
 
 
 def check_sparsity(sparsity: str | None, *, where: str) -> None:

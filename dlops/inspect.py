@@ -313,7 +313,8 @@ def _artifact_facts(artifact: Artifact) -> dict[str, dict[str, str]]:
     return {
         "Model": {
             "version": artifact.version,
-            "variant": f"{variant.format}, {variant.precision}, {variant.sparsity or 'dense'}",
+            "variant": f"{variant.format}, {variant.precision}, {variant.sparsity or 'dense'}"
+            + (", takes raw inputs" if variant.raw else ""),
             "task": artifact.task,
             "labels": labels_text(artifact.labels),
             "needs": ", ".join(artifact.requires),
@@ -356,7 +357,7 @@ def preprocess_lines(preprocess: Preprocess | None) -> dict[str, str]:
         f"{place}. {step.kind}": _values(step.model_dump(mode="json", exclude={"kind"}))
         for place, step in enumerate(preprocess.steps, start=1)
     }
-    return {"from": preprocess.input, **steps, "to": f"float32{list(preprocess.shape)}"}
+    return {"from": preprocess.input, **steps, "to": f"{preprocess.dtype}{list(preprocess.shape)}"}
 
 
 def _parity_lines(parity: Parity) -> dict[str, str]:

@@ -19,6 +19,8 @@ from dlops.signature import Feed, Signature
 if TYPE_CHECKING:
     from torch import nn
 
+    from dlops.export.raw_inputs import RawInputs
+
 # How static int8 chooses the range of an activation.
 Calibration = Literal["minmax", "entropy", "percentile"]
 CALIBRATIONS: tuple[Calibration, ...] = ("minmax", "entropy", "percentile")
@@ -38,6 +40,7 @@ class ExportRequest:
 
     captured: what exporting this very module gave before, kept by the exporter for its next variant of it.
     embedded: what the file shall say of itself, null where nothing.
+    raw: with preprocessing and probabilities around the module, whose own signature `signature` stays.
     """
 
     module: nn.Module
@@ -50,6 +53,7 @@ class ExportRequest:
     excluded: tuple[str, ...] = ()
     captured: dict[str, Any] = field(default_factory=dict)
     embedded: Embedded | None = None
+    raw: RawInputs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

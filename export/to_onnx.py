@@ -17,6 +17,7 @@ from dlops.adapters import Detector
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
+from dlops.export.graft import graft
 from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precision
 from dlops.export.quantize_dynamic import quantize_dynamic
 from dlops.export.quantize_static import Calibrated, calibrate
@@ -54,13 +55,16 @@ def export(request: ExportRequest) -> Exported:
         case "int8wo":
             model, found = quantize_weights(model, title=request.title)
             notes |= found
+    if request.raw is not None:
+        model = graft(model, request.raw)
     _label(model, request)
     if model.ByteSize() > _MAX_BYTES:
         raise UsageError(f"{request.title}: {model.ByteSize()} bytes; one ONNX file holds at most 2 GB")
     # Deterministic: maps sorted by key, so that the same checkpoint gives the same bytes.
     request.into.write_bytes(model.SerializeToString(deterministic=True))
+    signature = request.signature if request.raw is None else request.raw.signature
     check_written(
-        onnx.load(request.into), request.signature, precision=request.variant.precision, title=request.title,
+        onnx.load(request.into), signature, precision=request.variant.precision, title=request.title,
         min_share=MIN_REPAIRED_SHARE if request.excluded else MIN_SHARE,
     )  # fmt: skip
     check_embedded(request)
