@@ -20,22 +20,28 @@ from dlops.version import __version__
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8dyn", "int8wo", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int8dyn", "int8wo", "fp8")
+# The roles of files that are the model: the second one where a format keeps its weights beside the graph, or has to.
+MODEL_ROLES = ("model", "weights")
+_RAW = "raw"
 _SPARSITY = re.compile(r"^(pruned|sparse)([0-9]{2})$")
 
 
 class Variant(Record):
     """format × precision × sparsity; `slug` names the artifact's folder.
 
-    sparsity: None for dense, "prunedNN" (NN % of the dense model's MACs removed), "sparseNN" or "sparse24".
+    sparsity: None for dense, "prunedNN" (NN % of the dense model's MACs removed), "sparseNN" or "sparse24". raw: the
+    file takes raw inputs and gives probabilities and labels: what scales and normalizes is in it.
     """
 
     format: str = Field(pattern=r"^[a-z0-9]+$")
     precision: Precision = "fp32"
     sparsity: str | None = Field(None, pattern=_SPARSITY.pattern)
+    raw: bool = False
 
     @property
     def slug(self) -> str:
-        return "-".join(part for part in (self.format, self.precision, self.sparsity) if part)
+        parts = (self.format, self.precision, self.sparsity, _RAW if self.raw else None)
+        return "-".join(part for part in parts if part)
 
     @property
     def pruned_fraction(self) -> float:
@@ -45,8 +51,9 @@ class Variant(Record):
 
     @classmethod
     def parse(cls, slug: str) -> Self:
-        """From `<format>-<precision>[-<sparsity>]`. Raises UsageError naming the part that is wrong."""
-        form, precision, sparsity = [*slug.split("-", 2), None, None][:3]
+        """From `<format>-<precision>[-<sparsity>][-raw]`. Raises UsageError naming the part that is wrong."""
+        rest = slug.removesuffix(f"-{_RAW}")
+        form, precision, sparsity = [*rest.split("-", 2), None, None][:3]
         if form not in catalog.FORMATS:
             raise unknown_name("format", str(form), catalog.FORMATS, where=f"variant {slug!r}")
         if precision is None:
@@ -54,7 +61,7 @@ class Variant(Record):
         if precision not in PRECISIONS:
             raise unknown_name("precision", precision, PRECISIONS, where=f"variant {slug!r}")
         check_sparsity(sparsity, where=f"variant {slug!r}")
-        return cls(format=str(form), precision=precision, sparsity=sparsity)
+        return cls(format=str(form), precision=precision, sparsity=sparsity, raw=rest != slug)
 
 
 def check_sparsity(sparsity: str | None, *, where: str) -> None:
@@ -159,6 +166,28 @@ class Repair(Record):
     tries: int
 
 
+Verdict = Literal["both", "faster", "smaller", "neither", "unsure"]
+
+
+class Worth(Record):
+    """Whether the variant is faster or smaller than `parent`, a slug, on the machine that exported it.
+
+    speed: the parent's median latency over this one's at `batch`, in turns, with its 95 % interval. size: the parent's
+    bytes over this one's. verdict: faster where all of the interval is above 1; "unsure" where it is no smaller and the
+    machine was too unsteady to say that it is no faster. reason: why it is not faster, as far as the runtime tells;
+    null where it is, or where nothing was found.
+    """
+
+    parent: str
+    batch: int
+    speed: float
+    speed_low: float
+    speed_high: float
+    size: float
+    verdict: Verdict
+    reason: str | None
+
+
 class Provenance(Record):
     """checkpoint_sha256: of the manifest it was made from. notes: what the export did that one should know."""
 
@@ -171,7 +200,10 @@ class Provenance(Record):
 
 
 class Artifact(Manifest):
-    """artifact.json: files hold the roles model and samples. repair: null where no layer had to be returned to fp32."""
+    """artifact.json: files hold the roles model and samples, and weights where the model is two files.
+
+    repair: null where no layer had to be returned to fp32. worth: null where it was not compared.
+    """
 
     file_name: ClassVar[str] = "artifact.json"
     required_roles: ClassVar[tuple[str, ...]] = ("model", "samples")
@@ -190,6 +222,7 @@ class Artifact(Manifest):
     accuracy: Accuracy | None
     provenance: Provenance
     repair: Repair | None = None
+    worth: Worth | None = None
 
     @property
     def slug(self) -> str:
@@ -202,8 +235,8 @@ class Artifact(Manifest):
 
     @property
     def model_bytes(self) -> int:
-        """Size of the model file."""
-        return self.files["model"].bytes
+        """Size of the model file, and of the one beside it with its weights where there is one."""
+        return sum(self.files[role].bytes for role in MODEL_ROLES if role in self.files)
 
     def samples(self) -> Samples:
         """At most 32 real inputs, with preprocessed tensors and the reference's outputs."""

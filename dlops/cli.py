@@ -21,6 +21,7 @@ from dlops.cli_common import (
     usage,
 )
 from dlops.cli_export import export
+from dlops.cli_optimize import optimize
 from dlops.explain import complain, explain
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def train(
 
 
 app.command()(export)
+app.command()(optimize)
 
 
 @app.command()

@@ -32,6 +32,16 @@ def export(
     repair: Annotated[
         bool, typer.Option(help="Where int8 loses too much: return the layers at fault to fp32, as few as pass.")
     ] = True,
+    worth: Annotated[
+        bool, typer.Option(help="Time each for a second: is it faster or smaller than what it was made of?")
+    ] = True,
+    embed_preprocess: Annotated[
+        bool, typer.Option("--embed-preprocess", help="Into ONNX files: raw inputs to labels (variants -raw).")
+    ] = False,
+    image_size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="Of all raw images: --embed-preprocess then resizes and crops too."),
+    ] = None,
     explain_: Annotated[
         str | None,
         typer.Option(
@@ -86,10 +96,13 @@ def export(
     if explain_ and (variant or format_ or precision or sparsity):
         usage("--explain names the variant that it explains, and exports none", "leave out the other variants")
     if explain_:
-        gates = {"--max-drop", "--strict", "--repair", "--force"}
+        gates = {"--max-drop", "--strict", "--repair", "--force", "--worth", "--embed-preprocess", "--image-size"}
         if given := [option for option in given_options(context, but=set()) if option in gates]:
             usage(f"{', '.join(given)}: for what is exported, and --explain exports nothing", "leave it out")
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
+    if embed_preprocess:
+        slugs = [slug if slug.endswith("-raw") else f"{slug}-raw" for slug in slugs]
+    size = _image_size(image_size) if image_size is not None else None
     from dlops.workflows.sources import adopt, is_source, parse_arguments
 
     for_sources = {"weights", "samples", "input_", "dim", "output", "preprocess", "set_", "name", "task"}
@@ -131,12 +144,22 @@ def export(
         strict=strict,
         calibration_method=calibration,
         repair=repair,
+        worth=worth,
+        image_size=size,
         device=device,
         force=force,
         command=command_line(),
     )
     for artifact in artifacts:
         print_result(artifact.directory)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    """(height, width) of `480x640`."""
+    height, separator, width = text.lower().partition("x")
+    if not (separator and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        usage(f"--image-size {text!r}: not a height and a width in pixels", "--image-size 480x640, say")
+    return int(height), int(width)
 
 
 def _reproduce(

@@ -29,6 +29,18 @@ _TEMPORARY = ".dlops-tmp-"
 M = TypeVar("M", bound=Manifest)
 
 
+def payload_name(name: str, digest: str) -> str:
+    """What a writer calls the payload `name`, `<stem>.<suffix>`, whose SHA-256 is `digest`: `<stem>-<digest>.<suffix>`.
+
+    For a file that has to name another one before both are written. Raises ValueError for a name of another form.
+    """
+    stem, _, suffix = name.partition(".")
+    stored = f"{stem}-{digest[:_DIGEST_CHARS]}.{suffix}"
+    if not _OURS.fullmatch(stored):
+        raise ValueError(f"payload name {name!r} is not <stem>.<suffix> of letters, digits and _")
+    return stored
+
+
 class DirectoryWriter:
     """Writes payloads into a directory and commits them with a manifest; without a commit nothing changes.
 
@@ -109,11 +121,7 @@ class DirectoryWriter:
         return manifest.located_at(self.directory)
 
     def _store(self, name: str, digest: str, write: Callable[[Path], None]) -> Payload:
-        stem, _, suffix = name.partition(".")
-        file_name = f"{stem}-{digest[:_DIGEST_CHARS]}.{suffix}"
-        if not _OURS.fullmatch(file_name):
-            raise ValueError(f"payload name {name!r} is not <stem>.<suffix> of letters, digits and _")
-        path = self.directory / file_name
+        path = self.directory / payload_name(name, digest)
         temporary = self.directory / f"{_TEMPORARY}{path.name}"
         try:
             if not (path.exists() and sha256_of(path) == digest):

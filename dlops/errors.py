@@ -83,6 +83,7 @@ _EXTRAS = {
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
+    "optuna": "optimize",
     "prometheus_client": "serve",
     "sklearn": "train",
     "tensorboard": "train",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
-from dlops.artifact import Accuracy, Artifact, FloatLayer, Parity, Repair
+from dlops.artifact import Accuracy, Artifact, FloatLayer, Parity, Repair, Worth
 from dlops.checkpoint import Checkpoint
 from dlops.errors import CorruptError, DlopsError, UsageError
 from dlops.manifest import Manifest, Record, check_payload, read_manifest
@@ -248,7 +248,9 @@ def _summary(manifest: Manifest) -> str:
             found = manifest.accuracy
             if found is None:
                 return f"parity on {manifest.parity.provider}"
-            return f"{found.value:.2%}, {found.drop_points + 0.0:.2f} points lost"
+            poor = manifest.worth is not None and manifest.worth.verdict == "neither"
+            marked = ", neither faster nor smaller" if poor else ""
+            return f"{found.value:.2%}, {found.drop_points + 0.0:.2f} points lost{marked}"
         case Checkpoint():
             numbers = {name: value for name, value in manifest.metrics.items() if isinstance(value, float)}
             return ", ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:3])
@@ -311,7 +313,8 @@ def _artifact_facts(artifact: Artifact) -> dict[str, dict[str, str]]:
     return {
         "Model": {
             "version": artifact.version,
-            "variant": f"{variant.format}, {variant.precision}, {variant.sparsity or 'dense'}",
+            "variant": f"{variant.format}, {variant.precision}, {variant.sparsity or 'dense'}"
+            + (", takes raw inputs" if variant.raw else ""),
             "task": artifact.task,
             "labels": labels_text(artifact.labels),
             "needs": ", ".join(artifact.requires),
@@ -322,6 +325,7 @@ def _artifact_facts(artifact: Artifact) -> dict[str, dict[str, str]]:
         "Accuracy": {
             "against the checkpoint": _accuracy_text(artifact.accuracy) if artifact.accuracy else "not measured"
         },
+        **({"Worth it": _worth_lines(artifact.worth)} if artifact.worth else {}),
         **({"Layers in fp32": _repair_lines(artifact.repair)} if artifact.repair else {}),
         "Provenance": {
             "checkpoint": f"{made.checkpoint} (manifest SHA-256 {made.checkpoint_sha256[:16]}…)",
@@ -353,7 +357,7 @@ def preprocess_lines(preprocess: Preprocess | None) -> dict[str, str]:
         f"{place}. {step.kind}": _values(step.model_dump(mode="json", exclude={"kind"}))
         for place, step in enumerate(preprocess.steps, start=1)
     }
-    return {"from": preprocess.input, **steps, "to": f"float32{list(preprocess.shape)}"}
+    return {"from": preprocess.input, **steps, "to": f"{preprocess.dtype}{list(preprocess.shape)}"}
 
 
 def _parity_lines(parity: Parity) -> dict[str, str]:
@@ -377,6 +381,23 @@ def _accuracy_text(accuracy: Accuracy) -> str:
         f"{accuracy.metric} {accuracy.value:.2%} against {accuracy.reference:.2%} on {accuracy.samples} samples, "
         f"{accuracy.drop_points:+.2f} points lost (95 % interval {accuracy.drop_low:+.2f} to {accuracy.drop_high:+.2f})"
     )
+
+
+def _worth_lines(worth: Worth) -> dict[str, str]:
+    said = {
+        "both": "yes: faster and smaller",
+        "faster": "yes: faster, and no smaller",
+        "smaller": "smaller, and no faster",
+        "neither": "NO: neither faster nor smaller",
+        "unsure": "no smaller; the machine was too unsteady to say whether it is faster",
+    }
+    return {
+        f"than {worth.parent}": said[worth.verdict],
+        "speed": f"{worth.speed:.2f} × (95 % interval {worth.speed_low:.2f} to {worth.speed_high:.2f}) at batch "
+        f"{worth.batch}, on the machine that exported it",
+        "size": f"1/{worth.size:.2f}",
+        **({"why no faster": worth.reason} if worth.reason else {}),
+    }
 
 
 def _repair_lines(repair: Repair) -> dict[str, str]:

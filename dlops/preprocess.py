@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,14 +81,16 @@ Step = Annotated[Decode | Resize | CenterCrop | Scale | Normalize, Field(discrim
 
 
 class Preprocess(Record):
-    """Ordered steps from one raw input to one float32 tensor without a batch axis.
+    """Ordered steps from one raw input to one tensor without a batch axis.
 
-    input: "image" (encoded bytes or uint8 pixels, to (C, H, W)) or "numbers" (an array of `shape`).
+    input: "image" (encoded bytes or uint8 pixels, to (C, H, W)) or "numbers" (an array of `shape`). dtype: "uint8" for
+    a model that scales images itself: then the steps end before the scaling, and `shape` is (H, W, C).
     """
 
     input: Literal["image", "numbers"]
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     steps: tuple[Step, ...] = ()
+    dtype: Literal["float32", "uint8"] = "float32"
 
     @model_validator(mode="after")
     def _in_order(self) -> Preprocess:
@@ -96,8 +98,15 @@ class Preprocess(Record):
         if self.input == "image":
             if kinds[:1] != ["decode"] or kinds.count("decode") != 1:
                 raise ValueError("the steps for an image begin with one decode")
-            if kinds.count("scale") != 1 or any(k in ("resize", "center_crop") for k in kinds[kinds.index("scale") :]):
+            if self.dtype == "uint8":
+                if any(kind in ("scale", "normalize") for kind in kinds):
+                    raise ValueError("pixels as uint8 are neither scaled nor normalized")
+            elif kinds.count("scale") != 1 or any(
+                k in ("resize", "center_crop") for k in kinds[kinds.index("scale") :]
+            ):
                 raise ValueError("the steps for an image hold one scale, after resize and crop")
+        elif self.dtype == "uint8":
+            raise ValueError("numbers become float32")
         elif any(kind not in ("scale", "normalize") for kind in kinds):
             raise ValueError("numbers can be scaled and normalized only")
         return self
@@ -106,8 +115,10 @@ class Preprocess(Record):
     def _fitting(self) -> Preprocess:
         if self.input == "image":
             channels = 3 if self.steps[0] == Decode(mode="RGB") else 1
-            if len(self.shape) != 3 or self.shape[0] != channels:
-                raise ValueError(f"shape {list(self.shape)}, an image of this mode gives [{channels}, height, width]")
+            last = self.dtype == "uint8"
+            if len(self.shape) != 3 or self.shape[-1 if last else 0] != channels:
+                wanted = f"[height, width, {channels}]" if last else f"[{channels}, height, width]"
+                raise ValueError(f"shape {list(self.shape)}, an image of this mode gives {wanted}")
         else:
             channels = self.shape[-1] if self.shape else 1
         for step in self.steps:
@@ -115,28 +126,29 @@ class Preprocess(Record):
                 raise ValueError(f"{len(step.mean)} means and stds for {channels} channels or features")
         return self
 
-    def apply(self, raw: Raw) -> NDArray[np.float32]:
-        """The tensor, float32 of `shape`. Raises InputError for what cannot be decoded or does not fit."""
+    def apply(self, raw: Raw) -> NDArray[np.float32] | NDArray[np.uint8]:
+        """The tensor, of `shape` and `dtype`. Raises InputError for what cannot be decoded or does not fit."""
         if self.input == "image":
             tensor = self._image(raw)
             self._check_shape(tensor)
             return tensor
         # Before the steps: a single number would be stretched to as many features as there are means.
-        tensor = _numbers(raw)
-        self._check_shape(tensor)
+        numbers = _numbers(raw)
+        self._check_shape(numbers)
         for step in self.steps:
-            tensor = _rescale(tensor, step, channel_axes=0)
-        return tensor
+            numbers = _rescale(numbers, step, channel_axes=0)
+        return numbers
 
-    def batch(self, raws: Iterable[Raw]) -> NDArray[np.float32]:
+    def batch(self, raws: Iterable[Raw]) -> NDArray[np.float32] | NDArray[np.uint8]:
         """`apply` on each, stacked: (n, *shape)."""
-        return np.stack([self.apply(raw) for raw in raws])
+        stacked: NDArray[Any] = np.stack([self.apply(raw) for raw in raws])
+        return stacked
 
-    def _check_shape(self, tensor: NDArray[np.float32]) -> None:
+    def _check_shape(self, tensor: NDArray[np.float32] | NDArray[np.uint8]) -> None:
         if tensor.shape != self.shape:
             raise InputError(f"shape {list(tensor.shape)}, expected {list(self.shape)}", field="input")
 
-    def _image(self, raw: Raw) -> NDArray[np.float32]:
+    def _image(self, raw: Raw) -> NDArray[np.float32] | NDArray[np.uint8]:
         decode, *rest = self.steps
         assert isinstance(decode, Decode)
         image = open_image(raw, mode=decode.mode)
@@ -154,6 +166,8 @@ class Preprocess(Record):
                 case _:
                     assert tensor is not None
                     tensor = _rescale(tensor, step, channel_axes=2)
+        if self.dtype == "uint8":
+            return np.asarray(image, np.uint8).reshape(image.height, image.width, -1)
         assert tensor is not None
         return tensor
 
@@ -216,14 +230,18 @@ def _is_deep(image: Image.Image) -> bool:
     return image.format == "PNG" and any(isinstance(part, str) and ";16" in part for part in details)
 
 
+def resized_size(step: Resize, width: int, height: int) -> tuple[int, int]:
+    """(width, height) after it, of an image of that width and height."""
+    if not isinstance(step.size, int):
+        return step.size[1], step.size[0]
+    # The longer side is truncated, as in torchvision.transforms.Resize.
+    short, long = sorted((width, height))
+    longer = int(step.size * long / short)
+    return (step.size, longer) if width <= height else (longer, step.size)
+
+
 def _resized(image: Image.Image, step: Resize) -> Image.Image:
-    if isinstance(step.size, int):
-        # The longer side is truncated, as in torchvision.transforms.Resize.
-        short, long = sorted(image.size)
-        longer = int(step.size * long / short)
-        size = (step.size, longer) if image.width <= image.height else (longer, step.size)
-    else:
-        size = (step.size[1], step.size[0])
+    size = resized_size(step, *image.size)
     if math.prod(size) > MAX_PIXELS:
         # A line of pixels is small in the file and huge once its shorter side is a few hundred.
         raise InputError(
@@ -235,11 +253,11 @@ def _resized(image: Image.Image, step: Resize) -> Image.Image:
 
 def _cropped(image: Image.Image, step: CenterCrop) -> Image.Image:
     height, width = step.size
-    left, top = _crop_start(image.width, width), _crop_start(image.height, height)
+    left, top = crop_start(image.width, width), crop_start(image.height, height)
     return image.crop((left, top, left + width, top + height))
 
 
-def _crop_start(size: int, cropped: int) -> int:
+def crop_start(size: int, cropped: int) -> int:
     """Where a centred crop begins, negative where the image is padded; rounded as torchvision's CenterCrop does."""
     return -((cropped - size) // 2) if size < cropped else round((size - cropped) / 2)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,8 @@ from dlops.signature import Feed, Signature
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dlops.export.raw_inputs import RawInputs
 
 # How static int8 chooses the range of an activation.
 Calibration = Literal["minmax", "entropy", "percentile"]
@@ -37,6 +40,7 @@ class ExportRequest:
 
     captured: what exporting this very module gave before, kept by the exporter for its next variant of it.
     embedded: what the file shall say of itself, null where nothing.
+    raw: with preprocessing and probabilities around the module, whose own signature `signature` stays.
     """
 
     module: nn.Module
@@ -49,13 +53,20 @@ class ExportRequest:
     excluded: tuple[str, ...] = ()
     captured: dict[str, Any] = field(default_factory=dict)
     embedded: Embedded | None = None
+    raw: RawInputs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """notes: what one should know about the file, for its provenance."""
+    """notes: what one should know about the file, for its provenance.
+
+    extra: by role ("weights", of `dlops.artifact.MODEL_ROLES`) what `path` cannot be opened without, in the same
+    folder. It becomes a payload of the artifact, `<role>-<digest><suffix>`: where `path` holds its name, it must bear
+    that one already (`dlops.directory.payload_name`).
+    """
 
     path: Path
+    extra: Mapping[str, Path] = field(default_factory=dict)
     notes: dict[str, str | int | float | bool] = field(default_factory=dict)
 
 
@@ -70,7 +81,7 @@ def check_no_machine_paths(path: Path, *, title: str) -> None:
     needles = _machine_paths()
     for member, content in _contents(path):
         for needle in needles:
-            if needle in content:
+            if content.find(needle) >= 0:
                 raise GateError(
                     f"{title}: {path.name}{member} holds the path {needle.decode(errors='replace')!r} of this machine",
                     hint="this is a defect of the exporter: report it with the model's type and the variant",
@@ -96,9 +107,12 @@ def _machine_paths() -> list[bytes]:
     return sorted({text.encode() for text in texts if len(text) >= _MIN_PATH_BYTES} | {b"site-packages/"})
 
 
-def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
+def _contents(path: Path) -> Iterator[tuple[str, bytes | mmap.mmap]]:
     if not zipfile.is_zipfile(path):
-        yield "", path.read_bytes()
+        # Mapped: a file of weights may be larger than what is left of the memory. An empty one cannot be.
+        if path.stat().st_size:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                yield "", content
         return
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():

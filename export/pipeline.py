@@ -17,12 +17,23 @@ from pydantic import JsonValue
 
 from dlops import catalog
 from dlops.adapters import Detector
-from dlops.artifact import Accuracy, Artifact, Parity, ParityCase, Provenance, Repair, Tolerance, Variant, open_artifact
+from dlops.artifact import (
+    Accuracy,
+    Artifact,
+    Parity,
+    ParityCase,
+    Provenance,
+    Repair,
+    Tolerance,
+    Variant,
+    Worth,
+    open_artifact,
+)
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.console import say
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
-from dlops.errors import DlopsError, GateError, LossError, UsageError, from_os_error
+from dlops.errors import CorruptError, DlopsError, GateError, InputError, LossError, UsageError, from_os_error
 from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
 from dlops.export.cases import check_cases, make_cases
 from dlops.export.existing import unchanged_artifact
@@ -34,17 +45,20 @@ from dlops.export.parity import check_variant
 from dlops.export.plan import check_disjoint, check_fitting, needs_calibration, plan_variants
 from dlops.export.prune import prune
 from dlops.export.quantize import spread
+from dlops.export.raw_inputs import RawInputs, Size, plan_raw
 from dlops.export.record import FILE_NAME, ROLE, ExportRecord, Settings, answers_of, embedded_in, record_export
 from dlops.export.recover import recover
 from dlops.export.repair import repair_int8
 from dlops.export.to_onnx import calibrated
+from dlops.export.worth import narrowed_widths, parent_of, weigh, worth_text
 from dlops.manifest import Payload, sha256_of
 from dlops.parity import run_batched, self_test
+from dlops.preprocess import Preprocess
 from dlops.runtimes import SessionOptions, open_session
 from dlops.runtimes.eager import choose_device
 from dlops.runtimes.session import Device, Session
 from dlops.samples import MAX_ARTIFACT_SAMPLES, Samples, row_fingerprints
-from dlops.signature import Feed
+from dlops.signature import Feed, Signature
 from dlops.tasks import Task, open_task
 
 if TYPE_CHECKING:
@@ -69,6 +83,8 @@ def export_variants(
     strict: bool = False,
     calibration_method: Calibration = "minmax",
     repair: bool = True,
+    worth: bool = False,
+    image_size: Size | None = None,
     device: Device = "cpu",
     force: bool = False,
     command: Sequence[str] = (),
@@ -79,8 +95,11 @@ def export_variants(
     max_drop: percentage points of the task's metric that may be lost against the dense checkpoint; with `strict` the
     upper end of the 95 % interval must keep it too. calibration_method: how static int8 chooses the range of each
     activation (`activation_ranges` says what each does). repair: where int8 loses too much, return the layers at fault
-    to fp32, as few as pass, and refuse only when none of them help. device: where pruned models are recovered and the
-    gates run. force: make a variant anew where it lies there already, unchanged, which is otherwise kept as it is.
+    to fp32, as few as pass, and refuse only when none of them help. worth: time each variant that passed, for about a
+    second, against what it was made of, and record whether it is faster or smaller; it decides nothing. image_size:
+    (height, width) of all images that a variant of raw inputs is to take, for one that resizes or crops itself (left
+    out, that stays outside of the file). device: where pruned models are recovered and the gates run. force: make a
+    variant anew where it lies there already, unchanged, which is otherwise kept as it is.
 
     A variant that fails leaves an older artifact of it untouched, and the others are still made. Then GateError lists
     each that failed and why. Raises UsageError, before any work, for what cannot be made.
@@ -88,7 +107,8 @@ def export_variants(
     results = list(
         export_each(
             checkpoint, variants=variants, out=out, model=model, max_drop=max_drop, strict=strict,
-            calibration_method=calibration_method, repair=repair, device=device, force=force, command=command,
+            calibration_method=calibration_method, repair=repair, worth=worth, image_size=image_size,
+            device=device, force=force, command=command,
         )
     )  # fmt: skip
     made = [result for _, result in results if isinstance(result, Artifact)]
@@ -108,6 +128,8 @@ def export_each(
     strict: bool = False,
     calibration_method: Calibration = "minmax",
     repair: bool = True,
+    worth: bool = False,
+    image_size: Size | None = None,
     device: Device = "cpu",
     force: bool = False,
     command: Sequence[str] = (),
@@ -119,10 +141,16 @@ def export_each(
     planned = plan_variants(
         variants, checkpoint, max_drop=max_drop, strict=strict, calibration_method=calibration_method
     )
+    if image_size is not None and not any(variant.raw for variant in planned):
+        raise UsageError(
+            "an image size was given, and no variant takes raw images", hint="--embed-preprocess, or onnx-fp32-raw, say"
+        )
     export = _Export(
-        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, repair=repair, device=device,
-        force=force, command=command, calibrates=any(map(needs_calibration, planned)),
+        checkpoint, out=Path(out), model=model, max_drop=max_drop, strict=strict, repair=repair, worth=worth,
+        device=device, force=force, command=command, calibrates=any(map(needs_calibration, planned)),
         calibration_method=calibration_method,
+        raw=plan_raw(checkpoint, image_size=image_size) if any(variant.raw for variant in planned) else None,
+        image_size=image_size,
     )  # fmt: skip
     for variant in planned:
         try:
@@ -156,9 +184,11 @@ def rank_variant(
             f"{planned.slug}: none of its layers is quantized, so there is no such error to explain",
             hint="onnx-int8 and onnx-int8-prunedNN can be explained",
         )
+    # The layers are those of the model inside, whatever is around it.
+    planned = planned.model_copy(update={"raw": False})
     export = _Export(
-        checkpoint, out=Path(), model=model, max_drop=100.0, strict=False, repair=False, device=device, force=True,
-        command=(), calibrates=True, calibration_method=calibration_method,
+        checkpoint, out=Path(), model=model, max_drop=100.0, strict=False, repair=False, worth=False, device=device,
+        force=True, command=(), calibrates=True, calibration_method=calibration_method,
     )  # fmt: skip
     return export.rank(planned)
 
@@ -185,17 +215,31 @@ class _Candidate:
         return replace(self, artifact=self.artifact.model_copy(update={"repair": record}))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Face:
+    """What callers of a variant's file see: its signature, what is done outside of it, the evaluation samples so."""
+
+    signature: Signature
+    preprocess: Preprocess | None
+    feed: Feed
+    raw: RawInputs | None = None
+
+    def reference(self, outputs: Feed) -> Feed:
+        """What it is to answer where the module gives `outputs`."""
+        return outputs if self.raw is None else self.raw.reference(outputs)
+
+
 class _Export:
     """One checkpoint under export: what its variants share is made once."""
 
     def __init__(
         self, checkpoint: Checkpoint, *, out: Path, model: ModuleSource | None, max_drop: float, strict: bool,
-        repair: bool, device: Device, force: bool, command: Sequence[str], calibrates: bool,
-        calibration_method: Calibration,
+        repair: bool, worth: bool, device: Device, force: bool, command: Sequence[str], calibrates: bool,
+        calibration_method: Calibration, raw: RawInputs | None = None, image_size: Size | None = None,
     ) -> None:  # fmt: skip
         self.checkpoint, self.out, self.signature = checkpoint, out, checkpoint.signature
         self.max_drop, self.strict, self.command, self.force = max_drop, strict, tuple(command), force
-        self.calibration_method, self.repair = calibration_method, repair
+        self.calibration_method, self.repair, self.worth = calibration_method, repair, worth
         self.options = SessionOptions(device=device)
         self.task: Task = open_task(checkpoint.spec.task)
         evaluation = checkpoint.samples("evaluation")
@@ -212,6 +256,8 @@ class _Export:
         self.dense = _Structure(module=dense, reference=eager_outputs(dense, self.feed, self.signature), notes={})
         self.answers = answers_of(self.dense.reference)
         self._structures: dict[float, _Structure | DlopsError] = {0.0: self.dense}
+        self.image_size, self.raw = image_size, raw
+        self.raw_feed = None if raw is None else self._raw_feed(raw)
         # Last, so that it stands for all that was read from the directory above.
         self.digest = checkpoint_digest(checkpoint)
         self.notes = self._doubts()
@@ -255,7 +301,39 @@ class _Export:
                 ranking = self._rank(variant, structure, title)
                 repaired = repair_int8(attempt, refusal=refusal, ranking=ranking, slug=variant.slug)
                 candidate = repaired.result.noting(repaired.record)
-            return self._write(candidate.artifact, structure, candidate.exported, self._place(variant))
+            artifact = candidate.artifact
+            if self.worth:
+                artifact = artifact.model_copy(update={"worth": self._weigh(artifact, structure, Path(name, "parent"))})
+            return self._write(artifact, structure, candidate.exported, self._place(variant))
+
+    def _weigh(self, artifact: Artifact, structure: _Structure, folder: Path) -> Worth | None:
+        """Whether it is faster or smaller than its parent; null, with the reason said, where that cannot be told."""
+        parent = parent_of(artifact.variant)
+        if parent is None:
+            return None
+        try:
+            return weigh(
+                artifact, self._parent(parent, folder), self._face(parent).feed, options=self.options,
+                widths=narrowed_widths(structure.module, self.dense.module),
+            )  # fmt: skip
+        except DlopsError as error:
+            say(f"{artifact.slug}: not compared with {parent.slug}: {error.message}")
+            return None
+
+    def _parent(self, variant: Variant, folder: Path) -> Artifact:
+        """The one of this checkpoint that lies there, else one made in `folder` for this alone, past no gate."""
+        place = self._place(variant)
+        if (place / Artifact.file_name).is_file():
+            try:
+                found = open_artifact(place)
+            except CorruptError as error:
+                say(f"{variant.slug}: passed over: {error.message}")
+            else:
+                if found.provenance.checkpoint_sha256 == self.digest:
+                    return found
+        folder.mkdir()
+        exported = self._export(variant, self.dense, folder, f"{self.checkpoint.name}/{variant.slug}", ())
+        return self._draft(variant, self.dense, exported)
 
     def _attempt(
         self, variant: Variant, structure: _Structure, excluded: tuple[str, ...], folder: Path, title: str
@@ -294,6 +372,23 @@ class _Export:
     def _place(self, variant: Variant) -> Path:
         return self.out / self.checkpoint.name / variant.slug
 
+    def _face(self, variant: Variant) -> _Face:
+        if not variant.raw:
+            return _Face(signature=self.signature, preprocess=self.checkpoint.spec.preprocess, feed=self.feed)
+        assert self.raw is not None
+        assert self.raw_feed is not None
+        return _Face(signature=self.raw.signature, preprocess=self.raw.outside, feed=self.raw_feed, raw=self.raw)
+
+    def _raw_feed(self, raw: RawInputs) -> Feed:
+        try:
+            return raw.feed(self.evaluation)
+        except InputError as error:
+            raise UsageError(
+                f"{self.checkpoint.name}: the raw evaluation samples do not fit a model that takes raw inputs: "
+                f"{error.message}",
+                hint="all images must have the size that --image-size names; without it resizing stays outside",
+            ) from None
+
     def _record(self, variant: Variant) -> ExportRecord:
         static_int8 = variant.precision == "int8"
         return record_export(
@@ -304,6 +399,7 @@ class _Export:
                 # What has no ranges to choose, and no layers to return, comes out the same by any.
                 calibration_method=self.calibration_method if static_int8 else "minmax",
                 repair=self.repair if static_int8 else True,
+                image_size=self.image_size if variant.raw else None,
             ),
         )  # fmt: skip
 
@@ -311,7 +407,8 @@ class _Export:
         """Whether int8 is what loses too much, and layers may be returned: pruning may have lost it before."""
         if variant.precision != "int8" or not self.repair:
             return False
-        accuracy = self._accuracy(structure.reference)
+        plain = self._face(variant.model_copy(update={"raw": False}))
+        accuracy = self._accuracy(structure.reference, plain)
         try:
             if accuracy is not None:
                 check_drop(accuracy, title=variant.slug)
@@ -381,10 +478,12 @@ class _Export:
     ) -> Exported:
         request = replace(self._request(variant, structure, folder, title), excluded=excluded)
         exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
-        check_no_machine_paths(exported.path, title=title)
+        for path in (exported.path, *exported.extra.values()):
+            check_no_machine_paths(path, title=title)
         return exported
 
     def _request(self, variant: Variant, structure: _Structure, folder: Path, title: str) -> ExportRequest:
+        face = self._face(variant)
         return ExportRequest(
             module=copy.deepcopy(structure.module),
             signature=self.signature,
@@ -394,12 +493,15 @@ class _Export:
             calibration=self.calibration_feed if variant.precision == "int8" else None,
             calibration_method=self.calibration_method,
             captured=structure.captured,
-            embedded=embedded_in(self.checkpoint, variant, sha256=self.digest),
+            embedded=embedded_in(
+                self.checkpoint, variant, sha256=self.digest, signature=face.signature, preprocess=face.preprocess
+            ),
+            raw=face.raw,
         )
 
     def _draft(self, variant: Variant, structure: _Structure, exported: Exported) -> Artifact:
         """The artifact as the runtime needs it, before anything was measured; it is never written."""
-        path = exported.path
+        path, face = exported.path, self._face(variant)
         nothing = Parity(
             provider="", batches=(), samples=0, max_abs=0, max_rel=0, sqnr_db=None, agreement=0, tolerance=Tolerance()
         )
@@ -408,8 +510,8 @@ class _Export:
             version=self.checkpoint.version,
             created=datetime.now(UTC),
             variant=variant,
-            signature=self.signature,
-            preprocess=self.checkpoint.spec.preprocess,
+            signature=face.signature,
+            preprocess=face.preprocess,
             labels=self.checkpoint.spec.labels,
             task=self.checkpoint.spec.task,
             requires=_required(variant, structure.module),
@@ -422,19 +524,21 @@ class _Export:
                 command=tuple(portable_argument(argument) for argument in self.command),
                 notes={**self.notes, **structure.notes, **exported.notes},
             ),
-            files={"model": Payload(path=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)},
+            files={role: _payload(path) for role, path in {"model": path, **exported.extra}.items()},
         ).located_at(path.parent)
 
     def _gate(self, draft: Artifact, structure: _Structure) -> Artifact:
         """Parity against the same structure, then accuracy against the dense checkpoint."""
-        session = open_session(draft, self.options)
+        session, face = open_session(draft, self.options), self._face(draft.variant)
         try:
             parity = check_variant(
-                session, self.feed, structure.reference, task=self.task, precision=draft.variant.precision,
-                title=draft.title,
+                session, face.feed, face.reference(structure.reference), task=self.task,
+                precision=draft.variant.precision, title=draft.title,
             )  # fmt: skip
-            parity = parity.model_copy(update={"cases": self._cases(session, structure, draft, parity.tolerance)})
-            accuracy = self._accuracy(run_batched(session, self.feed, min(ACCURACY_BATCH, self.signature.max_batch)))
+            if face.raw is None:
+                parity = parity.model_copy(update={"cases": self._cases(session, structure, draft, parity.tolerance)})
+            outputs = run_batched(session, face.feed, min(ACCURACY_BATCH, self.signature.max_batch))
+            accuracy = self._accuracy(outputs, face)
         finally:
             session.close()
         if accuracy is not None:
@@ -452,36 +556,38 @@ class _Export:
             tolerance=tolerance, title=draft.title,
         )  # fmt: skip
 
-    def _accuracy(self, outputs: Feed) -> Accuracy | None:
+    def _accuracy(self, outputs: Feed, face: _Face) -> Accuracy | None:
         if self.evaluation.targets is None:
             return None
         return measure_accuracy(
-            self.dense.reference, outputs, self.evaluation.targets, task=self.task, max_drop=self.max_drop,
-            strict=self.strict,
+            face.reference(self.dense.reference), outputs, self.evaluation.targets, task=self.task,
+            max_drop=self.max_drop, strict=self.strict,
         )  # fmt: skip
 
     def _write(self, artifact: Artifact, structure: _Structure, exported: Exported, directory: Path) -> Artifact:
         with DirectoryWriter(directory) as writer:
             files = {
                 "model": writer.add_file(exported.path.name, exported.path),
-                "samples": writer.add("samples.safetensors", self._carried(structure).to_bytes()),
+                **{role: writer.add_file(f"{role}{path.suffix}", path) for role, path in exported.extra.items()},
+                "samples": writer.add("samples.safetensors", self._carried(artifact.variant, structure).to_bytes()),
                 ROLE: writer.add(FILE_NAME, self._record(artifact.variant).to_json().encode()),
             }
             if structure.record is not None:
                 files["pruning"] = writer.add("pruning.json", structure.record.encode())
             return writer.commit(artifact.model_copy(update={"files": files}))
 
-    def _carried(self, structure: _Structure) -> Samples:
+    def _carried(self, variant: Variant, structure: _Structure) -> Samples:
         """Real inputs for any machine to check itself with: raw, tensors, and what the reference answered."""
-        size = sum(array[0].nbytes for array in self.feed.values()) * (1 if self.checkpoint.spec.preprocess else 2)
+        face = self._face(variant)
+        size = sum(array[0].nbytes for array in face.feed.values()) * (1 if self.checkpoint.spec.preprocess else 2)
         size += sum(array[0].nbytes for array in structure.reference.values())
         limit = max(MIN_CARRIED, min(MAX_ARTIFACT_SAMPLES, MAX_CARRIED_BYTES // max(size, 1)))
         chosen = [int(i) for i in spread({"index": np.arange(len(self.evaluation))}, limit)["index"]]
         taken = self.evaluation.take(chosen)
         return Samples(
             raw=taken.raw,
-            inputs={name: array[chosen] for name, array in self.feed.items()},
-            outputs={name: array[chosen] for name, array in structure.reference.items()},
+            inputs={name: array[chosen] for name, array in face.feed.items()},
+            outputs={name: array[chosen] for name, array in face.reference(structure.reference).items()},
             targets=taken.targets,
         )
 
@@ -519,6 +625,10 @@ def _required(variant: Variant, module: nn.Module) -> tuple[str, ...]:
     return (*packages, "torchvision") if variant.format == "torchscript" and isinstance(module, Detector) else packages
 
 
+def _payload(path: Path) -> Payload:
+    return Payload(path=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)
+
+
 def _raise_failures(failed: Mapping[str, DlopsError], made: list[Artifact], *, planned: int) -> None:
     if planned == 1:
         raise next(iter(failed.values()))
@@ -541,4 +651,5 @@ def _summary(artifact: Artifact) -> str:
         )
     if artifact.repair is not None:
         parts.append(f"{len(artifact.repair.layers)} of {artifact.repair.of} layers in fp32")
-    return " · ".join(parts)
+    summary = " · ".join(parts)
+    return summary if artifact.worth is None else f"{summary}\n  {worth_text(artifact.worth)}"

@@ -21,6 +21,8 @@ AVAILABLE: Mapping[str, tuple[str, ...]] = {
 }
 _FP8 = "it runs on GPUs of compute capability 8.9 and later (L4, H100), through TensorRT, which is no format here yet"
 _QUANTIZED = "quantized models are written as onnx"
+# Those whose files can take raw inputs.
+RAW_FORMATS = ("onnx",)
 # Why some of the others are not.
 _WHY_NOT: Mapping[str, str] = {
     "onnx-bf16": "ONNX Runtime's CPU provider has no bfloat16 convolutions and matrix products, torch has",
@@ -88,7 +90,7 @@ def _nearest(item: Variant | str, understood: Sequence[Variant]) -> list[str]:
 def available() -> str:
     """What this version exports, in one line."""
     parts = [f"{form}-{precision}" for form, precisions in AVAILABLE.items() for precision in precisions]
-    return f"{', '.join(parts)}, each also with -prunedNN"
+    return f"{', '.join(parts)}, each also with -prunedNN, {' and '.join(RAW_FORMATS)} with -raw behind it all"
 
 
 def needs_calibration(variant: Variant) -> bool:
@@ -153,6 +155,8 @@ def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
         reasons.append(
             f"{variant.format} in {variant.precision} is not available in this version{f': {why}' if why else ''}"
         )
+    if variant.raw and variant.format not in RAW_FORMATS:
+        reasons.append(f"preprocessing goes into {' and '.join(RAW_FORMATS)} files alone in this version")
     if variant.sparsity and not variant.pruned_fraction:
         reasons.append(f"sparsity {variant.sparsity} is not available in this version, prunedNN is")
     if variant.pruned_fraction:

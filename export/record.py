@@ -17,9 +17,10 @@ from dlops.errors import CorruptError, UsageError, from_os_error
 from dlops.export.formats import Calibration, portable_argument
 from dlops.export.plan import needs_calibration
 from dlops.manifest import MAX_MANIFEST_BYTES, Record, Sha256, explain_validation
+from dlops.preprocess import Preprocess
 from dlops.runtimes.session import Device
 from dlops.samples import Samples
-from dlops.signature import Array, Feed
+from dlops.signature import Array, Feed, Signature
 
 ROLE = "reproduce"
 FILE_NAME = "reproduce.json"
@@ -50,6 +51,7 @@ class Settings(Record):
     strict: bool
     calibration_method: Calibration = "minmax"
     repair: bool = True
+    image_size: tuple[int, int] | None = None
     device: Device
 
 
@@ -177,16 +179,18 @@ def answers_of(reference: Feed) -> dict[str, Answer]:
     return {name: _answer(array) for name, array in reference.items()}
 
 
-def embedded_in(checkpoint: Checkpoint, variant: Variant, *, sha256: str) -> Embedded:
-    """What the model file of `variant` says of itself."""
+def embedded_in(
+    checkpoint: Checkpoint, variant: Variant, *, sha256: str, signature: Signature, preprocess: Preprocess | None
+) -> Embedded:
+    """What the model file of `variant` says of itself. signature, preprocess: the file's, with what is outside it."""
     return Embedded(
         name=checkpoint.name,
         version=checkpoint.version,
         variant=variant.slug,
         task=checkpoint.spec.task,
         labels=checkpoint.spec.labels,
-        preprocess=checkpoint.spec.preprocess,
-        signature=checkpoint.signature,
+        preprocess=preprocess,
+        signature=signature,
         checkpoint_sha256=sha256,
     )
 

@@ -144,7 +144,8 @@ def _bare(artifact: Artifact) -> bytes:
     """An ONNX file without what it says of itself."""
     import onnx
 
-    model = onnx.load(artifact.path("model"))
+    # Weights in a second file are named there by their digest.
+    model = onnx.load(artifact.path("model"), load_external_data=False)
     others = [entry for entry in model.metadata_props if not entry.key.startswith(PREFIX)]
     del model.metadata_props[:]
     model.metadata_props.extend(others)

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -16,7 +17,9 @@ import torch
 from dlops.adapters import Detector
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError
+from dlops.export.external_data import weight_bytes, write_in_two
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
+from dlops.export.graft import graft
 from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precision
 from dlops.export.quantize_dynamic import quantize_dynamic
 from dlops.export.quantize_static import Calibrated, calibrate
@@ -27,8 +30,8 @@ from dlops.signature import DimRange, Signature
 # What torch's exporter writes without converting, and what every ONNX Runtime that we allow reads (1.17 and later).
 OPSET = 20
 PRODUCER = "dlops"
-# One protobuf message ends here; beyond it weights go to a second file, which an artifact does not hold yet.
-_MAX_BYTES = 2**31 - 1
+# Weights beyond this go to a second file: one protobuf message ends at 2 GiB, and the graph takes some of it.
+MAX_INLINE_BYTES = 2**31 - 64 * 2**20
 _UNSUPPORTED = re.compile(r"(?:No ONNX function found for|Unsupported[^<]*)\s*<OpOverload\(op='([^']+)'", re.I)
 _ANY_OP = re.compile(r"\b((?:aten|torchvision|prims)[.:]+[A-Za-z0-9_.]+)")
 
@@ -54,19 +57,25 @@ def export(request: ExportRequest) -> Exported:
         case "int8wo":
             model, found = quantize_weights(model, title=request.title)
             notes |= found
+    if request.raw is not None:
+        model = graft(model, request.raw)
     _label(model, request)
-    if model.ByteSize() > _MAX_BYTES:
-        raise UsageError(f"{request.title}: {model.ByteSize()} bytes; one ONNX file holds at most 2 GB")
-    # Deterministic: maps sorted by key, so that the same checkpoint gives the same bytes.
-    request.into.write_bytes(model.SerializeToString(deterministic=True))
+    extra = {}
+    if weight_bytes(model) > MAX_INLINE_BYTES:
+        extra["weights"] = write_in_two(model, request.into)
+        notes["weights_file"] = "apart: more than one ONNX file holds"
+    else:
+        # Deterministic: maps sorted by key, so that the same checkpoint gives the same bytes.
+        request.into.write_bytes(model.SerializeToString(deterministic=True))
+    signature = request.signature if request.raw is None else request.raw.signature
     check_written(
-        onnx.load(request.into), request.signature, precision=request.variant.precision, title=request.title,
+        request.into, signature, precision=request.variant.precision, title=request.title,
         min_share=MIN_REPAIRED_SHARE if request.excluded else MIN_SHARE,
     )  # fmt: skip
     check_embedded(request)
     if request.excluded:
         _check_smaller(request)
-    return Exported(path=request.into, notes=notes)
+    return Exported(path=request.into, extra=extra, notes=notes)
 
 
 def calibrated(request: ExportRequest) -> Calibrated:
@@ -95,14 +104,16 @@ def strip(model: onnx.ModelProto) -> None:
 
 
 def check_written(
-    model: onnx.ModelProto, signature: Signature, *, precision: str, title: str, min_share: float = MIN_SHARE
+    path: Path, signature: Signature, *, precision: str, title: str, min_share: float = MIN_SHARE
 ) -> None:
     """Raise GateError unless the file has the opset, names, dtypes, dims and precision that were asked for.
 
     min_share: of the weights, the fraction that must be stored in the precision.
     """
+    model = onnx.load(path, load_external_data=False)
     try:
-        onnx.checker.check_model(model, full_check=True)
+        # By its path, which is what finds the weights where they are in a second file.
+        onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise GateError(f"{title}: the written file is not valid ONNX: {_first_line(error)}") from error
     opsets = {entry.domain: entry.version for entry in model.opset_import}
@@ -121,7 +132,16 @@ def check_written(
 
 def _captured(request: ExportRequest) -> onnx.ModelProto:
     if "onnx" not in request.captured:
-        request.captured["onnx"] = _to_fp32(request).SerializeToString(deterministic=True)
+        model = _to_fp32(request)
+        if (size := weight_bytes(model)) > MAX_INLINE_BYTES:
+            if request.variant.precision == "fp32":
+                return model
+            raise UsageError(
+                f"{request.title}: its weights take {size:,} bytes in fp32, and what converts an ONNX model to "
+                f"{request.variant.precision} takes it as one protobuf message, which ends at 2 GiB",
+                hint="onnx-fp32 is written in two files",
+            )
+        request.captured["onnx"] = model.SerializeToString(deterministic=True)
     return onnx.load_from_string(request.captured["onnx"])
 
 

@@ -11,6 +11,7 @@ from dlops.checkpoint import Checkpoint
 from dlops.errors import GateError, UsageError
 from dlops.export.accuracy import check_drop, measure_accuracy
 from dlops.export.origin import checkpoint_digest
+from dlops.export.raw_inputs import answers
 from dlops.manifest import Record
 from dlops.parity import run_batched, self_test
 from dlops.runtimes import SessionOptions, open_session
@@ -117,6 +118,10 @@ def _accuracy(
     feed = evaluation.feed(checkpoint.spec.preprocess, checkpoint.signature.inputs[0].name)
     own = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model
     dense = eager_outputs(checkpoint.build_module(own), feed, checkpoint.signature)
+    if artifact.variant.raw:
+        assert artifact.preprocess is not None
+        dense = answers(dense[checkpoint.signature.outputs[0].name])
+        feed = {artifact.signature.inputs[0].name: artifact.preprocess.batch(evaluation.raw)}
     outputs = run_batched(session, feed, min(_BATCH, artifact.signature.max_batch))
     recorded = artifact.accuracy
     return measure_accuracy(

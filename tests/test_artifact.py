@@ -20,6 +20,7 @@ from dlops.artifact import (
     Repair,
     Tolerance,
     Variant,
+    Worth,
     check_sparsity,
     newest_artifact,
     open_artifact,
@@ -92,6 +93,10 @@ ARTIFACT = Artifact(
     repair=Repair(
         because="it lost", of=4, float_share=0.25, tries=3,
         layers=(FloatLayer(name="body.0", operator="Conv", weights=27, alone_db=9.5, share=0.75),),
+    ),
+    worth=Worth(
+        parent="onnx-fp32", batch=1, speed=0.5, speed_low=0.25, speed_high=0.75, size=1.0, verdict="neither",
+        reason="it",
     ),
     files={"model": payload("model-0123456789abcdef.onnx"), "samples": payload("samples-0123456789abcdef.safetensors")},
 )  # fmt: skip
@@ -174,6 +179,16 @@ def test_an_artifact_opens_by_its_folder_or_its_manifest(digits_artifact: Artifa
     assert by_folder.title == "digits/onnx-fp32"
     assert by_folder.model_bytes == by_folder.path("model").stat().st_size
     assert len(by_folder.samples()) == 16
+
+
+def test_a_model_in_two_files_is_sized_as_one_and_samples_are_no_part_of_it() -> None:
+    files = {
+        "model": payload("model-0.onnx"),
+        "weights": payload("weights-0.data"),
+        "samples": payload("samples-0.bin"),
+    }
+    two = ARTIFACT.model_copy(update={"files": files})
+    assert two.model_bytes == files["model"].bytes + files["weights"].bytes > ARTIFACT.model_bytes
 
 
 def test_an_altered_model_does_not_open(make_digits_artifact: object, tmp_path: Path) -> None:

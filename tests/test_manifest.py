@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import pytest
 from pydantic import AwareDatetime, Field
 
 from dlops import directory as directory_module
-from dlops.directory import DirectoryWriter, write_json
+from dlops.directory import DirectoryWriter, payload_name, write_json
 from dlops.errors import CorruptError, MachineError, UsageError
 from dlops.manifest import MAX_MANIFEST_BYTES, Manifest, newest_manifest, read_manifest
 
@@ -335,6 +336,13 @@ def test_a_writer_where_a_file_stands_is_a_users_mistake(tmp_path: Path) -> None
         write_json(tmp_path / "file" / "x.json", "{}")
     with DirectoryWriter(tmp_path / "box") as writer, pytest.raises(UsageError, match="no such file"):
         writer.add_file("data.bin", tmp_path / "absent.bin")
+
+
+def test_a_payload_is_stored_under_the_name_that_can_be_told_beforehand(tmp_path: Path) -> None:
+    with DirectoryWriter(tmp_path) as writer:
+        payload = writer.add("weights.data", b"content")
+        assert payload.path == payload_name("weights.data", hashlib.sha256(b"content").hexdigest())
+        assert (tmp_path / payload.path).read_bytes() == b"content"
 
 
 def test_add_file_stores_what_add_stores(tmp_path: Path) -> None:

@@ -12,9 +12,13 @@ from dlops.errors import InputError
 from dlops.signature import Array, Feed, TensorSpec
 from dlops.tasks import SAME_BOX_IOU, Pair, label_of
 
+# Outputs of a model that ends in a softmax of its own; no other may bear these names.
+PROBABILITIES = "probabilities"
+LABEL = "label"
+
 
 class Classification:
-    """The first output holds logits, (n, classes)."""
+    """The first output holds logits, (n, classes), or probabilities where that is its name."""
 
     name = "classification"
     metric = "accuracy"
@@ -59,12 +63,17 @@ class Classification:
     def pair(self, reference: Feed, outputs: Feed, *, min_iou: float = SAME_BOX_IOU) -> Pair:
         ordered = {name: outputs[name] for name in reference}
         kept = np.equal(self.decide(reference), self.decide(ordered)).astype(np.float64)
+        if PROBABILITIES in reference and LABEL in reference:
+            # An index is a decision and has no distance: one that differs lowers the agreement and nothing else.
+            kept *= np.equal(reference[LABEL], ordered[LABEL])
+            reference, ordered = ({PROBABILITIES: side[PROBABILITIES]} for side in (reference, ordered))
         return Pair(reference=reference, outputs=ordered, agreement=kept, decisions=len(kept))
 
     def answer(self, outputs: Feed, *, labels: Sequence[str], top: int = 5) -> list[dict[str, Any]]:
         """`{"label": str, "probability": float, "top": [{"label", "probability"}, ...]}` a sample."""
         answers = []
-        for row in softmax(_logits(outputs)):
+        first = _logits(outputs)
+        for row in first if next(iter(outputs)) == PROBABILITIES else softmax(first):
             best = np.argsort(-row, kind="stable")[:top]
             ranked = [{"label": label_of(labels, int(i)), "probability": float(row[i])} for i in best]
             answers.append({**ranked[0], "top": ranked})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import onnx
 import pytest
@@ -44,21 +45,22 @@ def drop_node(model: onnx.ModelProto) -> None:
     ],
 )
 def test_a_file_other_than_asked_for_is_refused(
-    exported_dense: dict[str, Artifact], alter: Callable[[onnx.ModelProto], None], said: str
+    exported_dense: dict[str, Artifact], alter: Callable[[onnx.ModelProto], None], said: str, tmp_path: Path
 ) -> None:
     artifact = exported_dense["onnx-fp32"]
     model = written(artifact)
-    check_written(model, artifact.signature, precision="fp32", title="it")
+    check_written(artifact.path("model"), artifact.signature, precision="fp32", title="it")
     alter(model)
+    (tmp_path / "it.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(GateError, match=said):
-        check_written(model, artifact.signature, precision="fp32", title="it")
+        check_written(tmp_path / "it.onnx", artifact.signature, precision="fp32", title="it")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_file_in_another_precision_is_refused(exported_dense: dict[str, Artifact], precision: str) -> None:
     artifact = exported_dense["onnx-fp32"]
     with pytest.raises(GateError, match=f"{precision} was asked for"):
-        check_written(written(artifact), artifact.signature, precision=precision, title="it")
+        check_written(artifact.path("model"), artifact.signature, precision=precision, title="it")
 
 
 def test_int8_weights_have_a_scale_for_each_channel_and_activations_are_unsigned(
