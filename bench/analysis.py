@@ -222,6 +222,7 @@ def undersampled(samples: Integers, turns: Integers) -> list[str]:
         if have < need:
             alone = f"; {least} give an interval" if have >= least else ""
             reasons.append(
-                f"{name} is not certified: {have} effective samples of {len(samples)}, it needs {need}{alone}"
+                f"under-sampled: {name} is not certified: {have} effective samples of {len(samples)}, it needs {need}"
+                f"{alone}"
             )
     return reasons

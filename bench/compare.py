@@ -296,7 +296,7 @@ def _cell(pair: _Pair, index: int, quantity: Quantity, *, paired: bool) -> _Cell
 
 def _uncertified(row: Measurement, quantity: Quantity) -> str:
     said = f"{quantity} is not certified"
-    return next((reason for reason in row.verdict.reasons if reason.startswith(said)), said)
+    return next((reason for reason in row.verdict.reasons if said in reason), said)
 
 
 def _calls(row: Measurement, measured: Measured) -> Calls:

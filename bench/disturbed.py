@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dlops.bench.attended import AttendedTurn
-from dlops.bench.nvml import THROTTLING
+from dlops.bench.nvml import THROTTLING, same_gpu
 from dlops.bench.results import Measured, telemetry_key
 from dlops.bench.series import recorded
 from dlops.bench.telemetry import Timeline
@@ -26,7 +26,7 @@ _STEAL_NAMED = 0.005
 _FREQUENCY_FALL = 0.10
 _AS_BUSY = 0.8
 _FREQUENCY_SAMPLES = 12
-# A GPU that is used less than this is not what the row ran on.
+# A GPU that is used less than this is not what a service ran on.
 _GPU_USED_PPM = 50_000
 _THROTTLED_SAMPLES = 0.05
 _STOPPED = 0.01
@@ -36,14 +36,16 @@ _STOPPED = 0.01
 class Seen:
     """What a run knows of the time that a row took, on the clock that all processes share.
 
-    service: the URL of a row over the network. alone: no other target took turns with it. items: answered in that time,
-    in process those of the lead-ins included. turn_energy_uj: of its own turns, None where no counter tells.
+    service: the URL of a row over the network. gpu: the PCI address of the one that a row in process ran on, None on
+    the CPU and where CUDA did not say. alone: no other target took turns with it. items: answered in that time, in
+    process those of the lead-ins included. turn_energy_uj: of its own turns, None where no counter tells.
     """
 
     begin_ns: int
     end_ns: int
     items: float
     service: str | None = None
+    gpu: str | None = None
     alone: bool = True
     turn_energy_uj: int | None = None
 
@@ -52,8 +54,11 @@ class Seen:
         return (self.end_ns - self.begin_ns) / 1e9
 
 
-def seen_in_turns(turns: Sequence[Sequence[AttendedTurn]], own: int, *, batch: int) -> Seen:
-    """Of the target with number `own` among those that took `turns`: at least one each, all from one run."""
+def seen_in_turns(turns: Sequence[Sequence[AttendedTurn]], own: int, *, batch: int, gpu: str | None = None) -> Seen:
+    """Of the target with number `own` among those that took `turns`: at least one each, all from one run.
+
+    gpu: the PCI address of the one that it ran on.
+    """
     mine = turns[own]
     spent = [turn.energy_uj for turn in mine]
     # A counter that stood still through a turn is too coarse for turns.
@@ -62,6 +67,7 @@ def seen_in_turns(turns: Sequence[Sequence[AttendedTurn]], own: int, *, batch: i
         begin_ns=min(one[0].begin_ns for one in turns),
         end_ns=max(one[-1].end_ns for one in turns),
         items=batch * sum(turn.calls for turn in mine),
+        gpu=gpu,
         alone=len(turns) == 1,
         turn_energy_uj=sum(known) if len(known) == len(spent) else None,
     )
@@ -170,7 +176,10 @@ def _gpu_throttled(timeline: Timeline, seen: Seen) -> list[str]:
 
 
 def _used_gpus(timeline: Timeline, seen: Seen) -> list[int]:
-    """Those that did something meanwhile, or do not tell."""
+    """The one that the row ran on. Of a service, whose GPU is not known, those that did something meanwhile or do not
+    tell, and of a row in process whose GPU CUDA did not say none."""
+    if seen.service is None:
+        return [number for number, gpu in enumerate(timeline.gpus) if seen.gpu and same_gpu(gpu.pci, seen.gpu)]
     used = []
     for gpu in range(len(timeline.gpus)):
         utilization = timeline.within(f"gpu{gpu}_utilization_ppm", seen.begin_ns, seen.end_ns)
@@ -213,7 +222,12 @@ def _untold(timeline: Timeline, rows: Sequence[Measurement], seen: Mapping[str, 
     far = [url for url, where in timeline.services.items() if where == "elsewhere"]
     if far:
         found[f"energy of {', '.join(far)}"] = "it runs on another machine"
-    if any(row.device.startswith("cuda") and not seen[row.samples].alone for row in rows):
+    on_gpu = [seen[row.samples] for row in rows if row.device.startswith("cuda")]
+    if timeline.gpus and any(not _used_gpus(timeline, one) for one in on_gpu):
+        found["which GPU some rows ran on"] = (
+            "CUDA did not say where on the bus it is, or NVML knows none there: no energy and no throttling of it"
+        )
+    if any(not one.alone for one in on_gpu):
         found["energy of rows that take turns on a GPU"] = (
             f"its counter is read every {timeline.interval_s:g} s and turns are shorter: measure one target a run"
         )

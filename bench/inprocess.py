@@ -14,10 +14,10 @@ from dlops.artifact import Artifact
 from dlops.bench.analysis import analyse_turns, shortcomings
 from dlops.bench.macs import UncountedError, count_onnx_macs
 from dlops.bench.payload import artifact_feeds, check_batch, check_fits
-from dlops.bench.pilot import Length
+from dlops.bench.pilot import Length, shortfalls
 from dlops.bench.processes import Process
 from dlops.bench.scenarios import load_of
-from dlops.bench.worker import Job, Kind, local_arm, open_module
+from dlops.bench.worker import Job, Kind, gpu_of, local_arm, open_module
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar
 from dlops.errors import UsageError
@@ -102,7 +102,10 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A subject that has answered its first calls. cold_start and what it holds: None in this very process."""
+    """A subject that has answered its first calls. cold_start and what it holds: None in this very process.
+
+    gpu: the PCI address of the one that it runs on, None on the CPU and where CUDA does not say.
+    """
 
     subject: Subject
     arm: Arm
@@ -110,6 +113,7 @@ class Started:
     cold_start: ColdStart | None = None
     peak_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
+    gpu: str | None = None
 
     @property
     def target(self) -> str:
@@ -203,11 +207,11 @@ def time_targets(
 
 def measurements(
     ready: Sequence[Started], timed: Interleaved, *, conditions: Conditions, baseline: str | None, keys: Sequence[str],
-    lasting: Length, cut_short: str | None = None,
+    cut_short: str | None = None,
 ) -> list[Measurement]:  # fmt: skip
     """One row a target, with its speed-up over the baseline from the pairs of turns.
 
-    lasting: as they were timed. cut_short: why they ended early.
+    cut_short: why they ended early.
     """
     batch = conditions.batch
     base_turns = timed.runs[baseline].by_turn() if baseline is not None else None
@@ -221,7 +225,7 @@ def measurements(
             run.latencies_ns, run.turns, run.parts_ns, batch=batch, concurrency=conditions.concurrency,
             baseline=base_turns,
             observed=(*misplaced(conditions.options, one.placement), *seen),
-            remarks=lasting.remarks(run.latencies_ns, turns=run.turns, spent_s=timed.spent_s / len(ready)),
+            remarks=shortfalls(run.latencies_ns, turns=run.turns, spent_s=timed.spent_s / len(ready)),
         )  # fmt: skip
         rows.append(
             Measurement(
@@ -313,7 +317,7 @@ def _start(stack: ExitStack, subject: Subject, samples: Artifact | None, conditi
     ready = process.ready()
     return Started(
         subject=subject, arm=process, placement=ready.placement, cold_start=ready.cold_start,
-        peak_memory_bytes=ready.peak_memory_bytes, device_memory_bytes=ready.device_memory_bytes,
+        peak_memory_bytes=ready.peak_memory_bytes, device_memory_bytes=ready.device_memory_bytes, gpu=ready.gpu,
     )  # fmt: skip
 
 
@@ -326,7 +330,7 @@ def _start_here(stack: ExitStack, subject: Subject, samples: Artifact | None, co
         subject.target, session, samples=samples, batch=conditions.batch, boundary=conditions.boundary,
         concurrency=conditions.concurrency,
     )  # fmt: skip
-    return Started(subject=subject, arm=arm, placement=session.placement)
+    return Started(subject=subject, arm=arm, placement=session.placement, gpu=gpu_of(session.placement))
 
 
 def first_artifact(chosen: Sequence[Subject]) -> Artifact | None:

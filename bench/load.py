@@ -6,9 +6,10 @@ import asyncio
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,7 +200,10 @@ async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorde
         start = time.perf_counter_ns()
         try:
             if connection is None or not connection.is_open:
-                connection = await caller.connect(instead_of=connection)
+                connection = await _unless_stopped(caller.connect(instead_of=connection), stop)
+                # What is sent now would be no call of the run.
+                if connection is None or stop.is_set():
+                    break
                 start = time.perf_counter_ns()
             answer = await connection.send(request, timeout_s=caller.timeout_s)
         except (OSError, ValueError) as error:
@@ -212,6 +216,17 @@ async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorde
             recorder.failure(start, pacing.outcome_name(answer.status))
     if connection is not None:
         await connection.aclose()
+
+
+async def _unless_stopped(connecting: Coroutine[Any, Any, Connection], stop: asyncio.Event) -> Connection | None:
+    """What it gives; None where the run ends first: else a server that takes long to accept would outlive it."""
+    task, stopping = asyncio.create_task(connecting), asyncio.create_task(stop.wait())
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if task.done():
+        return await task
+    task.cancel()
+    return None
 
 
 async def _warm_up(recorder: _Recorder, limit_s: float) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from dlops.bench.sensors import Reading, Sensors
@@ -18,8 +18,21 @@ THROTTLING = {
 }
 
 
-def find_gpus(sensors: Sensors) -> list[str]:
-    """Add every GPU's sensors; the GPUs' names in order. What is not there is in `sensors.absent` with the reason."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU. pci: its address on the bus, as `same_gpu` compares it."""
+
+    name: str
+    pci: str
+
+
+def same_gpu(one: str, other: str) -> bool:
+    """Whether two PCI addresses are one: NVML writes the domain with eight digits, CUDA with four."""
+    return _place(one) == _place(other)
+
+
+def find_gpus(sensors: Sensors) -> list[Gpu]:
+    """Add every GPU's sensors; the GPUs in order. What is not there is in `sensors.absent` with the reason."""
     try:
         import pynvml as nvml
     except ModuleNotFoundError:
@@ -36,27 +49,36 @@ def find_gpus(sensors: Sensors) -> list[str]:
     for index, handle in enumerate(handles):
         for name, read in _queries(nvml, handle).items():
             _add(sensors, nvml, f"gpu{index}", name, read)
-    return [_text(nvml.nvmlDeviceGetName(handle)) for handle in handles]
+    return [
+        Gpu(name=_text(nvml.nvmlDeviceGetName(handle)), pci=_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
+        for handle in handles
+    ]
 
 
-def memory_growth(visible: str | None = None) -> Callable[[], int] | None:
-    """A function for how many bytes more of the first GPU's memory are in use than now; None where NVML tells nothing.
-
-    visible: CUDA_VISIBLE_DEVICES, which says what is first; by default this process's.
-    """
+def memory_growth() -> Callable[[str], int | None] | None:
+    """A function for how many bytes more of a GPU's memory are in use than now, by its PCI address, None for one that
+    is not there; None where NVML tells nothing."""
     try:
         import pynvml as nvml
     except ModuleNotFoundError:
         return None
-    first = (os.environ.get("CUDA_VISIBLE_DEVICES", "") if visible is None else visible).split(",")[0].strip() or "0"
     try:
         nvml.nvmlInit()
-        by_index = nvml.nvmlDeviceGetHandleByIndex
-        handle = by_index(int(first)) if first.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(first)
-        before = nvml.nvmlDeviceGetMemoryInfo(handle).used
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        before = {
+            _text(nvml.nvmlDeviceGetPciInfo(handle).busId): (handle, nvml.nvmlDeviceGetMemoryInfo(handle).used)
+            for handle in handles
+        }
     except nvml.NVMLError:
         return None
-    return lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).used - before)
+
+    def grown(pci: str) -> int | None:
+        for place, (handle, used) in before.items():
+            if same_gpu(place, pci):
+                return int(nvml.nvmlDeviceGetMemoryInfo(handle).used - used)
+        return None
+
+    return grown
 
 
 def _queries(nvml: Any, handle: Any) -> dict[str, Callable[[], int]]:
@@ -90,6 +112,12 @@ def _add(sensors: Sensors, nvml: Any, gpu: str, name: str, read: Callable[[], in
         sensors.absent[f"{gpu.upper()} {name.rpartition('_')[0].replace('_', ' ')}"] = f"NVML: {error}"
         return
     sensors.add(reader)
+
+
+def _place(pci: str) -> tuple[int, int, int]:
+    """Domain, bus and device of "00000000:3B:00.0"."""
+    domain, bus, device = pci.partition(".")[0].split(":")
+    return int(domain, 16), int(bus, 16), int(device, 16)
 
 
 def _text(name: bytes | str) -> str:

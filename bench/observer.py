@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class Observer:
         return "here"
 
     def describe(self) -> dict[str, Any]:
-        return {"cpus": len(self._cpus), "ticks_a_second": ticks_a_second(), "gpus": self.gpus, "absent": self.absent}
+        gpus = [asdict(gpu) for gpu in self.gpus]
+        return {"cpus": len(self._cpus), "ticks_a_second": ticks_a_second(), "gpus": gpus, "absent": self.absent}
 
 
 def _stand_back() -> None:
@@ -85,11 +87,12 @@ def main(argument: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Where it is, should it not answer: then the run ends it with this signal.
     faulthandler.register(signal.SIGUSR1, chain=True)
-    _stand_back()
     order = json.loads(argument)
     channel = Channel.of_child()
     observer = Observer(order["pid"])
+    # Before the run begins nothing is timed, and what stands back on a busy machine may take long to be ready.
     channel.send(observer.describe())
+    _stand_back()
     interval_ns = round(order["interval_s"] * 1e9)
     began, used = time.perf_counter_ns(), time.process_time_ns()
     samples = [observer.sample()]

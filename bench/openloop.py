@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dlops.bench import pacing
 from dlops.bench.http import HttpTransport
 from dlops.bench.load import TIMEOUT_S
+from dlops.bench.sender import MAX_CONNECTIONS
 from dlops.bench.transport import Transport
 from dlops.console import progress_bar
 from dlops.errors import MachineError
@@ -122,17 +123,27 @@ def open_loop(
     timeout_s: float = TIMEOUT_S,
     title: str = "",
     transport: Transport | None = None,
+    connections: int = MAX_CONNECTIONS,
 ) -> OpenLoaded:
     """Send `requests` in turn as `due_ns` says, from `senders` processes, and wait for all answers.
 
     requests: whole, as `transport` sends them; HTTP where it is None. due_ns: (n,), ascending, from the start. senders:
-    as many as the rate needs where it is None. title: of the progress bar. Any status but success, a broken connection
-    and a time-out are failures; nothing is repeated. Where the server is gone for two seconds the rest is not sent.
-    Ctrl-C ends it and keeps what was done. Raises MachineError where a sender does not start or ends before its time.
+    as many as the rate needs where it is None. title: of the progress bar. connections: the most that each sender has;
+    what is due while none is free waits, which is in its response time and not in its service time.
+
+    Any status but success, a broken connection and a time-out are failures; nothing is repeated. Where the server is
+    gone for two seconds the rest is not sent. Ctrl-C ends it and keeps what was done. Raises MachineError where a
+    sender does not start or ends before its time.
     """
     transport = transport or HttpTransport()
     count = senders or _senders_for(due_ns, transport.rate_a_sender)
-    where = {"transport": transport.name, "host": host, "port": port, "timeout_s": timeout_s}
+    where = {
+        "transport": transport.name,
+        "host": host,
+        "port": port,
+        "timeout_s": timeout_s,
+        "connections": connections,
+    }
     shares = [np.arange(first, len(due_ns), count) for first in range(count)]
     interrupted = False
     with _started(where, requests, [due_ns[share] for share in shares]) as processes:

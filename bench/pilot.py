@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dlops.bench import stats
@@ -24,7 +23,7 @@ _CERTIFYING = 2
 class Length:
     """first_s seconds a row, and where its quantiles are not known well enough then, up to longest_s in all.
 
-    is_named: the seconds were, so nothing is said of how well the quantiles are known then.
+    is_named: the seconds were, and they are kept whatever is known then.
     """
 
     first_s: float
@@ -47,10 +46,6 @@ class Length:
         if not self.is_piloted or spent_s >= self.longest_s:
             return spent_s
         return min(self.longest_s, seconds_wanted(samples, turns=turns, spent_s=spent_s))
-
-    def remarks(self, samples: Integers, *, turns: Integers, spent_s: float) -> tuple[str, ...]:
-        """In words, the certified quantiles that are known less well than wanted; none where a duration was named."""
-        return () if self.is_named else tuple(_shortfalls(samples, turns, spent_s))
 
 
 def length(duration_s: float | None, longest_s: float = LONGEST_S) -> Length:
@@ -92,12 +87,15 @@ def seconds_wanted(samples: Integers, *, turns: Integers, spent_s: float) -> flo
     return spent_s if factor == 1.0 else _MARGIN * factor * spent_s
 
 
-def _shortfalls(samples: Integers, turns: Integers, spent_s: float) -> Iterator[str]:
+def shortfalls(samples: Integers, *, turns: Integers, spent_s: float) -> tuple[str, ...]:
+    """In words, the quantiles that have an interval wider than wanted; samples, turns: (n,)."""
+    said = []
     for q, wanted in WANTED.items():
         known = half_width(samples, q, turns=turns)
         if known is not None and known > wanted:
             takes_s = spent_s * (known / wanted) ** 2
-            yield (
+            said.append(
                 f"under-sampled: p{q * 100:.0f} is known to ±{known:.1%} where ±{wanted:.0%} is wanted: that takes "
                 f"about {takes_s:,.0f} s, {spent_s:.0f} s were spent"
             )
+    return tuple(said)

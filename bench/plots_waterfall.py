@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from dlops.bench import cells
+from dlops.bench import cells, sentences
 from dlops.bench.plots import Series
 from dlops.bench.plots_frame import WIDE, Frame, linear_ticks, svg_of, text_at, tick_limit, x_grid
 from dlops.bench.plots_labels import shorten, text_width
@@ -30,7 +30,7 @@ def shown(series: Sequence[Series]) -> list[Series]:
 
 def looks(series: Sequence[Series]) -> dict[str, str]:
     """The class of every part that any of them has, by its name: the legend."""
-    found = {part for one in shown(series) for part in cells.parts(_server(one))}
+    found = {part for one in shown(series) for part in sentences.parts(_server(one))}
     return {part: look for part, look in LOOKS.items() if part in found}
 
 
@@ -45,7 +45,7 @@ def waterfall_bars(series: Sequence[Series], width: int) -> str:
     left = 16 + math.ceil(min(width / 3, max(text_width(one.name) for one, _ in rows))) if beside else 12
     right = 16 + math.ceil(max(text_width(text) for text in texts))
     bar, pitch = (22, 34) if beside else (18, 48)
-    high = max(sum(cells.parts(server).values()) for _, server in rows) / 1e6 * 1.02 or 1.0
+    high = max(sum(sentences.parts(server).values()) for _, server in rows) / 1e6 * 1.02 or 1.0
 
     def x(value: float) -> float:
         return left + value / high * (width - left - right)
@@ -57,7 +57,7 @@ def waterfall_bars(series: Sequence[Series], width: int) -> str:
         bottom = frame.top + (index + 1) * pitch - 6
         base = bottom - bar / 2 + 4
         begin = 0.0
-        for part, ns in cells.parts(server).items():
+        for part, ns in sentences.parts(server).items():
             place, extent = x(begin), x(begin + ns / 1e6) - x(begin)
             time = cells.significant(ns / 1e6)
             marks.append(

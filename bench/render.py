@@ -11,7 +11,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.bench import breakdown, cells, plots, plots_load, plots_waterfall, telemetry_text
+from dlops.bench import breakdown, cells, plots, plots_load, plots_waterfall, sentences, telemetry_text
 from dlops.bench.calibration_text import facts
 from dlops.bench.plots_frame import NARROW, WIDE
 from dlops.report import Measurement, Objective, Report
@@ -101,7 +101,7 @@ def _at_a_glance(report: Report, groups: Sequence[cells.Group]) -> str:
     """What a run without a choice to make comes to: what was found of objectives, and the best of each table."""
     if report.chosen_because:
         return ""
-    lines = [*cells.objectives(report)]
+    lines = [*sentences.objectives(report)]
     for group in groups:
         known = [row for row in group.rows if row.latency.p50_ns is not None]
         if not known:
@@ -285,7 +285,7 @@ def _accuracy_caption(series: Sequence[plots.Series]) -> str:
 
 
 def _notes(report: Report) -> str:
-    lines = [*cells.explanations(report), *cells.placements(report.measurements), *breakdown.placements(report)]
+    lines = [*sentences.explanations(report), *sentences.placements(report.measurements), *breakdown.placements(report)]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     method = "".join(f"<li>{escape(line)}</li>" for line in _METHOD)
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,15 +10,17 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from dlops.bench import stats
+from dlops.bench.analysis import remarked
 from dlops.bench.disturbed import Seen, attach
-from dlops.bench.pilot import Length
+from dlops.bench.pilot import Length, shortfalls
 from dlops.bench.results import Measured, row_key
 from dlops.bench.sensors import Rapl
 from dlops.bench.telemetry import Recorder
 from dlops.console import say
 from dlops.environment import describe_environment
 from dlops.errors import MachineError, UsageError
-from dlops.report import Measurement, Objective, Report
+from dlops.report import STARTS, Measurement, Objective, Report
 
 Samples = dict[str, NDArray[np.int64]]
 
@@ -45,10 +47,46 @@ class Rows:
         return row_key(len(self.rows))
 
     def add(self, row: Measurement, samples: Samples, seen: Seen) -> None:
-        """seen: when it was measured."""
+        """seen: when it was measured. Of a row with a time of its own, how well its quantiles are known is judged here;
+        rows that took turns bring that along."""
+        if row.duration_ns is not None:
+            turns = stats.stretches(samples[row.samples + STARTS], row.duration_ns)
+            said = shortfalls(samples[row.samples], turns=turns, spent_s=row.duration_ns / 1e9)
+            row = remarked(row, said)
         self.rows.append(row)
         self.samples |= samples
         self.seen[row.samples] = seen
+
+    def add_piloted(self, make: Callable[[float, int], bool]) -> None:
+        """Add one row with a time of its own: a pilot of it, or where that shows that it has to last longer, the row
+        made anew in the pilot's place, once.
+
+        make: measures the row for so many seconds and adds it, told how often it was made before; returns whether more
+        time would help. Where nothing comes of the longer one, by Ctrl-C or a dead server, the pilot is kept.
+        """
+        helps = make(self.lasting.first_s, 0)
+        pilot = self.rows[-1]
+        seconds = self._longer_s(pilot) if helps else None
+        if seconds is None:
+            return
+        self.rows.pop()
+        others = len(self.rows)
+        try:
+            make(seconds, 1)
+        finally:
+            if len(self.rows) == others:
+                self.rows.append(pilot)
+
+    def _longer_s(self, row: Measurement) -> float | None:
+        """How many seconds a row is to last by what its pilot shows; None where that was long enough."""
+        assert row.duration_ns is not None
+        # Under a rate that is too high the wait grows for as long as it is offered.
+        if any(reason.startswith("saturated") for reason in row.verdict.reasons):
+            return None
+        spent_s = row.duration_ns / 1e9
+        turns = stats.stretches(self.samples[row.samples + STARTS], row.duration_ns)
+        wanted_s = self.lasting.after(self.samples[row.samples], turns=turns, spent_s=spent_s)
+        return wanted_s if wanted_s > spent_s else None
 
     def note(self, text: str) -> None:
         """Say it, and once in the report."""

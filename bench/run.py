@@ -172,7 +172,10 @@ def _conditions(
             step,
             Conditions(
                 batch=step.batch, boundary=boundary, scenario=step.scenario, concurrency=callers,
-                options=SessionOptions(device=place, threads=count, own_stream=True, cuda_graph=cuda_graph),
+                options=SessionOptions(
+                    device=place, threads=count, own_stream=callers == 1, stream_per_thread=callers > 1,
+                    cuda_graph=cuda_graph,
+                ),
             ),
         )
         for place in places

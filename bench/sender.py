@@ -34,13 +34,15 @@ _PR_SET_TIMERSLACK = 29
 
 
 class Sender:
-    """Keeps a schedule. start_ns: when it begins, on perf_counter_ns; set before `run`."""
+    """Keeps a schedule, over so many connections at most. start_ns: when it begins, on perf_counter_ns; set before
+    `run`."""
 
     def __init__(
-        self, transport: Transport, host: str, port: int, requests: list[bytes], due_ns: list[int], *, timeout_s: float
-    ) -> None:
+        self, transport: Transport, host: str, port: int, requests: list[bytes], due_ns: list[int], *,
+        timeout_s: float, connections: int = MAX_CONNECTIONS,
+    ) -> None:  # fmt: skip
         self._transport, self._host, self._port, self._requests = transport, host, port, requests
-        self._timeout_s = timeout_s
+        self._timeout_s, self._connections = timeout_s, connections
         self.pacer = Pacer(due_ns)
         self._wires: dict[int, Wire] = {}
         self._numbers = 0
@@ -57,8 +59,9 @@ class Sender:
 
     async def connect(self) -> None:
         """The first connections, made before the schedule begins; more are made when they are needed."""
-        self._opening += _FIRST_CONNECTIONS
-        await asyncio.gather(*(self._open() for _ in range(_FIRST_CONNECTIONS)))
+        first = min(_FIRST_CONNECTIONS, self._connections)
+        self._opening += first
+        await asyncio.gather(*(self._open() for _ in range(first)))
 
     async def run(self, start_ns: int) -> None:
         """Until everything is answered, has failed or `stop` was called."""
@@ -115,7 +118,7 @@ class Sender:
             connection, request = taken
             self._wires[connection].send(self._requests[request % len(self._requests)])
             now = time.perf_counter_ns() - self._start_ns
-        room = MAX_CONNECTIONS - len(self._wires) - self._opening
+        room = self._connections - len(self._wires) - self._opening
         short = self.pacer.waiting(now, at_most=self._opening + room) - self._opening
         for _ in range(short):
             self._opening += 1
@@ -201,7 +204,8 @@ def main() -> None:
 async def _keep(task: dict[str, object], requests: list[bytes], due_ns: list[int]) -> Sender:
     transport = open_transport("gRPC" if task["transport"] == "gRPC" else "HTTP")
     host, port, timeout_s = str(task["host"]), int(str(task["port"])), float(str(task["timeout_s"]))
-    sender = Sender(transport, host, port, requests, due_ns, timeout_s=timeout_s)
+    connections = int(str(task["connections"]))
+    sender = Sender(transport, host, port, requests, due_ns, timeout_s=timeout_s, connections=connections)
     await sender.connect()
     sys.stdout.write("ready\n")
     sys.stdout.flush()

@@ -36,7 +36,7 @@ def recorded(
         samples=len(timeline.times_ns),
         cost=timeline.cost,
         cpus=timeline.cpus,
-        gpus=tuple(timeline.gpus),
+        gpus=tuple(gpu.name for gpu in timeline.gpus),
         series=tuple(series),
         spans={row: (begin - start, end - start) for row, (begin, end) in spans.items()},
         absent=dict(timeline.absent),

@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 
 from dlops.artifact import Artifact
-from dlops.bench import cells, stats
-from dlops.bench.analysis import remarked
+from dlops.bench import cells
 from dlops.bench.arrivals import STRETCH, Offered, Schedule
 from dlops.bench.disturbed import Seen, seen_under_load
 from dlops.bench.loadgen_rows import measure_url, note
 from dlops.bench.network import Payload, measure_endpoint, prepare
 from dlops.bench.oip import Endpoint
 from dlops.bench.rates import Warm, measure_rate, warm_up
-from dlops.bench.rows import Rows, Samples
+from dlops.bench.rows import Rows
 from dlops.bench.scenarios import Step
 from dlops.bench.slo import Found, Outcome, found_among, judge, samples_for, search
-from dlops.bench.stats import Integers
 from dlops.console import say
 from dlops.errors import MachineError
 from dlops.report import STARTS, Engine, Measurement, Objective
@@ -44,32 +42,18 @@ def load_service(rows: Rows, endpoint: Endpoint, artifact: Artifact | None, step
 
 
 def _keep_in_flight(rows: Rows, endpoint: Endpoint, sent: Payload, step: Step, *, concurrency: int) -> None:
-    key, seconds = rows.next_key, rows.lasting.first_s
-    made: tuple[Measurement, Samples, Seen] | None = None
-    try:
-        while True:
-            under = f"batch {step.batch}, {concurrency} in flight"
-            say(f"loading {endpoint.url}: {under}, {seconds:.3g} s after the warm-up")
-            row, samples, loaded = measure_endpoint(
-                endpoint, sent, batch=step.batch, concurrency=concurrency, duration_s=seconds, key=key,
-                scenario=step.scenario,
-            )  # fmt: skip
-            spent_s = loaded.duration_ns / 1e9
-            turns = stats.stretches(loaded.starts_ns, loaded.duration_ns)
-            wanted_s = rows.lasting.after(loaded.latencies_ns, turns=turns, spent_s=spent_s)
-            said = rows.lasting.remarks(loaded.latencies_ns, turns=turns, spent_s=spent_s)
-            seen = seen_under_load(row, began_ns=loaded.began_ns, service=endpoint.url)
-            made = remarked(row, said), samples, seen
-            # The pilot only says how long the row has to be: it is made anew, once.
-            if loaded.interrupted or loaded.stopped or seconds > rows.lasting.first_s or wanted_s <= spent_s:
-                break
-            seconds = wanted_s
-    finally:
-        # Where nothing comes of the longer run, by Ctrl-C or a dead server, its pilot is what there is.
-        if made is not None:
-            rows.add(*made)
-    if loaded.interrupted:
-        raise KeyboardInterrupt
+    def make(seconds: float, again: int) -> bool:
+        say(f"loading {endpoint.url}: batch {step.batch}, {concurrency} in flight, {seconds:.3g} s after the warm-up")
+        row, samples, loaded = measure_endpoint(
+            endpoint, sent, batch=step.batch, concurrency=concurrency, duration_s=seconds, key=rows.next_key,
+            scenario=step.scenario,
+        )  # fmt: skip
+        rows.add(row, samples, seen_under_load(row, began_ns=loaded.began_ns, service=endpoint.url))
+        if loaded.interrupted:
+            raise KeyboardInterrupt
+        return not loaded.stopped
+
+    rows.add_piloted(make)
 
 
 def _drive(rows: Rows, endpoint: Endpoint, sent: Payload, step: Step) -> None:
@@ -106,28 +90,14 @@ class _Offering:
             self._find_highest(self._offered.objective)
 
     def _rate(self, rate: float) -> None:
-        rows, lasting = self._rows, self._rows.lasting
-        row = self._one(self._offered.at(rate, lasting.first_s, stretch=lasting.stretch(STRETCH)))
-        response_ns, turns, spent_s = self._measured(row)
-        wanted_s = lasting.after(response_ns, turns=turns, spent_s=spent_s)
-        # Under a service that does not keep up, longer is only worse.
-        if wanted_s > spent_s and not any(reason.startswith("saturated") for reason in row.verdict.reasons):
-            pilot = remarked(rows.rows.pop(), lasting.remarks(response_ns, turns=turns, spent_s=spent_s))
-            others = len(rows.rows)
-            try:
-                row = self._one(self._offered.at(rate, wanted_s, stretch=1.0, again=1))
-            except (KeyboardInterrupt, MachineError):
-                # As with calls in flight: the pilot stays where nothing comes of the longer run.
-                rows.rows += [pilot] if len(rows.rows) == others else []
-                raise
-            response_ns, turns, spent_s = self._measured(row)
-        rows.rows[-1] = remarked(row, lasting.remarks(response_ns, turns=turns, spent_s=spent_s))
+        lasting = self._rows.lasting
 
-    def _measured(self, row: Measurement) -> tuple[Integers, Integers, float]:
-        """A row's response times, their stretches, and how long it lasted in seconds."""
-        assert row.duration_ns is not None
-        due_ns = self._rows.samples[row.samples + STARTS]
-        return self._rows.samples[row.samples], stats.stretches(due_ns, row.duration_ns), row.duration_ns / 1e9
+        def make(seconds: float, again: int) -> bool:
+            stretch = 1.0 if again else lasting.stretch(STRETCH)
+            self._one(self._offered.at(rate, seconds, stretch=stretch, again=again))
+            return True
+
+        self._rows.add_piloted(make)
 
     def _one(self, schedule: Schedule) -> Measurement:
         rows, endpoint, step = self._rows, self._endpoint, self._step

@@ -8,16 +8,17 @@ from dataclasses import replace
 
 from dlops.artifact import Artifact
 from dlops.bench import inprocess
+from dlops.bench.arrivals import STRETCH
 from dlops.bench.attended import Attended
 from dlops.bench.disturbed import Seen, seen_in_turns
 from dlops.bench.inprocess import Conditions, Started, Subject
 from dlops.bench.results import row_key
-from dlops.bench.rows import Rows
+from dlops.bench.rows import Rows, Samples
 from dlops.bench.scenarios import Step
 from dlops.console import progress_bar, say
 from dlops.errors import MachineError
-from dlops.report import STARTS, TURNS, Engine
-from dlops.timing import Interleaved, TimingFailedError, TimingInterrupted
+from dlops.report import STARTS, TURNS, Engine, Measurement
+from dlops.timing import Interleaved, TimingFailedError, TimingInterrupted, WarmUp
 
 _PROGRESS_STEPS = 100
 
@@ -54,16 +55,15 @@ def keep_turns(
     """Add the rows of targets that took turns. arms: theirs, in the same order. cut_short: why they ended early."""
     keys = [row_key(len(rows.rows) + index) for index in range(len(ready))]
     made = inprocess.measurements(
-        ready, timed, conditions=conditions, baseline=rows.baseline, keys=keys, lasting=rows.lasting,
-        cut_short=cut_short,
-    )  # fmt: skip
+        ready, timed, conditions=conditions, baseline=rows.baseline, keys=keys, cut_short=cut_short
+    )
     # Cut short, some have had a turn more than there are whole rounds.
     turns = [arm.turns[: timed.rounds] for arm in arms]
     for number, (key, row, one) in enumerate(zip(keys, made, ready, strict=True)):
         run = timed.runs[one.target]
         samples = {key: run.latencies_ns, key + STARTS: run.starts_ns, key + TURNS: run.turns}
         samples |= {key + suffix: part for suffix, part in run.parts_ns.items()}
-        rows.add(row, samples, seen_in_turns(turns, number, batch=conditions.batch))
+        rows.add(row, samples, seen_in_turns(turns, number, batch=conditions.batch, gpu=one.gpu))
 
 
 def _time(rows: Rows, ready: Sequence[Started], conditions: Conditions) -> None:
@@ -103,24 +103,46 @@ def _time_one(
     from dlops.bench.inprocess_rates import measure_queue, process_of
 
     warmth = process_of(one).warm_up(max(2.0, rows.lasting.first_s))
-    key, began_ns, interrupted = rows.next_key, time.perf_counter_ns(), False
     if engine == "loadgen":
-        from dlops.bench.loadgen_rows import measure_session, note
+        _drive(rows, one, conditions, rate, artifacts, warmth)
+        return
+    offered = step.offered
+    assert offered is not None
+    assert rate is not None
 
-        say(f"LoadGen on {one.target}: {conditions.scenario}, {rows.lasting.first_s:g} s or more")
-        (row, samples), said = measure_session(
-            one, conditions, rate=rate, duration_s=rows.lasting.first_s, warmth=warmth, artifacts=artifacts, key=key
-        )
-        rows.note(note(said.version))
-    else:
-        assert step.offered is not None
-        assert rate is not None
-        schedule = step.offered.at(rate, rows.lasting.first_s)
+    def make(seconds: float, again: int) -> bool:
+        stretch = 1.0 if again else rows.lasting.stretch(STRETCH)
+        schedule = offered.at(rate, seconds, stretch=stretch, again=again)
         say(f"offering {one.target}: {rate:,.5g} requests/s for {schedule.duration_s:.3g} s")
+        began_ns = time.perf_counter_ns()
         row, samples, interrupted = measure_queue(
-            one, schedule, warmth=warmth, conditions=conditions, artifacts=artifacts, key=key
+            one, schedule, warmth=warmth, conditions=conditions, artifacts=artifacts, key=rows.next_key
         )
+        _add(rows, row, samples, one, conditions, began_ns=began_ns)
+        if interrupted:
+            raise KeyboardInterrupt
+        return True
+
+    rows.add_piloted(make)
+
+
+def _drive(
+    rows: Rows, one: Started, conditions: Conditions, rate: float | None, artifacts: Sequence[Artifact], warmth: WarmUp
+) -> None:
+    from dlops.bench.loadgen_rows import measure_session, note
+
+    say(f"LoadGen on {one.target}: {conditions.scenario}, {rows.lasting.first_s:g} s or more")
+    began_ns = time.perf_counter_ns()
+    (row, samples), said = measure_session(
+        one, conditions, rate=rate, duration_s=rows.lasting.first_s, warmth=warmth, artifacts=artifacts,
+        key=rows.next_key,
+    )  # fmt: skip
+    rows.note(note(said.version))
+    _add(rows, row, samples, one, conditions, began_ns=began_ns)
+
+
+def _add(
+    rows: Rows, row: Measurement, samples: Samples, one: Started, conditions: Conditions, *, began_ns: int
+) -> None:
     items = row.latency.samples * conditions.batch
-    rows.add(row, samples, Seen(begin_ns=began_ns, end_ns=time.perf_counter_ns(), items=items))
-    if interrupted:
-        raise KeyboardInterrupt
+    rows.add(row, samples, Seen(begin_ns=began_ns, end_ns=time.perf_counter_ns(), items=items, gpu=one.gpu))

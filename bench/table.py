@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dlops.bench import breakdown, cells
+from dlops.bench import breakdown, cells, sentences
 from dlops.bench.calibration_text import line
 from dlops.report import CLOCKS, Interval, Latency, Measurement, Report, ServerTime
 
@@ -40,12 +40,12 @@ def render_table(report: Report) -> RenderableType:
             table.add_row(Text(label, style=style), *[values[heading] for heading in headings[1:]])
     lines = [f"chosen: {report.chosen}: {report.chosen_because}"] if report.chosen else []
     lines += [report.chosen_because] if report.chosen_because and not report.chosen else []
-    lines += [*cells.placements(report.measurements), *breakdown.placements(report)]
+    lines += [*sentences.placements(report.measurements), *breakdown.placements(report)]
     if not full:
         names = [cells.short_name(row) for row in report.measurements]
         lines += ["×8: with 8 requests in flight"] if any(" ×" in one for one in names) else []
         lines += ["@500: at 500 requests a second"] if any(" @" in one for one in names) else []
-    lines += cells.explanations(report)
+    lines += sentences.explanations(report)
     return Group(table, *[Text(line) for line in ("", *lines)], *breakdown.render_tables(report))
 
 
@@ -96,8 +96,8 @@ def to_markdown(report: Report) -> str:
             label = cells.name(row).replace("|", "\\|") + ("" if row.verdict.steady else " \\*")
             lines.append("| " + " | ".join((label, *[values[heading] for heading in headings[1:]])) + " |")
         lines.append("")
-    places = (*cells.placements(report.measurements), *breakdown.placements(report))
-    notes = [*places, *cells.explanations(report)]
+    places = (*sentences.placements(report.measurements), *breakdown.placements(report))
+    notes = [*places, *sentences.explanations(report)]
     notes += [line(report.calibration)] if report.calibration else []
     lines += [f"- {note}" for note in notes]
     lines += breakdown.markdown(report)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlops.bench.child import Child
+from dlops.bench.nvml import Gpu
 from dlops.bench.stats import Integers
 from dlops.errors import MachineError
 
@@ -33,7 +34,7 @@ class Timeline:
     values: Mapping[str, Integers] = field(default_factory=dict)
     cpus: int = 1
     ticks_a_second: int = 100
-    gpus: Sequence[str] = ()
+    gpus: Sequence[Gpu] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
     cost: float | None = None
     services: Mapping[str, str] = field(default_factory=dict)
@@ -108,7 +109,8 @@ class Recorder:
         times = arrays.pop("time_ns")
         return Timeline(
             interval_s=self._interval_s, times_ns=times, values=arrays, cpus=self._known["cpus"],
-            ticks_a_second=self._known["ticks_a_second"], gpus=self._known["gpus"], absent=absent,
+            ticks_a_second=self._known["ticks_a_second"],
+            gpus=[Gpu(**gpu) for gpu in self._known["gpus"]], absent=absent,
             cost=answer["cost"], services=self._services,
         )  # fmt: skip
 

@@ -26,7 +26,8 @@ from dlops.bench.nvml import memory_growth
 from dlops.bench.payload import artifact_feeds, random_feed, raw_batches
 from dlops.bench.together import Together
 from dlops.checkpoint import Checkpoint, import_model_source, load_checkpoint
-from dlops.errors import UsageError, missing_package
+from dlops.cudart import pci_address
+from dlops.errors import MachineError, UsageError, missing_package
 from dlops.manifest import Record
 from dlops.report import Boundary, ColdStart
 from dlops.runtimes.session import Device, Placement, Session, SessionOptions
@@ -64,7 +65,10 @@ class Job(Record):
 
 
 class Ready(Record):
-    """What the process says once it could be called: where the target truly runs, what it took, what it holds."""
+    """What the process says once it could be called: where the target truly runs, what it took, what it holds.
+
+    gpu: the PCI address of the one that it runs on.
+    """
 
     runtime: str
     device: str
@@ -75,6 +79,7 @@ class Ready(Record):
     cold_start: ColdStart
     peak_memory_bytes: int
     device_memory_bytes: int | None = None
+    gpu: str | None = None
 
     @property
     def placement(self) -> Placement:
@@ -86,7 +91,10 @@ class Ready(Record):
 
 def open_job(job: Job) -> tuple[Session, int]:
     """The session, and the nanoseconds that opening it took once its runtime was imported."""
-    options = SessionOptions(device=job.device, threads=job.threads, own_stream=True, cuda_graph=job.cuda_graph)
+    options = SessionOptions(
+        device=job.device, threads=job.threads, own_stream=job.concurrency == 1,
+        stream_per_thread=job.concurrency > 1, cuda_graph=job.cuda_graph,
+    )  # fmt: skip
     if job.kind == "artifact":
         artifact = open_artifact(job.directory)
         opener = catalog.resolve(catalog.RUNTIMES, "runtime", artifact.variant.format)
@@ -130,7 +138,7 @@ def local_arm(
 ) -> Local | Together:
     """The arm of a session in this process: what it times of a call is what `boundary` includes.
 
-    concurrency: threads that call at once; several have no clocks on CUDA.
+    concurrency: threads that call at once; on CUDA several have a stream each and no clocks.
     """
     if concurrency > 1:
         calls = [caller(session, samples=samples, batch=batch, boundary=boundary) for _ in range(concurrency)]
@@ -154,15 +162,16 @@ def _feeder(session: Session, *, samples: Artifact | None, batch: int, boundary:
 
 
 def _ready(
-    job: Job, session: Session, load_ns: int, call: Callable[[], object], memory: Callable[[], int] | None
+    job: Job, session: Session, load_ns: int, call: Callable[[], object], memory: Callable[[str], int | None] | None
 ) -> Ready:
-    """memory: the bytes of the GPU's memory that more are used than before the session was opened."""
+    """memory: the bytes of a GPU's memory that more are used than before the session was opened."""
     began = time.perf_counter_ns()
     call()
     answered = time.perf_counter_ns()
     for _ in range(_MEMORY_CALLS - 1):
         call()
     placement = session.placement
+    gpu = gpu_of(placement)
     return Ready(
         runtime=placement.runtime, device=placement.device, provider=placement.provider, precision=placement.precision,
         threads=placement.threads, nodes={provider: dict(counts) for provider, counts in placement.nodes.items()},
@@ -170,8 +179,20 @@ def _ready(
             total_ns=answered - job.spawned_ns, load_ns=load_ns, first_call_ns=answered - began
         ),
         peak_memory_bytes=_peak_bytes(),
-        device_memory_bytes=memory() if memory is not None and placement.device.startswith("cuda") else None,
+        device_memory_bytes=None if memory is None or gpu is None else memory(gpu), gpu=gpu,
     )  # fmt: skip
+
+
+def gpu_of(placement: Placement) -> str | None:
+    """The PCI address of the GPU that a session of this process runs on; None on the CPU, and where CUDA does not say,
+    which the report then tells."""
+    kind, _, number = placement.device.partition(":")
+    if kind != "cuda":
+        return None
+    try:
+        return pci_address(int(number or 0))
+    except MachineError:
+        return None
 
 
 def _peak_bytes() -> int:

@@ -1,4 +1,5 @@
-"""The few calls of the CUDA runtime library that timing takes, through ctypes: a stream, and events on it.
+"""The few calls of the CUDA runtime library that measuring takes, through ctypes: a stream, events on it, and which
+GPU a device number means.
 
 Streams belong to the device, not to a library: events recorded here on a stream of torch's or ONNX Runtime's time what
 either of them puts there.
@@ -58,6 +59,17 @@ class Stopwatch:
     def close(self) -> None:
         for event in self._events:
             _call("cudaEventDestroy", event)
+
+
+def pci_address(device: int) -> str:
+    """Where the GPU is that CUDA numbers so in this process, such as "0000:3b:00.0".
+
+    CUDA numbers the fastest first unless CUDA_DEVICE_ORDER says otherwise, and only those in CUDA_VISIBLE_DEVICES; NVML
+    numbers all by their place on the bus. The address is the same for both. Raises MachineError where CUDA knows none.
+    """
+    text = ctypes.create_string_buffer(32)
+    _call("cudaDeviceGetPCIBusId", text, ctypes.c_int(len(text)), ctypes.c_int(device))
+    return text.value.decode()
 
 
 def _call(name: str, *arguments: object) -> None:

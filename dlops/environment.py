@@ -24,19 +24,26 @@ _INSTRUCTION_SETS = (
 
 
 class Environment(Record):
-    """memory_bytes: of the machine, or of the container where that may use less. cores: those this process may use.
-    packages: installed name to version.
-    """
+    """The machine and the software that a result was made with."""
 
     system: str
+    """Operating system and kernel."""
     machine: str
+    """The processor's architecture."""
     cpu: str
+    """The processor's name."""
     instruction_sets: tuple[str, ...]
+    """Of it, those that decide which kernels a runtime picks."""
     cores: int
+    """[processors] That this process may use."""
     memory_bytes: int
+    """Of the machine, or of the container where that may use less."""
     python: str
+    """Its version."""
     gpus: tuple[str, ...]
+    """Name, driver and memory of each, as nvidia-smi tells them."""
     packages: dict[str, str]
+    """Version by name, of those that are installed."""
 
 
 @lru_cache(maxsize=1)

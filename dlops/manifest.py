@@ -31,19 +31,21 @@ class Record(BaseModel):
 
 
 class Payload(Record):
-    """One file beside a manifest. path: a bare file name. bytes: its size."""
+    """One file beside a manifest."""
 
     path: FileName
+    """A bare file name."""
     sha256: Sha256
+    """Of its content."""
     bytes: int = Field(ge=0)
+    """Its size."""
 
 
 class Manifest(Record):
     """A record with a schema number and a directory of its own.
 
     A subclass sets `file_name`, `newest_schema` and the roles that `files` must have, and declares
-    `kind: Literal[...]` and `schema_version`. created: with its time zone; "newest" goes by it. sha256: of the rest of
-    the manifest (see `_digest`), null until it is written.
+    `kind: Literal[...]` and `schema_version`.
     """
 
     file_name: ClassVar[str]
@@ -51,10 +53,15 @@ class Manifest(Record):
     required_roles: ClassVar[tuple[str, ...]] = ()
 
     kind: str
+    """What the manifest is of."""
     schema_version: int = Field(alias="schema", ge=1)
+    """[number] Of the schema."""
     sha256: Sha256 | None = None
+    """Of the rest of the manifest: its JSON with sorted keys, without spaces and in ASCII; null until it is written."""
     created: AwareDatetime
+    """With its time zone; "newest" goes by it."""
     files: dict[str, Payload] = {}
+    """The files beside it, by role."""
 
     model_config = ConfigDict(populate_by_name=True)
     _directory: Path | None = PrivateAttr(None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ class ModuleSession:
         self._module = module
         self._graph = options.cuda_graph
         self._device = device
+        per_thread = options.stream_per_thread and device.type == "cuda"
+        self._streams = ThreadStreams(lambda: torch.cuda.Stream(device)) if per_thread else None  # type: ignore[no-untyped-call]
         self.signature = signature
         count = options.threads or available_cores()
         # torch has one thread count a process, so it is set here and not at every run.
@@ -39,15 +43,32 @@ class ModuleSession:
     def run(self, feed: Feed) -> Feed:
         # Arrays that a server parsed out of a body are read-only; torch warns about those, and nothing writes here.
         tensors = [torch.from_numpy(_writable(feed[spec.name])) for spec in self.signature.inputs]
-        with torch.inference_mode():
+        # The copies of the results belong to the same stream: they wait for it, and for no other thread's.
+        with torch.inference_mode(), self._own_stream():
             result = self._module(*(tensor.to(self._device) for tensor in tensors))
-        return outputs_by_name(result, self.signature)
+            return outputs_by_name(result, self.signature)
 
     def bind(self, feed: Feed) -> ModuleBound:
         return ModuleBound(self._module, feed, signature=self.signature, device=self._device, graph=self._graph)
 
     def close(self) -> None:
         del self._module
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._streams is None else torch.cuda.stream(self._streams.mine())
+
+
+class ThreadStreams:
+    """A CUDA stream for each thread that asks, made when it first does: torch has all threads on the default one."""
+
+    def __init__(self, make: Callable[[], torch.cuda.Stream]) -> None:
+        self._make, self._kept = make, threading.local()
+
+    def mine(self) -> torch.cuda.Stream:
+        if not hasattr(self._kept, "stream"):
+            self._kept.stream = self._make()
+        stream: torch.cuda.Stream = self._kept.stream
+        return stream
 
 
 class ModuleBound:

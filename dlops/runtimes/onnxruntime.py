@@ -34,6 +34,7 @@ class OnnxSession:
         device = _choose_device(options)
         check_graph(options, device)
         provider = _PROVIDERS[device]
+        # Without a stream that it is given, ONNX Runtime takes another for each run that is under way at once.
         self._stream = Stream() if device == "cuda" and options.own_stream else None
         try:
             self._session = ort.InferenceSession(

@@ -20,8 +20,10 @@ class SessionOptions:
     threads: for one operator; None for as many as this process may use. spin: whether idle threads spin between runs,
     which is faster for one model alone on a machine and slower for everything beside it. profile_prefix: how the path
     of the profile begins that ONNX Runtime is to record; the other runtimes are profiled from outside. own_stream: on
-    CUDA, one that the session alone uses, so that bound calls return before they are done and can be timed. cuda_graph:
-    bound calls replay a CUDA graph that is captured when they are bound; refused on the CPU.
+    CUDA, one that the session alone uses, so that bound calls return before they are done and can be timed.
+    stream_per_thread: on CUDA, runs of several threads at once are each on a stream of their own, and so may overlap;
+    not together with own_stream, which has one for all. cuda_graph: bound calls replay a CUDA graph that is captured
+    when they are bound; refused on the CPU.
     """
 
     device: Device = "auto"
@@ -29,7 +31,12 @@ class SessionOptions:
     spin: bool = True
     profile_prefix: Path | None = None
     own_stream: bool = False
+    stream_per_thread: bool = False
     cuda_graph: bool = False
+
+    def __post_init__(self) -> None:
+        if self.own_stream and self.stream_per_thread:
+            raise ValueError("a session has one stream for all threads, or one for each")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -338,7 +338,7 @@ def example_report(*, title: str = "digits") -> Measured:
                 steady=False,
                 reasons=(
                     "2 of 302 calls failed: HTTP 503 ×2",
-                    "p99 is not certified: 300 effective samples of 300, it needs 368",
+                    "under-sampled: p99 is not certified: 300 effective samples of 300, it needs 368",
                 ),
             ),
         )

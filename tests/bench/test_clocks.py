@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from dlops.bench.run import Measured, measure, merge, save_report
 from dlops.bench.session_rows import keep_turns
 from dlops.bench.table import table_text, to_csv
 from dlops.bench.telemetry import Recorder
+from dlops.bench.worker import gpu_of
 from dlops.cli import run
 from dlops.errors import CorruptError, MachineError, UsageError
 from dlops.report import CLOCKS, COPY_IN, COPY_OUT, DEVICE, ENQUEUE, Boundary, read_report
@@ -224,6 +226,8 @@ class Library:
             self.called.append((name, arguments))
             if name == "cudaEventElapsedTime":
                 arguments[0]._obj.value = 1.5
+            if name == "cudaDeviceGetPCIBusId":
+                arguments[0].value = b"0000:%02x:00.0" % (0x3B + arguments[2].value)
             if name in ("cudaEventCreate", "cudaStreamCreateWithFlags"):
                 arguments[0]._obj.value = len(self.called)
             return self.status
@@ -249,6 +253,17 @@ def test_events_are_recorded_on_the_stream_and_their_distance_is_nanoseconds(mon
     assert first[0] != second[0]
     ((_, *events),) = [given for name, given in library.called if name == "cudaEventElapsedTime"]
     assert [one.value for one in events] == [first[0], second[0]]
+
+
+def test_a_session_on_cuda_is_found_on_the_bus_by_cudas_own_number(monkeypatch) -> None:
+    library = Library()
+    monkeypatch.setattr(cudart, "_library", lambda: library)
+    assert gpu_of(ON_CUDA) == "0000:3b:00.0"
+    assert gpu_of(replace(ON_CUDA, device="cuda:2")) == "0000:3d:00.0"
+    assert gpu_of(replace(ON_CUDA, device="cpu")) is None
+    # Where CUDA does not say, the row goes without what NVML would know of its GPU.
+    monkeypatch.setattr(cudart, "_library", lambda: Library(status=101))
+    assert gpu_of(ON_CUDA) is None
 
 
 def test_what_the_cuda_runtime_refuses_is_one_line(monkeypatch) -> None:

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
-from dlops.bench.http import AnswerParser, Connection
+from dlops.bench.http import AnswerParser, Connection, HttpTransport
 from dlops.bench.load import closed_loop
 from dlops.bench.network import encoded, measure_endpoint, prepare
 from dlops.bench.oip import encode_request, find_endpoint
@@ -42,6 +42,36 @@ def after_calls_of_a_row(server, calls: int, act: Callable[[], None]) -> None:
             act()
 
     server.statistics, server.behave = statistics, behave
+
+
+class SlowToAccept(HttpTransport):
+    """Accepts the first connection, and the others after an hour."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def connect(self, host: str, port: int):
+        self.asked += 1
+        if self.asked > 1:
+            await asyncio.sleep(3600)
+        return await super().connect(host, port)
+
+
+def test_a_connection_that_is_not_there_by_the_end_is_not_waited_for(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    endpoint = find_endpoint(server.url, model=artifact.name)
+    request = encode_request(endpoint, artifact.samples().inputs)
+    transport = SlowToAccept()
+    began = time.monotonic()
+    loaded = closed_loop(
+        "127.0.0.1", server.port, [request], concurrency=3, duration_s=0.3, max_warmup_s=0.3, transport=transport
+    )
+    # An answer is waited for 30 s; twice the duration is the most that the run itself takes.
+    assert time.monotonic() - began < 15
+    assert transport.asked == 3
+    assert len(loaded.latencies_ns) > 0
+    assert loaded.errors == {}
 
 
 def test_every_call_is_answered_and_measured(make_artifact, serve) -> None:

@@ -82,6 +82,29 @@ def test_the_calls_in_flight_are_the_rate_times_the_response_time() -> None:
     assert mean == pytest.approx(rate * float(np.mean(loaded.response_ns)) / 1e9, rel=0.02)
 
 
+def test_the_calls_inside_the_server_by_its_own_count_are_the_rate_times_the_response_time() -> None:
+    # The server looks every millisecond at how many it has, as one who scrapes its gauge does; the client knows what
+    # was offered to it and how long the answers took, over the time after the queue had filled.
+    looks = np.arange(S, 120 * S, MS)
+    for load in (0.5, 0.8):
+        inside = np.zeros(len(looks))
+        queue = one_at_a_time(2 * MS)
+
+        def answer_at(sent: int, queue: Callable[[int], int] = queue, inside: np.ndarray = inside) -> int:
+            leaves = queue(sent)
+            first, last = (max(0, -(-(time - S) // MS)) for time in (sent, leaves))
+            inside[first:last] += 1
+            return leaves
+
+        loaded = simulate(poisson(load * S / (2 * MS), duration_s=120, seed=4), answer_at)
+        kept = loaded.due_ns >= S
+        rate = kept.sum() / 119
+        expected = rate * float(np.mean(loaded.response_ns[kept])) / S
+        assert float(np.mean(inside)) == pytest.approx(expected, rel=0.02), load
+        # Neither is near the other load's.
+        assert float(np.mean(inside)) == pytest.approx(load + load**2 / (2 * (1 - load)), rel=0.1)
+
+
 def frozen(begin_ns: int, end_ns: int, service_ns: int) -> Callable[[int], int]:
     """A server that takes all at once, and stands still for a while: what comes meanwhile is answered at its end."""
     return lambda sent: max(sent, end_ns) + service_ns if begin_ns - service_ns < sent < end_ns else sent + service_ns

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlops.bench import cells
+from dlops.bench import cells, sentences
 from dlops.bench.render import render_html
 from dlops.bench.results import Measured, merge, save_report
 from dlops.bench.table import table_text, to_csv, to_markdown
@@ -43,7 +43,7 @@ def test_the_table_marks_what_is_not_to_be_quoted_and_says_why(example) -> None:
     assert "onnx-fp32 * " in text
     assert "in process, batch 1: onnx-fp32: not steady: the median moved by +12% over the run" in text
     assert "2 of 302 calls failed: HTTP 503 ×2" in text
-    assert "p99 is not certified: 300 effective samples of 300, it needs 368" in text
+    assert "under-sampled: p99 is not certified: 300 effective samples of 300, it needs 368" in text
 
 
 def test_rows_with_the_same_against_them_share_a_line(example) -> None:
@@ -63,7 +63,7 @@ def test_rows_with_the_same_against_them_share_a_line(example) -> None:
         )
         for index, row in enumerate(report.measurements[:4])
     )
-    lines = cells.footnotes(report.model_copy(update={"measurements": rows, "notes": ()}))
+    lines = sentences.footnotes(report.model_copy(update={"measurements": rows, "notes": ()}))
     names = [cells.name(row) for row in rows]
     assert lines == [
         f"in process, batch 1: {', '.join(names[:3])}: not steady: the median moved by -42% to +12% over the run",
@@ -80,7 +80,7 @@ def test_numbers_of_four_digits_and_more_make_ranges_too(example) -> None:
         row.model_copy(update={"verdict": row.verdict.model_copy(update={"reasons": (reason,)})})
         for row, reason in zip(report.measurements, said, strict=False)
     )
-    (line,) = cells.footnotes(report.model_copy(update={"measurements": rows, "notes": ()}))
+    (line,) = sentences.footnotes(report.model_copy(update={"measurements": rows, "notes": ()}))
     assert line.endswith("that takes about 987 to 12,345 s")
 
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from dlops.bench import cells, plots_load
+from dlops.bench import cells, plots_load, sentences
 from dlops.bench.knee import knee
 from dlops.bench.plots import Series
 from dlops.bench.plots_frame import NARROW, WIDE
@@ -110,7 +110,8 @@ def test_the_page_and_the_tables_have_them(example) -> None:
     assert page.count("Response time against rate") >= 2
     assert "Latency against throughput" in page
     assert "kept to 700 a second" in page
-    assert any("at 500 a second is the knee" in line for line in cells.explanations(report)), cells.knees(report)
+    said = sentences.explanations(report)
+    assert any("at 500 a second is the knee" in line for line in said), said
 
 
 def test_the_knee_in_words_is_the_one_that_is_drawn(example) -> None:
@@ -118,7 +119,7 @@ def test_the_knee_in_words_is_the_one_that_is_drawn(example) -> None:
     unknown = rows[2].latency.model_copy(update={"p50_ns": None, "p99_ns": None})
     rows[2] = rows[2].model_copy(update={"latency": unknown})
     (drawn,) = plots_load.knees(plots_load.at_rates(series_of(rows, samples))).values()
-    (said,) = cells.knees(example().report.model_copy(update={"measurements": tuple(rows)}))
+    (said,) = sentences.knees(example().report.model_copy(update={"measurements": tuple(rows)}))
     assert f"{cells.name(drawn.row)} is the knee" in said
 
 

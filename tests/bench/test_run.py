@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dlops.bench import cells
+from dlops.bench import cells, sentences
 from dlops.bench.processes import Process
 from dlops.bench.run import Measured, MeasureInterrupted, Offered, choose_fastest, measure, merge, save_report
 from dlops.bench.worker import Job
@@ -164,7 +164,7 @@ def test_nodes_on_another_provider_are_named_below_the_table(example) -> None:
     row = example().measurements[1]
     nodes = {"CUDAExecutionProvider": {"Conv": 40}, "CPUExecutionProvider": {"Gather": 1, "Shape": 2}}
     update = {"provider": "CUDAExecutionProvider, CUDA graph", "threads": None, "nodes": nodes}
-    lines = cells.placements([row.model_copy(update=update)])
+    lines = sentences.placements([row.model_copy(update=update)])
     assert lines[1] == "3 of 43 nodes on CPUExecutionProvider (Gather, Shape ×2): onnx-fp32"
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dlops.bench import plots, plots_waterfall
-from dlops.bench.cells import parts, waterfalls
 from dlops.bench.oip import find_endpoint
 from dlops.bench.results import save_report
 from dlops.bench.run import measure
+from dlops.bench.sentences import parts, waterfalls
 from dlops.bench.server_time import Counts, NoStatisticsError, Sent, Watch, account
 from dlops.bench.table import to_markdown
 from dlops.report import Report, ServerTime, read_report

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dlops
-from dlops.bench import cells, service_rows, slo, stats
+from dlops.bench import sentences, service_rows, slo, stats
 from dlops.bench.arrivals import Offered, poisson
 from dlops.bench.run import measure, save_report
 from dlops.bench.slo import Found, judge, parse_objective, search
@@ -192,7 +192,7 @@ def test_a_service_of_known_capacity_is_found_out(make_artifact, serve, tmp_path
     assert rates == sorted(rates)
     report = save_report(measured, tmp_path / "report")
     assert dlops.read_report(report.directory).objectives == measured.report.objectives
-    assert "requests a second is the highest rate that kept p90 ≤ 1,000 ms" in " ".join(cells.objectives(report))
+    assert "requests a second is the highest rate that kept p90 ≤ 1,000 ms" in " ".join(sentences.objectives(report))
     assert "the highest rate that kept" in " ".join(table_text(report).split())
 
 

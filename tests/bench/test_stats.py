@@ -205,8 +205,11 @@ def test_wilson_matches_a_published_interval() -> None:
 @pytest.mark.parametrize(
     ("worth", "said"),
     [
-        (300, ["p99 is not certified: 300 effective samples of 1000, it needs 662"]),
-        (500, ["p99 is not certified: 500 effective samples of 1000, it needs 662; 368 give an interval"]),
+        (300, ["under-sampled: p99 is not certified: 300 effective samples of 1000, it needs 662"]),
+        (
+            500,
+            ["under-sampled: p99 is not certified: 500 effective samples of 1000, it needs 662; 368 give an interval"],
+        ),
         (662, []),
     ],
 )

@@ -43,6 +43,9 @@ def write(root: Path, **files: str) -> Path:
     return root
 
 
+GPUS = (nvml.Gpu(name="a", pci="00000000:3B:00.0"), nvml.Gpu(name="b", pci="00000000:5E:00.0"))
+
+
 def timeline(seconds: int = 10, **values: object) -> Timeline:
     """A sample a second from 0 s on; a value is what there is at every sample, or grows by so much a second."""
     times = np.arange(seconds + 1) * SECOND
@@ -230,6 +233,7 @@ class FakeNvml(types.ModuleType):
     def __getattr__(self, name: str) -> object:
         answers = {
             "nvmlDeviceGetHandleByIndex": "handle", "nvmlDeviceGetName": "NVIDIA Example",
+            "nvmlDeviceGetPciInfo": types.SimpleNamespace(busId=b"00000000:3B:00.0"),
             "nvmlDeviceGetUtilizationRates": types.SimpleNamespace(gpu=85, memory=10),
             "nvmlDeviceGetClockInfo": 1700, "nvmlDeviceGetPowerUsage": 250_000,
             "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(used=12_000_000_000),
@@ -248,7 +252,7 @@ class FakeNvml(types.ModuleType):
 def test_a_gpu_gives_what_nvml_knows_in_base_units(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml("pynvml"))
     sensors = Sensors()
-    assert nvml.find_gpus(sensors) == ["NVIDIA Example"]
+    assert nvml.find_gpus(sensors) == [nvml.Gpu(name="NVIDIA Example", pci="00000000:3B:00.0")]
     assert sensors.read() == {
         "gpu0_utilization_ppm": 850_000, "gpu0_sm_clock_khz": 1_700_000, "gpu0_memory_clock_khz": 1_700_000,
         "gpu0_power_mw": 250_000, "gpu0_memory_bytes": 12_000_000_000, "gpu0_clock_events_bits": 0x24,
@@ -331,13 +335,70 @@ def test_a_frequency_that_falls_under_load_marks_the_row_and_one_that_falls_with
 
 def test_a_gpu_that_throttles_marks_rows_that_ran_on_it(example) -> None:
     events = [0x1] * 6 + [0x4] * 5  # idle is no throttling
+    # The other is as busy, with work of somebody else.
     line = timeline(
         gpu0_clock_events_bits=events, gpu0_utilization_ppm=[900_000] * 11,
-        gpu1_clock_events_bits=[0x40] * 11, gpu1_utilization_ppm=[0] * 11, options={"gpus": ("a", "b")},
+        gpu1_clock_events_bits=[0x40] * 11, gpu1_utilization_ppm=[900_000] * 11,
+        options={"gpus": GPUS, "services": {"u": "here"}},
     )  # fmt: skip
-    (said,) = judged(example, line, seen(), device="cuda:0").verdict.reasons
-    assert said == "throttled: GPU 0: power cap in 44% of the samples"
+    first, second = "throttled: GPU 0: power cap in 44%", "throttled: GPU 1: thermal slowdown by hardware in 100%"
+    (said,) = judged(example, line, seen(gpu="0000:3b:00.0"), device="cuda:0").verdict.reasons
+    assert said == f"{first} of the samples"
+    # CUDA's number is its own: by the place on the bus it is NVML's second.
+    (said,) = judged(example, line, seen(gpu="0000:5E:00.0"), device="cuda:0").verdict.reasons
+    assert said == f"{second} of the samples"
     assert judged(example, line, seen()).verdict.reasons == ()
+    # Which one a service runs on is not known: each that is busy may be it.
+    assert len(judged(example, line, seen(service="u"), number=4).verdict.reasons) == 2
+
+
+def test_a_row_whose_gpu_is_not_known_has_none_of_anothers_numbers_and_the_report_says_so(example) -> None:
+    line = timeline(
+        gpu0_clock_events_bits=[0x40] * 11, gpu0_utilization_ppm=[900_000] * 11, gpu0_energy_uj=30_000_000,
+        options={"gpus": GPUS[:1]},
+    )  # fmt: skip
+    for where in (None, "0000:99:00.0"):
+        row = judged(example, line, seen(gpu=where), device="cuda:0")
+        assert row.verdict.reasons == ()
+        assert row.energy_j_per_item is None
+    measured = example()
+    (row, *_) = measured.measurements
+    report = measured.report.model_copy(update={"measurements": (row.model_copy(update={"device": "cuda:0"}),)})
+    measured = type(measured)(report=report, samples=measured.samples)
+    said = "which GPU some rows ran on"
+    assert said in attach(measured, line, {row.samples: seen()}).report.telemetry[0].absent
+    assert said not in attach(measured, line, {row.samples: seen(gpu=GPUS[0].pci)}).report.telemetry[0].absent
+
+
+def test_gpus_are_told_apart_by_their_place_on_the_bus_however_it_is_written() -> None:
+    assert nvml.same_gpu("00000000:3B:00.0", "0000:3b:00.0")
+    assert nvml.same_gpu("00010000:0A:1F.0", "10000:0a:1f.0")
+    assert not nvml.same_gpu("00000000:3B:00.0", "0000:3c:00.0")
+    assert not nvml.same_gpu("00000001:3B:00.0", "0000:3b:00.0")
+
+
+def test_memory_that_grew_is_that_of_the_gpu_that_is_asked_about(monkeypatch) -> None:
+    used = {0: 1000, 1: 5000}
+
+    class Two(FakeNvml):
+        def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+            return 2
+
+        def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+            return index
+
+        def nvmlDeviceGetPciInfo(self, handle: int) -> object:  # noqa: N802
+            return types.SimpleNamespace(busId=GPUS[handle].pci)
+
+        def nvmlDeviceGetMemoryInfo(self, handle: int) -> object:  # noqa: N802
+            return types.SimpleNamespace(used=used[handle])
+
+    monkeypatch.setitem(sys.modules, "pynvml", Two("pynvml"))
+    grown = nvml.memory_growth()
+    used |= {0: 9000, 1: 5700}
+    assert (grown("0000:5e:00.0"), grown("0000:3b:00.0"), grown("0000:99:00.0")) == (700, 8000, None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvml.memory_growth() is None
 
 
 def test_a_row_in_turns_has_the_energy_of_its_own_turns(example) -> None:
@@ -358,19 +419,20 @@ def test_a_row_in_turns_has_the_energy_of_its_own_turns(example) -> None:
 
 def test_a_service_has_the_energy_of_the_machine_while_it_ran_and_a_far_one_none(example) -> None:
     counters = {"package-0_energy_uj": 5_000_000, "gpu0_energy_uj": 20_000_000}
-    here = timeline(**counters, options={"services": {"u": "here"}, "gpus": ("a",)})
+    here = timeline(**counters, options={"services": {"u": "here"}, "gpus": GPUS[:1]})
     row = judged(example, here, seen(service="u"), number=4)
     assert row.energy_j_per_item == pytest.approx(25 * 8 / 100)
     assert row.energy_sources == ("package-0", "gpu0")
-    far = timeline(**counters, options={"services": {"u": "elsewhere"}, "gpus": ("a",)})
+    far = timeline(**counters, options={"services": {"u": "elsewhere"}, "gpus": GPUS[:1]})
     assert judged(example, far, seen(service="u"), number=4).energy_j_per_item is None
 
 
 def test_on_a_gpu_only_a_row_that_was_alone_has_an_energy(example) -> None:
-    line = timeline(gpu0_energy_uj=30_000_000, options={"gpus": ("a",)})
-    row = judged(example, line, seen(), device="cuda:0")
+    line = timeline(gpu0_energy_uj=30_000_000, options={"gpus": GPUS[:1]})
+    there = GPUS[0].pci
+    row = judged(example, line, seen(gpu=there), device="cuda:0")
     assert row.energy_j_per_item == pytest.approx(30 * 8 / 100)
-    assert judged(example, line, seen(alone=False), device="cuda:0").energy_j_per_item is None
+    assert judged(example, line, seen(gpu=there, alone=False), device="cuda:0").energy_j_per_item is None
 
 
 class _Arm:
@@ -409,7 +471,7 @@ def test_a_long_timeline_is_kept_in_few_points_that_lose_no_time_and_no_event() 
     events[777] = 0x40
     line = timeline(
         2000, busy_ticks=120, ours_ticks=50, steal_ticks=10, memory_stall_us=1000, load_milli=[500] * 2001,
-        gpu0_clock_events_bits=events.tolist(), gpu0_energy_uj=7_000_000, options={"gpus": ("a",)},
+        gpu0_clock_events_bits=events.tolist(), gpu0_energy_uj=7_000_000, options={"gpus": GPUS[:1]},
     )  # fmt: skip
     telemetry, arrays = recorded(line, spans={"row00": (5 * SECOND, 9 * SECOND)}, key="telemetry00")
     times = arrays["telemetry00.times_ns"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ import dlops
 from dlops.bench import cells
 from dlops.bench.run import measure, save_report
 from dlops.bench.together import Together
+from dlops.bench.worker import Job, open_job
 from dlops.errors import UsageError
 from dlops.report import read_report
+from dlops.runtimes import SessionOptions
+from dlops.runtimes.eager import ThreadStreams
 from dlops.timing import Local
 
 
@@ -98,3 +102,36 @@ def test_bound_buffers_are_one_callers(make_artifact, options, said) -> None:
         return
     with pytest.raises(UsageError, match=said):
         measure([make_artifact()], concurrency=(2,), duration_s=0.1, **options)
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+def test_callers_on_cuda_have_a_stream_each_and_one_alone_has_the_sessions(callers: int, make_artifact, monkeypatch):
+    asked = []
+
+    def opener(artifact, options):
+        asked.append(options)
+        return "a session"
+
+    monkeypatch.setattr("dlops.catalog.resolve", lambda *_: opener)
+    directory = str(make_artifact().directory)
+    open_job(Job(target="it", kind="artifact", directory=directory, batch=1, concurrency=callers))
+    assert asked == [SessionOptions(own_stream=callers == 1, stream_per_thread=callers > 1)]
+
+
+def test_a_session_has_one_stream_for_all_threads_or_one_for_each() -> None:
+    with pytest.raises(ValueError, match="one stream for all threads, or one for each"):
+        SessionOptions(own_stream=True, stream_per_thread=True)
+
+
+def test_a_thread_keeps_its_stream_and_shares_it_with_no_other() -> None:
+    streams = ThreadStreams(object)  # type: ignore[arg-type]
+    barrier = threading.Barrier(3)
+
+    def mine() -> list[object]:
+        barrier.wait(10)  # all three are alive at once, so that none takes over the name of another that has ended
+        return [streams.mine() for _ in range(2)]
+
+    with ThreadPoolExecutor(3) as pool:
+        pairs = [one.result() for one in [pool.submit(mine) for _ in range(3)]]
+    assert all(first is second for first, second in pairs)
+    assert len({id(first) for first, _ in pairs}) == 3

@@ -2,12 +2,14 @@
 
 parallel D: each request after D. queue D: one request at a time, D each. frozen D BEGIN LENGTH:
 like parallel, but from BEGIN seconds after the first request on it stands still for LENGTH. grpc: over gRPC, answers
-every call at once with what it was sent. Prints its port.
+every call at once with what it was sent. Prints its port. All but grpc count what they have not answered yet, and
+answer `GET /inside` with that count's sum over time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import selectors
 import sys
 from collections.abc import Callable
@@ -52,9 +54,26 @@ KINDS: dict[str, Callable[..., Rule]] = {
 }
 
 
+class Inside:
+    """How many requests have come and are not answered, summed over time, by this process's own clock alone."""
+
+    def __init__(self) -> None:
+        self.now_inside, self.sum_s, self._since_s = 0, 0.0, 0.0
+        self.first_s = self.last_s = 0.0
+
+    def step(self, change: int, now_s: float) -> None:
+        self.sum_s += self.now_inside * (now_s - self._since_s)
+        self.now_inside, self._since_s = self.now_inside + change, now_s
+        self.first_s, self.last_s = self.first_s or now_s, now_s
+
+    def answer(self) -> bytes:
+        body = json.dumps({"sum_s": self.sum_s, "span_s": self.last_s - self.first_s}).encode()
+        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
 class Answering(asyncio.Protocol):
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
+    def __init__(self, rule: Rule, inside: Inside) -> None:
+        self._rule, self._inside = rule, inside
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
 
@@ -63,20 +82,26 @@ class Answering(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        if data.startswith(b"GET /inside "):
+            self._transport.write(self._inside.answer())
+            return
         now = self._loop.time()
+        self._inside.step(1, now)
         when = self._rule(now)
         if when <= now:
-            self._transport.write(ANSWER)
+            self._answer()
         else:
             self._loop.call_at(when, self._answer)
 
     def _answer(self) -> None:
+        self._inside.step(-1, self._loop.time())
         if not self._transport.is_closing():
             self._transport.write(ANSWER)
 
 
 async def serve(rule: Rule) -> None:
-    server = await asyncio.get_running_loop().create_server(lambda: Answering(rule), "127.0.0.1", 0)
+    inside = Inside()
+    server = await asyncio.get_running_loop().create_server(lambda: Answering(rule, inside), "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 

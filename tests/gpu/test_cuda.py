@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import dlops
-from dlops.bench.nvml import find_gpus
+from dlops.bench.nvml import find_gpus, same_gpu
 from dlops.bench.peaks_gpu import gpu_peaks
 from dlops.bench.profile import add_profiles
 from dlops.bench.sensors import Sensors
 from dlops.checkpoint import Checkpoint
+from dlops.cudart import pci_address
 from dlops.parity import self_test
 from dlops.runtimes import SessionOptions, open_session
 from dlops.train.launch import configure, train_recipe
@@ -90,8 +91,10 @@ def test_doctor_finds_that_cuda_works() -> None:
 
 def test_nvml_reads_every_sensor_and_energy_grows_as_power_says() -> None:
     sensors = Sensors()
-    names = find_gpus(sensors)
-    assert len(names) >= torch.cuda.device_count()
+    gpus = find_gpus(sensors)
+    assert len(gpus) >= torch.cuda.device_count()
+    # CUDA's first is one of NVML's, by its place on the bus.
+    assert [same_gpu(gpu.pci, pci_address(0)) for gpu in gpus].count(True) == 1
     assert sensors.absent == {}
     work = torch.randn(4096, 4096, device="cuda")
     before, began = sensors.read(), time.perf_counter()

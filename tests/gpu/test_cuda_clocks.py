@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -142,3 +143,18 @@ def test_a_tiny_model_is_launch_bound(digits_artifact: Artifact) -> None:
     (row,) = measure([digits_artifact], boundary=("device",), device="cuda", duration_s=1.0).measurements
     assert any(reason.startswith("launch-bound") for reason in row.verdict.reasons)
     assert not any(reason.startswith("launch-bound") for reason in row.verdict.remarks)
+
+
+@pytest.mark.parametrize("opened", [onnx, eager])
+def test_callers_at_once_have_a_stream_each_and_get_what_one_alone_gets(
+    opened: Callable, digits_artifact: Artifact
+) -> None:
+    session = opened(digits_artifact, SessionOptions(device="cuda", stream_per_thread=True))
+    images = digits_artifact.samples().inputs["image"]
+    feeds = [{"image": images[row : row + 1]} for row in range(4)]
+    alone = [session.run(feed)["logits"] for feed in feeds]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            together = list(pool.map(lambda feed: session.run(feed)["logits"], feeds))
+            np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-3)
+    session.close()
