@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from dlops.bench.channel import Channel
 from dlops.errors import DlopsError, MachineError
 
 _GRACE_S = 5.0
+_DYING_S = 60.0
 _LAST_WORDS_S = 1.0
 
 
@@ -44,7 +46,10 @@ class Child:
     def close(self) -> None:
         """Nothing is lost with it: what it measured has arrived with each turn."""
         self._child.kill()
-        self._child.wait(_GRACE_S)
+        # What stands back needs a moment of a processor even to die, which a full machine does not give it at once.
+        # It is reaped when the next process is started.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(_DYING_S)
         for pipe in (self._child.stdin, self._child.stdout):
             assert pipe is not None
             try:
