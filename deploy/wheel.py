@@ -18,7 +18,7 @@ import dlops
 from dlops.errors import MachineError
 
 # What pyproject.toml names as package data, and the code.
-_SUFFIXES = (".py", ".yaml", ".html", ".css", ".js", ".txt")
+_SUFFIXES = (".py", ".yaml", ".html", ".css", ".js", ".txt", ".cpp", ".hpp")
 _NAMES = ("py.typed",)
 _PREFIXES = ("Dockerfile",)
 _WHEEL = "Wheel-Version: 1.0\nGenerator: dlops\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

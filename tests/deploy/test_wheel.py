@@ -33,7 +33,10 @@ def test_it_holds_every_source_file_of_every_stage(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.startswith("dlops/")}
     assert inside == source_files()
-    for name in ("serve/service.py", "train/recipes/cnn.py", "deploy/docker/Dockerfile.cuda", "bench/report.css"):
+    for name in (
+        "serve/service.py", "train/recipes/cnn.py", "deploy/docker/Dockerfile.cuda", "deploy/libtorch/main.cpp",
+        "bench/report.css",
+    ):  # fmt: skip
         assert f"dlops/{name}" in inside
 
 
