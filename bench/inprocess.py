@@ -82,6 +82,7 @@ class Subject:
             device=options.device,
             threads=options.threads,
             cuda_graph=options.cuda_graph,
+            trust=options.trust,
             concurrency=concurrency,
         )
 

@@ -41,6 +41,7 @@ def measure(
     threads: int | Sequence[int] | None = None,
     device: Device | Sequence[Device] = "auto",
     cuda_graph: bool = False,
+    trust: bool = False,
     concurrency: Sequence[int] | None = None,
     offered: Offered | None = None,
     scenarios: Sequence[Scenario] = (),
@@ -61,7 +62,8 @@ def measure(
     too; model: what builds the module where the checkpoint names no builder, best as "python:package.module:function":
     a module or a function keeps the two in this process. batch (by default 1), boundary, threads and device are axes:
     for each combination all targets take turns within one run. boundary "device": the inference alone, inputs in place;
-    "preprocessing": from the raw input, decoding included. cuda_graph: inferences replay a CUDA graph. concurrency:
+    "preprocessing": from the raw input, decoding included. cuda_graph: inferences replay a CUDA graph. trust: as in
+    SessionOptions. concurrency:
     calls kept in flight, at URLs and in process by as many threads on one session, by default 1 unless `offered` is
     given. offered: requests at rates or from a trace, whether or not earlier ones are answered. scenarios: MLPerf's,
     instead of those axes: batch and concurrency are then for "offline" (by default 32 items or what all targets take,
@@ -98,7 +100,7 @@ def measure(
         raise UsageError(
             "threads and device are for targets on this machine, and only URLs are named", hint="leave them out"
         )
-    conditions = _conditions(planned, boundary, threads, device, cuda_graph=cuda_graph)
+    conditions = _conditions(planned, boundary, threads, device, cuda_graph=cuda_graph, trust=trust)
     if cuda_graph and (not chosen or any(one.options.device == "cpu" for _, one in conditions)):
         what = "a service runs its models itself" if not chosen else "there is none on the CPU"
         raise UsageError(f"a CUDA graph was asked for, and {what}", hint="leave --cuda-graph out, or --device cuda")
@@ -163,6 +165,7 @@ def _conditions(
     devices: Device | Sequence[Device],
     *,
     cuda_graph: bool,
+    trust: bool,
 ) -> list[tuple[Step, Conditions]]:
     """Every combination, the steps under one set of options next to one another."""
     counts = [None] if threads is None else numbers("threads", [threads] if isinstance(threads, int) else threads)
@@ -174,7 +177,7 @@ def _conditions(
                 batch=step.batch, boundary=boundary, scenario=step.scenario, concurrency=callers,
                 options=SessionOptions(
                     device=place, threads=count, own_stream=callers == 1, stream_per_thread=callers > 1,
-                    cuda_graph=cuda_graph,
+                    cuda_graph=cuda_graph, trust=trust,
                 ),
             ),
         )

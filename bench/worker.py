@@ -60,6 +60,7 @@ class Job(Record):
     device: Device = "auto"
     threads: int | None = None
     cuda_graph: bool = False
+    trust: bool = False
     concurrency: int = 1
     spawned_ns: int = 0
 
@@ -93,7 +94,7 @@ def open_job(job: Job) -> tuple[Session, int]:
     """The session, and the nanoseconds that opening it took once its runtime was imported."""
     options = SessionOptions(
         device=job.device, threads=job.threads, own_stream=job.concurrency == 1,
-        stream_per_thread=job.concurrency > 1, cuda_graph=job.cuda_graph,
+        stream_per_thread=job.concurrency > 1, cuda_graph=job.cuda_graph, trust=job.trust,
     )  # fmt: skip
     if job.kind == "artifact":
         artifact = open_artifact(job.directory)

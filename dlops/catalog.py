@@ -28,10 +28,14 @@ DATASETS: Mapping[str, str] = {
 FORMATS: Mapping[str, str] = {
     "torchscript": "dlops.export.to_torchscript:export",
     "onnx": "dlops.export.to_onnx:export",
+    "torchexport": "dlops.export.to_torchexport:export",
+    "aotinductor": "dlops.export.to_aotinductor:export",
 }
 RUNTIMES: Mapping[str, str] = {
     "torchscript": "dlops.runtimes.torchscript:open_session",
     "onnx": "dlops.runtimes.onnxruntime:open_session",
+    "torchexport": "dlops.runtimes.torchexport:open_session",
+    "aotinductor": "dlops.runtimes.aotinductor:open_session",
 }
 TASKS: Mapping[str, str] = {
     "classification": "dlops.tasks.classification:Classification",
@@ -44,6 +48,8 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     # Without torchvision: detectors alone call its operators, and their artifacts name it, too.
     "torchscript": ("torch",),
     "onnx": ("onnxruntime",),
+    "torchexport": ("torch",),
+    "aotinductor": ("torch",),
 }
 
 

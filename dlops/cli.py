@@ -13,6 +13,7 @@ from dlops.cli_common import (
     Device,
     Json,
     Threads,
+    Trust,
     command_line,
     find_artifact,
     find_checkpoint,
@@ -99,6 +100,7 @@ def verify(
     model: Annotated[str | None, typer.Option(help="python:package.module:function, with --checkpoint.")] = None,
     device: Device = "auto",
     threads: Threads = None,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Check an artifact again on this machine.
@@ -114,7 +116,7 @@ def verify(
     say(f"{opened.title}: verifying")
     verification = verify_artifact(
         opened,
-        options=SessionOptions(device=device, threads=threads),
+        options=SessionOptions(device=device, threads=threads, trust=trust),
         checkpoint=load_checkpoint(checkpoint) if checkpoint else None,
         model=import_model_source(model) if model else None,
     )
@@ -129,6 +131,7 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     device: Device = "auto",
     threads: Threads = None,
+    trust: Trust = False,
 ) -> None:
     """Serve an artifact with BentoML.
 
@@ -137,7 +140,7 @@ def serve(
     from dlops.serve.launch import serve_artifact
 
     status = serve_artifact(
-        find_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers
+        find_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers, trust=trust
     )
     raise typer.Exit(status)
 
@@ -164,6 +167,7 @@ def bench(
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="For one operator; repeatable; all cores if left out.")
     ] = None,
+    trust: Trust = False,
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help="Calls in flight; in process, of as many threads.")
     ] = None,
@@ -239,6 +243,7 @@ def bench(
         boundary=[one.value for one in boundary or [_Boundary.HOST]],
         device=[one.value for one in device or [_Device.AUTO]],
         cuda_graph=cuda_graph,
+        trust=trust,
         threads=threads or None,
         concurrency=concurrency,
         offered=offered,
@@ -267,6 +272,7 @@ def compare(
         Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Artifacts: auto takes CUDA where it works.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Artifacts: for one operator; else all cores.")] = None,
+    trust: Trust = False,
     margin: Annotated[str | None, typer.Option(metavar="N%", help="A change that matters. Default 5%.")] = None,
     gate: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="Judge only these: p99=+5%,throughput=-3%.")
@@ -291,6 +297,7 @@ def compare(
         duration_s=duration,
         threads=threads,
         device=device,
+        trust=trust,
         margin=margin,
         gate=gate,
         out_dir=out,

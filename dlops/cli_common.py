@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where it works.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="For one operator; all cores if left out.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run native or pickled code that was made elsewhere.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

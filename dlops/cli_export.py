@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlops.cli_common import command_line, find_checkpoint, given_options, print_result, usage
+from dlops.cli_common import Trust, command_line, find_checkpoint, given_options, print_result, usage
 
 
 def export(
@@ -15,10 +15,12 @@ def export(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            help="A run folder; the newest if left out. Or torchvision:NAME, timm:NAME, python:module:function."
+            help="A run folder; the newest if left out. Or torchvision:NAME, timm:NAME, python:module:function, a .pt2."
         ),
     ] = None,
-    format_: Annotated[list[str] | None, typer.Option("--format", help="torchscript, onnx; repeatable.")] = None,
+    format_: Annotated[
+        list[str] | None, typer.Option("--format", help="torchscript, onnx, torchexport, aotinductor; repeatable.")
+    ] = None,
     precision: Annotated[
         list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")
     ] = None,
@@ -83,6 +85,7 @@ def export(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Arguments of a named model's builder.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What a named model's artifacts are called.")] = None,
+    trust: Trust = False,
 ) -> None:
     """Export variants of a checkpoint, or of a model by name, each checked against it.
 
@@ -103,23 +106,28 @@ def export(
     if embed_preprocess:
         slugs = [slug if slug.endswith("-raw") else f"{slug}-raw" for slug in slugs]
     size = _image_size(image_size) if image_size is not None else None
+    from dlops.workflows.programs import is_program, open_program
     from dlops.workflows.sources import adopt, is_source, parse_arguments
 
-    for_sources = {"weights", "samples", "input_", "dim", "output", "preprocess", "set_", "name", "task"}
-    if checkpoint is not None and is_source(checkpoint):
+    for_sources = {"weights", "samples", "input_", "dim", "output", "preprocess", "set_", "name", "task", "trust"}
+    if checkpoint is not None and (is_program(checkpoint) or is_source(checkpoint)):
         if model is not None:
             usage("--model builds a checkpoint's module, and this is none", f"{checkpoint} says what builds it")
         if samples is None:
             usage(f"{checkpoint}: nothing to check it on", "--samples DATASET, FOLDER or FILE.safetensors")
+        program = open_program(Path(checkpoint), trust=trust) if is_program(checkpoint) else None
         adopted = adopt(
-            checkpoint, samples=samples, weights=weights, inputs=input_ or [], dims=dim or [], preprocess=preprocess,
-            arguments=parse_arguments(set_ or []), output_names=output or [], name=name, task=task,
+            checkpoint if program is None else Path(checkpoint).name, samples=samples, weights=weights,
+            inputs=input_ or (program.inputs if program else []), dims=dim or [], preprocess=preprocess,
+            arguments=parse_arguments(set_ or []), output_names=output or (program.outputs if program else []),
+            name=name or (Path(checkpoint).stem if program else None), task=task,
+            own=program.module if program else None, max_batch=program.max_batch if program else 64,
         )  # fmt: skip
         found, source = adopted.checkpoint, adopted.model
     else:
         others = {one.name for one in context.command.params if one.name} - for_sources
         if given := given_options(context, but=others):
-            usage(f"{given[0]} is for torchvision:, timm: and python: models", "leave it out")
+            usage(f"{given[0]} is for torchvision:, timm:, python: and .pt2 models", "leave it out")
         # Before PyTorch is imported, which takes seconds: a missing checkpoint is said at once.
         found = find_checkpoint(Path(checkpoint) if checkpoint else None)
         from dlops.checkpoint import import_model_source

@@ -190,6 +190,8 @@ def _advice(name: str, *, absent: bool = False) -> str:
             return gpu_build if absent else "install TensorRT of the version that ONNX Runtime was built with"
         case "torch", "cuda" if not absent:
             return "install the torch build that fits the driver: https://pytorch.org/get-started/locally"
+        case "aotinductor", _:
+            return "apt install g++, or name a compiler in the variable CXX"
         case "torch", "mps":
             return "only on Apple silicon"
         case _:

@@ -6,12 +6,18 @@ until a probe needs it, and the ONNX model is written out by hand, so that no ex
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
+import os
+import shutil
 import struct
+import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -109,6 +115,25 @@ def _torchscript() -> str:
     return f"torch {torch.__version__} saved, loaded and ran a TorchScript module on the CPU"
 
 
+def _aotinductor() -> str:
+    """Whether there is what it compiles with: a compilation by torch itself takes half a minute."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise _AbsentError("torch is not installed") from None
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise _AbsentError(f"no C++ compiler here: {compiler}")
+    with tempfile.TemporaryDirectory(prefix="dlops-doctor-") as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text('#include <vector>\nextern "C" int probe() { return std::vector<int>(7).size(); }\n')
+        subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True, capture_output=True)
+        answer = ctypes.CDLL(str(library)).probe()
+    if answer != 7:
+        raise RuntimeError(f"what {compiler} compiles gives {answer}, not 7")
+    return f"{compiler} compiles a library that loads, which torch {torch.__version__} needs"
+
+
 def _torchvision() -> str:
     try:
         import torch
@@ -130,6 +155,7 @@ PROBES: Mapping[str, Callable[[], str]] = {
     "torch cuda": lambda: _torch("cuda"),
     "torch mps": lambda: _torch("mps"),
     "torchscript cpu": _torchscript,
+    "aotinductor cpu": _aotinductor,
     "torchvision cpu": _torchvision,
 }
 

@@ -1,6 +1,6 @@
 """What a model file says of itself, where the manifest beside it is lost: which model, what it takes, what made it.
 
-ONNX holds it in `metadata_props`, a key for each field; TorchScript in the extra file `dlops.json`.
+ONNX holds it in `metadata_props`, a key for each field; torch's archives in the extra file `dlops.json`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationError
 
 from dlops.errors import CorruptError, UsageError
 from dlops.manifest import Record, Sha256, explain_validation
-from dlops.model_file import format_of, onnx_metadata, torchscript_extra
+from dlops.model_file import ModelFormat, archive_extra, format_of, onnx_metadata
 from dlops.preprocess import Preprocess
 from dlops.signature import Signature
 from dlops.version import __version__
@@ -89,17 +89,18 @@ class Embedded(Record):
             raise CorruptError(f"{where}: not a description that dlops wrote: {explain_validation(error)}") from None
 
 
-def read_embedded(path: Path) -> tuple[Literal["onnx", "torchscript"], Embedded]:
+def read_embedded(path: Path) -> tuple[ModelFormat, Embedded]:
     """The file's format and what it says of itself. No framework is imported, and nothing is run or unpickled.
 
-    Raises UsageError where it says nothing, CorruptError where it is no ONNX or TorchScript file or says nonsense.
+    Raises UsageError where it says nothing, CorruptError where it is no file of a known format or says nonsense.
     """
     where = str(path)
-    if format_of(path) == "torchscript":
-        extra = torchscript_extra(path, EXTRA_FILE)
+    form = format_of(path)
+    if form != "onnx":
+        extra = archive_extra(path, EXTRA_FILE)
         if extra is not None:
-            return "torchscript", Embedded.from_json(extra, where=where)
-        raise _silent(path, "a TorchScript file")
+            return form, Embedded.from_json(extra, where=where)
+        raise _silent(path, {"torchscript": "a TorchScript file"}.get(form, "a .pt2 file"))
     entries = onnx_metadata(path)
     if any(key.startswith(PREFIX) for key in entries):
         return "onnx", Embedded.from_entries(entries, where=where)

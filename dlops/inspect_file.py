@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dlops.embedded import Embedded, read_embedded
 from dlops.errors import from_os_error
 from dlops.inspect import labels_text, preprocess_lines, signature_lines, size_text
 from dlops.manifest import Record, sha256_of
+from dlops.model_file import ModelFormat
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,7 +19,7 @@ class FileDescription(Record):
     """format: found by the content. bytes, sha256: of the file. embedded: what it says of itself."""
 
     path: str
-    format: Literal["onnx", "torchscript"]
+    format: ModelFormat
     bytes: int
     sha256: str
     embedded: Embedded

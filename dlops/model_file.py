@@ -22,13 +22,24 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 
 
-def format_of(path: Path) -> Literal["onnx", "torchscript"]:
-    """By the content, whatever the name: TorchScript is an archive, and anything else is taken for ONNX."""
+ModelFormat = Literal["onnx", "torchscript", "torchexport", "aotinductor"]
+
+
+def format_of(path: Path) -> ModelFormat:
+    """By the content, whatever the name: torch's formats are archives, and anything else is taken for ONNX."""
     try:
         with path.open("rb") as file:
-            return "torchscript" if file.read(4) == b"PK\x03\x04" else "onnx"
+            if file.read(4) != b"PK\x03\x04":
+                return "onnx"
+        with zipfile.ZipFile(path) as archive:
+            members = [name.partition("/")[2] for name in archive.namelist()]
     except OSError as error:
         raise from_os_error(error, doing=f"reading {path}") from error
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise CorruptError(f"{path}: the archive cannot be read: {error}") from None
+    if "archive_format" not in members:
+        return "torchscript"
+    return "aotinductor" if any(name.startswith("data/aotinductor/") for name in members) else "torchexport"
 
 
 def onnx_metadata(path: Path) -> dict[str, str]:
@@ -40,15 +51,15 @@ def onnx_metadata(path: Path) -> dict[str, str]:
         raise from_os_error(error, doing=f"reading {path}") from error
 
 
-def torchscript_extra(path: Path, name: str) -> bytes | None:
-    """The extra file of that name, None where there is none.
+def archive_extra(path: Path, name: str) -> bytes | None:
+    """The extra file of that name in an archive of torch's, None where there is none.
 
-    Raises CorruptError where the archive cannot be read, is no TorchScript file, or the member is over 4 MiB.
+    Raises CorruptError where the archive cannot be read, is none of torch's, or the member is over 4 MiB.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            if "data.pkl" not in members or "version" not in members:
+            if "archive_format" not in members and ("data.pkl" not in members or "version" not in members):
                 raise CorruptError(f"{path}: a zip file, and no TorchScript file: it has no data.pkl and version")
             entry = members.get(f"extra/{name}")
             if entry is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dlops.artifact import Variant
 from dlops.embedded import Embedded, read_embedded
 from dlops.errors import GateError
+from dlops.runtimes.session import Device
 from dlops.signature import Feed, Signature
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class ExportRequest:
     captured: what exporting this very module gave before, kept by the exporter for its next variant of it.
     embedded: what the file shall say of itself, null where nothing.
     raw: with preprocessing and probabilities around the module, whose own signature `signature` stays.
+    device: where it will run, for formats that are compiled.
     """
 
     module: nn.Module
@@ -54,6 +56,7 @@ class ExportRequest:
     captured: dict[str, Any] = field(default_factory=dict)
     embedded: Embedded | None = None
     raw: RawInputs | None = None
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,7 @@ def check_embedded(request: ExportRequest) -> None:
 
 def check_no_machine_paths(path: Path, *, title: str) -> None:
     """Raise GateError where a file (or a member of a zip file) holds an absolute path of this machine."""
-    needles = _machine_paths()
+    needles = machine_paths()
     for member, content in _contents(path):
         for needle in needles:
             if content.find(needle) >= 0:
@@ -98,7 +101,8 @@ def portable_argument(argument: str) -> str:
     return f"{option}{separator}{path.relative_to(here) if path.is_relative_to(here) else path.name}"
 
 
-def _machine_paths() -> list[bytes]:
+def machine_paths() -> list[bytes]:
+    """What no file that leaves here may hold, each with a slash at its end."""
     import dlops
 
     folders = {Path.home(), Path.cwd(), Path(sys.prefix), Path(sys.base_prefix), Path(tempfile.gettempdir())}

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
     from dlops.checkpoint import ModuleSource
 
-SUFFIXES = {"torchscript": "pt", "onnx": "onnx"}
+SUFFIXES = {"torchscript": "pt", "onnx": "onnx", "torchexport": "pt2", "aotinductor": "pt2"}
 # The samples that an artifact carries are copied with it everywhere; large inputs come in smaller number.
 MAX_CARRIED_BYTES = 16 * 1024 * 1024
 MIN_CARRIED = 4
@@ -497,6 +497,7 @@ class _Export:
                 self.checkpoint, variant, sha256=self.digest, signature=face.signature, preprocess=face.preprocess
             ),
             raw=face.raw,
+            device=self.options.device,
         )
 
     def _draft(self, variant: Variant, structure: _Structure, exported: Exported) -> Artifact:

@@ -18,6 +18,8 @@ from dlops.tasks import open_task
 AVAILABLE: Mapping[str, tuple[str, ...]] = {
     "torchscript": ("fp32", "bf16"),
     "onnx": ("fp32", "fp16", "int8", "int8dyn", "int8wo"),
+    "torchexport": ("fp32", "bf16"),
+    "aotinductor": ("fp32", "bf16"),
 }
 _FP8 = "it runs on GPUs of compute capability 8.9 and later (L4, H100), through TensorRT, which is no format here yet"
 _QUANTIZED = "quantized models are written as onnx"
@@ -32,6 +34,17 @@ _WHY_NOT: Mapping[str, str] = {
     "torchscript-int8": _QUANTIZED,
     "torchscript-int8dyn": _QUANTIZED,
     "torchscript-int8wo": _QUANTIZED,
+    **{
+        f"{form}-{precision}": why
+        for form in ("torchexport", "aotinductor")
+        for precision, why in (
+            ("fp16", f"torch's half precision on the CPU is slower than fp32, and {form}-bf16 is as small"),
+            ("fp8", _FP8),
+            ("int8", _QUANTIZED),
+            ("int8dyn", _QUANTIZED),
+            ("int8wo", _QUANTIZED),
+        )
+    },
 }
 # With fewer, what recovery holds out says nothing of when to stop.
 MIN_RECOVERY_SAMPLES = 16

@@ -18,8 +18,9 @@ from dlops.console import say
 from dlops.embedded import EXTRA_FILE
 from dlops.errors import GateError, UsageError
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
+from dlops.export.narrow import Narrowed
 from dlops.export.precision import MIN_SHARE
-from dlops.runtimes.eager import ordered_outputs, outputs_by_name
+from dlops.runtimes.eager import outputs_by_name
 from dlops.runtimes.torchscript import computed_precision
 from dlops.signature import Signature
 
@@ -49,7 +50,7 @@ def export(request: ExportRequest) -> Exported:
                 f"{request.title}: a detector's boxes are chosen by comparisons, which bfloat16 would decide otherwise",
                 hint="take torchscript-fp32",
             )
-        module = _Narrowed(module, request.signature).eval()
+        module = Narrowed(module, request.signature, torch.bfloat16).eval()
     compiled = _script(request, module) if is_adapted(module) else _trace(request, module)
     # Into memory: torch's writer ends the process where a disk is full (an exception thrown while it is destroyed).
     buffer = io.BytesIO()
@@ -106,21 +107,6 @@ def without_debug_files(content: bytes) -> bytes:
             writer.write_record(name, content, len(content))
     writer.write_end_of_file()
     return stripped.getvalue()
-
-
-class _Narrowed(nn.Module):
-    """The module in bfloat16, which takes and gives the dtypes of the signature."""
-
-    def __init__(self, module: nn.Module, signature: Signature) -> None:
-        super().__init__()
-        self._module = module.to(torch.bfloat16)
-        self._signature = signature
-        self._dtypes = [getattr(torch, spec.dtype) for spec in signature.outputs]
-
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        narrow = (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for tensor in inputs)
-        outputs = ordered_outputs(self._module(*narrow), self._signature)
-        return tuple(tensor.to(dtype) for tensor, dtype in zip(outputs, self._dtypes, strict=True))
 
 
 def _check_precision(module: torch.jit.ScriptModule, precision: str, *, title: str) -> None:

@@ -32,14 +32,16 @@ _LOG_TAIL_LINES = 30
 
 def serve_artifact(
     artifact: Artifact, *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
-    threads: int | None = None, workers: int = 1,
+    threads: int | None = None, workers: int = 1, trust: bool = False,
 ) -> int:  # fmt: skip
-    """Serve in the foreground until a signal ends it. port: 0 takes a free one.
+    """Serve in the foreground until a signal ends it. port: 0 takes a free one. trust: as in SessionOptions.
 
     Returns the exit status: 130 after Ctrl-C, 143 after SIGTERM, both once what was accepted is answered. Raises
     MachineError where the port is taken or the device is missing, GateError where the artifact fails its self-test.
     """
-    settings = Settings(artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers)
+    settings = Settings(
+        artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers, trust=trust
+    )
     address = _address(host)
     port = _usable_port(address, port)
     with tempfile.TemporaryDirectory(prefix="dlops-serve-") as folder:

@@ -116,7 +116,9 @@ def load_model(
     """
     threads = settings.threads or max(1, available_cores() // settings.workers)
     # Threads that spin while no request is there take the cores from whatever else the machine does.
-    session = open_session(artifact, SessionOptions(device=settings.device, threads=threads, spin=False))
+    session = open_session(
+        artifact, SessionOptions(device=settings.device, threads=threads, spin=False, trust=settings.trust)
+    )
     try:
         self_test(artifact, session)
         _warm_up(session, min(settings.max_batch, artifact.signature.max_batch))

@@ -19,14 +19,16 @@ _PREFIX = "DLOPS_"
 class Settings(Record):
     """artifact: a folder, or `bentoml:<tag>` for one in BentoML's model store; None for the newest under ./artifacts.
 
-    threads: for one operator; None for this worker's share of the cores. workers: processes. max_queue_rows: rows that
-    may wait before requests are turned away. max_batch: rows in one run, cut to what the artifact allows.
-    max_body_bytes: of one request, as sent and as decompressed. max_pending_bytes: of all bodies held at once.
-    max_pixels: of all pictures of one request together; four times as many may wait to be decoded.
+    trust: run native code that was made elsewhere. threads: for one operator; None for this worker's share of the
+    cores. workers: processes. max_queue_rows: rows that may wait before requests are turned away. max_batch: rows in
+    one run, cut to what the artifact allows. max_body_bytes: of one request, as sent and as decompressed.
+    max_pending_bytes: of all bodies held at once. max_pixels: of all pictures of one request together; four times as
+    many may wait to be decoded.
     """
 
     artifact: str | None = None
     device: Device = "auto"
+    trust: bool = False
     threads: int | None = Field(None, ge=1)
     workers: int = Field(1, ge=1, le=256)
     max_queue_rows: int = Field(1024, ge=1)

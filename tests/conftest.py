@@ -87,6 +87,7 @@ def cache_folder(calibration: Calibration, tmp_path_factory: pytest.TempPathFact
         for name, tool in (("UV_CACHE_DIR", "uv"), ("PIP_CACHE_DIR", "pip")):
             patch.setenv(name, os.environ.get(name, str(own / tool)))
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         from dlops.bench.calibrate import this_machine
         from dlops.bench.kept import keep
 

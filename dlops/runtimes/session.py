@@ -23,7 +23,7 @@ class SessionOptions:
     CUDA, one that the session alone uses, so that bound calls return before they are done and can be timed.
     stream_per_thread: on CUDA, runs of several threads at once are each on a stream of their own, and so may overlap;
     not together with own_stream, which has one for all. cuda_graph: bound calls replay a CUDA graph that is captured
-    when they are bound; refused on the CPU.
+    when they are bound; refused on the CPU. trust: run native code that was made elsewhere.
     """
 
     device: Device = "auto"
@@ -33,6 +33,7 @@ class SessionOptions:
     own_stream: bool = False
     stream_per_thread: bool = False
     cuda_graph: bool = False
+    trust: bool = False
 
     def __post_init__(self) -> None:
         if self.own_stream and self.stream_per_thread:

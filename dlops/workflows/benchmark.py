@@ -42,6 +42,7 @@ def benchmark(
     calibrate: bool = False,
     max_duration_s: float | None = None,
     cuda_graph: bool = False,
+    trust: bool = False,
     scenarios: Sequence[Scenario] = (),
     samples_per_query: int | None = None,
     engine: Engine = "dlops",
@@ -71,6 +72,7 @@ def benchmark(
             boundary=boundary,
             device=device,
             cuda_graph=cuda_graph,
+            trust=trust,
             threads=threads,
             concurrency=concurrency,
             offered=offered,
@@ -85,7 +87,7 @@ def benchmark(
         )
         if profile:
             counts: Sequence[int | None] = threads or [None]
-            options = [SessionOptions(device=place, threads=count) for place in device for count in counts]
+            options = [SessionOptions(device=place, threads=count, trust=trust) for place in device for count in counts]
             measured = add_profiles(
                 measured, artifacts, checkpoint=checkpoint, options=options, model=model, compiled=compiled
             )

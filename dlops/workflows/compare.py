@@ -44,6 +44,7 @@ def compare(
     markdown: str | None,
     json: str | None,
     command: Sequence[str],
+    trust: bool = False,
 ) -> int:
     """Print NEW against BASE; markdown, json: where copies go ("-" prints that instead of the table).
 
@@ -78,7 +79,7 @@ def compare(
         artifacts = [open_artifact(base), open_artifact(new)]
         measured, status = _measure(
             artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S, threads=threads,
-            device=device or "auto", command=command,
+            device=device or "auto", trust=trust, command=command,
         )  # fmt: skip
         # The comparison is between turns of one run: whatever the harness adds, it adds to both.
         measured = calibrated(measured, may_measure=False)
@@ -182,12 +183,12 @@ def _read(path: Path) -> Measured:
 
 def _measure(
     artifacts: Sequence[Artifact], *, batch: Sequence[int], duration_s: float, threads: int | None, device: Device,
-    command: Sequence[str],
+    trust: bool, command: Sequence[str],
 ) -> tuple[Measured, int | None]:  # fmt: skip
     """What was measured, and the exit status where Ctrl-C decides it."""
     try:
         measured = measure(
-            artifacts, batch=batch, duration_s=duration_s, threads=threads, device=device, command=command
+            artifacts, batch=batch, duration_s=duration_s, threads=threads, device=device, trust=trust, command=command
         )
     except MeasureInterrupted as interruption:
         say("interrupted: comparing what was measured so far, marked partial")

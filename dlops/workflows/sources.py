@@ -100,6 +100,7 @@ def adopt(
     output_names: Sequence[str] = (),
     name: str | None = None,
     task: str | None = None,
+    own: ModuleSource | None = None,
     max_batch: int = 64,
     root: Path = Path("runs"),
 ) -> Adopted:
@@ -110,15 +111,17 @@ def adopt(
     file; without it a function's module keeps its own. inputs: `name:dtype[dims]` in the order of the arguments; dims:
     `NAME=MIN:MAX[:STEP]` for each that has a name and not a size.
     preprocess: "imagenet", "unit" or a JSON file; by default what the published weights were trained with. arguments:
-    for the builder. task: what it is for; by default what torchvision sorts it under, or a detector's, or
-    classification. Raises UsageError for what does not fit together, before anything is written.
+    for the builder. own: the module itself, where `source` only says where it came from. task: what it is for; by
+    default what torchvision sorts it under, or a detector's, or classification. Raises UsageError for what does not fit
+    together, before anything is written.
     """
     if task is not None:
         catalog.check(catalog.TASKS, "task", task)
     from dlops.adapters import task_of
 
     specs, ranges = [parse_input(text) for text in inputs], parse_dims(dims)
-    own = import_model_source(source) if source.startswith("python:") else None
+    if own is None and source.startswith("python:"):
+        own = import_model_source(source)
     if own is None and weights is None:
         raise UsageError(
             f"{source}: which weights?", hint="--weights random, a file, or the name of published ones such as DEFAULT"

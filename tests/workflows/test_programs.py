@@ -1,0 +1,89 @@
+"""A program that torch.export saved is exported as any other model, and unpickled only where one says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from dlops.artifact import open_artifact
+from dlops.cli import run
+from dlops.errors import UsageError
+from dlops.workflows.programs import open_program
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scores": self.linear(x) * scale}
+
+
+def save_program(module: nn.Module, path: Path, *, dynamic: bool = True) -> Path:
+    batch = {0: torch.export.Dim("batch", max=16)} if dynamic else None
+    program = torch.export.export(
+        module.eval(), (torch.zeros(3, 5), torch.ones(3, 1)), dynamic_shapes=(batch, batch) if dynamic else None
+    )
+    torch.export.save(program, str(path))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    save_file(
+        {"x": rng.standard_normal((40, 5), np.float32), "scale": rng.random((40, 1), np.float32)}, "samples.safetensors"
+    )
+    return tmp_path
+
+
+def test_a_program_becomes_an_artifact_without_trust(folder: Path) -> None:
+    save_program(Net(), folder / "scorer.pt2")
+    assert run(["export", "scorer.pt2", "--samples", "samples.safetensors", "--format", "torchscript"]) == 0
+    artifact = open_artifact(folder / "artifacts" / "scorer" / "torchscript-fp32")
+    assert [spec.name for spec in artifact.signature.inputs] == ["x", "scale"]
+    assert [spec.name for spec in artifact.signature.outputs] == ["scores"]
+    assert artifact.signature.max_batch == 16
+
+
+class Nested(nn.Module):
+    """A block without gradients becomes a program within the program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scaled = x * scale
+        return self.linear(scaled)
+
+
+def test_what_only_torch_reads_needs_trust(folder: Path) -> None:
+    path = save_program(Nested(), folder / "nested.pt2")
+    with pytest.raises(UsageError, match="not among the operators that compute") as caught:
+        open_program(path, trust=False)
+    assert "--trust has torch's own loader read it" in str(caught.value.hint)
+    opened = open_program(path, trust=True)
+    assert opened.inputs == ("x:float32[batch,5]", "scale:float32[batch,1]")
+    x, scale = torch.randn(4, 5), torch.rand(4, 1)
+    assert opened.module.eval()(x, scale).shape == (4, 3)
+
+
+def test_a_fixed_batch_is_refused(folder: Path) -> None:
+    path = save_program(Net(), folder / "fixed.pt2", dynamic=False)
+    with pytest.raises(UsageError, match="the batch of its input x is fixed") as caught:
+        open_program(path, trust=False)
+    assert "dynamic_shapes" in str(caught.value.hint)
+
+
+def test_a_file_that_is_not_there_is_said(folder: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        open_program(folder / "nowhere.pt2", trust=True)
