@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dlops.checkpoint import Checkpoint
 from dlops.console import say
 from dlops.directory import write_json
 from dlops.environment import available_cores, describe_environment
-from dlops.errors import DlopsError, GateError, LossError, UsageError
+from dlops.errors import DlopsError, GateError, LossError, MachineError, UsageError
 from dlops.export.origin import checkpoint_digest
 from dlops.export.pipeline import export_each
 from dlops.export.plan import AVAILABLE, plan_variants
@@ -184,11 +185,17 @@ class _Runs:
         if self._baseline is None:
             self._baseline = made
         paired = [made] if made.slug == self._baseline.slug else [self._baseline, made]
-        measured = self.measure(paired, setting.threads, longest_s=TRIAL_S)
-        row = next(row for row in measured.measurements if row.artifact == setting.variant)
-        return self.trial_of(setting, row, made)
+        try:
+            measured = self.measure(paired, setting.threads, longest_s=TRIAL_S)
+        except MachineError as error:
+            # One that this machine cannot run says nothing against the others.
+            return Trial(setting=setting, reason=f"it could not be measured: {error.message}")
+        return self.trial_of(setting, measured, made)
 
-    def trial_of(self, setting: Setting, row: Measurement, artifact: Artifact) -> Trial:
+    def trial_of(self, setting: Setting, measured: Measured, artifact: Artifact) -> Trial:
+        row = next((row for row in measured.measurements if row.artifact == setting.variant), None)
+        if row is None:
+            return Trial(setting=setting, reason="it failed while it was measured")
         found = artifact.accuracy
         return Trial(
             setting=setting, tail=_tail(row, self.question), median=row.latency.p50_ns, speedup=row.speedup,
@@ -237,8 +244,7 @@ def _rule_out(search: Search, runs: _Runs, refused: Trial) -> None:
 
 def _finals(search: Search, runs: _Runs, directory: Path) -> list[Trial]:
     """The fastest measured once more, those with as many threads side by side; their report is kept."""
-    ranked = sorted((trial for trial in search.trials if trial.tail), key=lambda trial: trial.tail.value)  # type: ignore[union-attr]
-    best = ranked[:FINALISTS]
+    best = sorted((trial for trial in search.trials if trial.tail), key=_speed)[:FINALISTS]
     if not best:
         return []
     say(f"\nmeasuring again, side by side: {'; '.join(trial.setting.text for trial in best)}")
@@ -250,9 +256,8 @@ def _finals(search: Search, runs: _Runs, directory: Path) -> list[Trial]:
         part = runs.measure(artifacts, threads, longest_s=FINAL_S)
         measured.append(part)
         for setting in together:
-            row = next(row for row in part.measurements if row.artifact == setting.variant)
             artifact = next(one for one in artifacts if one.slug == setting.variant)
-            found.append(runs.trial_of(setting, row, artifact))
+            found.append(runs.trial_of(setting, part, artifact))
     save_report(merge(*measured), directory / FINALS)
     return found
 
@@ -260,11 +265,10 @@ def _finals(search: Search, runs: _Runs, directory: Path) -> list[Trial]:
 def _conclude(
     question: Question, search: Search, finals: Sequence[Trial], *, partial: bool, command: tuple[str, ...]
 ) -> Result:
-    known = [trial for trial in finals if trial.tail] or [trial for trial in search.trials if trial.tail]
-    known.sort(key=lambda trial: trial.tail.value if trial.tail else 0.0)
-    sure = [
-        trial for trial in known if trial.tail and trial.tail.high is not None and trial.tail.high <= question.limit_ns
-    ]
+    again = sorted((trial for trial in finals if trial.tail), key=_speed)
+    known = again or sorted((trial for trial in search.trials if trial.tail), key=_speed)
+    # Of those measured again alone: the best of the trials is a flattered one.
+    sure = [one for one in again if one.tail and one.tail.high is not None and one.tail.high <= question.limit_ns]
     winner = sure[0].setting if sure and not partial else None
     nearest = known[0] if known else None
     limit = f"{question.quantile} {question.limit_ns / 1e6:g} ms"
@@ -327,6 +331,10 @@ def _threads(asked: Sequence[int] | None, *, on_gpu: bool) -> list[int | None]:
     cores = available_cores()
     counts = asked or [2**power for power in range(cores.bit_length()) if 2**power < cores] + [cores]
     return list(dict.fromkeys(counts))
+
+
+def _speed(trial: Trial) -> float:
+    return trial.tail.value if trial.tail else math.inf
 
 
 def _tail(row: Measurement, question: Question) -> Interval | None:
