@@ -28,10 +28,12 @@ DATASETS: Mapping[str, str] = {
 FORMATS: Mapping[str, str] = {
     "torchscript": "dlops.export.to_torchscript:export",
     "onnx": "dlops.export.to_onnx:export",
+    "openvino": "dlops.export.to_openvino:export",
 }
 RUNTIMES: Mapping[str, str] = {
     "torchscript": "dlops.runtimes.torchscript:open_session",
     "onnx": "dlops.runtimes.onnxruntime:open_session",
+    "openvino": "dlops.runtimes.openvino:open_session",
 }
 TASKS: Mapping[str, str] = {
     "classification": "dlops.tasks.classification:Classification",
@@ -44,6 +46,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     # Without torchvision: detectors alone call its operators, and their artifacts name it, too.
     "torchscript": ("torch",),
     "onnx": ("onnxruntime",),
+    "openvino": ("openvino",),
 }
 
 

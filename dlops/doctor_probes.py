@@ -71,6 +71,18 @@ def _onnxruntime(provider: str) -> str:
     return f"onnxruntime {ort.__version__} ran on {used}"
 
 
+def _openvino() -> str:
+    try:
+        import openvino as ov
+    except ModuleNotFoundError:
+        raise _AbsentError("openvino is not installed") from None
+    core = ov.Core()
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(tiny_onnx_model()), "CPU", settings)
+    _check(compiled(_X)[0])
+    return f"openvino {ov.__version__.partition('-')[0]} ran on {', '.join(compiled.get_property('EXECUTION_DEVICES'))}"
+
+
 def _torch(device: str) -> str:
     try:
         import torch
@@ -126,6 +138,7 @@ PROBES: Mapping[str, Callable[[], str]] = {
     "onnxruntime cpu": lambda: _onnxruntime("CPUExecutionProvider"),
     "onnxruntime cuda": lambda: _onnxruntime("CUDAExecutionProvider"),
     "onnxruntime tensorrt": lambda: _onnxruntime("TensorrtExecutionProvider"),
+    "openvino cpu": _openvino,
     "torch cpu": lambda: _torch("cpu"),
     "torch cuda": lambda: _torch("cuda"),
     "torch mps": lambda: _torch("mps"),

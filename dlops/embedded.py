@@ -1,6 +1,7 @@
 """What a model file says of itself, where the manifest beside it is lost: which model, what it takes, what made it.
 
-ONNX holds it in `metadata_props`, a key for each field; TorchScript in the extra file `dlops.json`.
+ONNX holds it in `metadata_props`, a key for each field, OpenVINO in the graph's `rt_info` under `dlops`, TorchScript in
+the extra file `dlops.json`.
 """
 
 from __future__ import annotations
@@ -8,20 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationError
 
 from dlops.errors import CorruptError, UsageError
 from dlops.manifest import Record, Sha256, explain_validation
-from dlops.model_file import format_of, onnx_metadata, torchscript_extra
+from dlops.model_file import FileFormat, format_of, onnx_metadata, openvino_rt_info, torchscript_extra
 from dlops.preprocess import Preprocess
 from dlops.signature import Signature
 from dlops.version import __version__
 
 PREFIX = "dlops."
+RT_INFO = "dlops"
 EXTRA_FILE = "dlops.json"
-# Text in `metadata_props` as it is; what is not among them is JSON there.
+# Text in ONNX and OpenVINO as it is; what is not among them is JSON there.
 _PLAIN = frozenset({"name", "version", "variant", "task", "checkpoint_sha256", "dlops_version"})
 
 
@@ -46,8 +48,12 @@ class Embedded(Record):
 
     def to_entries(self) -> dict[str, str]:
         """Key to text for ONNX's `metadata_props`, every key with the prefix `dlops.`."""
+        return {PREFIX + key: text for key, text in self.to_texts().items()}
+
+    def to_texts(self) -> dict[str, str]:
+        """Key to text, for OpenVINO's `rt_info`."""
         fields = self.model_dump(mode="json", by_alias=True)
-        return {PREFIX + key: value if key in _PLAIN else json.dumps(value) for key, value in fields.items()}
+        return {key: value if key in _PLAIN else json.dumps(value) for key, value in fields.items()}
 
     def to_json(self) -> str:
         """One object, for TorchScript's extra file."""
@@ -89,21 +95,29 @@ class Embedded(Record):
             raise CorruptError(f"{where}: not a description that dlops wrote: {explain_validation(error)}") from None
 
 
-def read_embedded(path: Path) -> tuple[Literal["onnx", "torchscript"], Embedded]:
+def read_embedded(path: Path) -> tuple[FileFormat, Embedded]:
     """The file's format and what it says of itself. No framework is imported, and nothing is run or unpickled.
 
-    Raises UsageError where it says nothing, CorruptError where it is no ONNX or TorchScript file or says nonsense.
+    Raises UsageError where it says nothing, CorruptError where it is no file of these formats or says nonsense.
     """
     where = str(path)
-    if format_of(path) == "torchscript":
-        extra = torchscript_extra(path, EXTRA_FILE)
-        if extra is not None:
-            return "torchscript", Embedded.from_json(extra, where=where)
-        raise _silent(path, "a TorchScript file")
-    entries = onnx_metadata(path)
-    if any(key.startswith(PREFIX) for key in entries):
-        return "onnx", Embedded.from_entries(entries, where=where)
-    raise _silent(path, "an ONNX file")
+    match format_of(path):
+        case "torchscript":
+            extra = torchscript_extra(path, EXTRA_FILE)
+            if extra is not None:
+                return "torchscript", Embedded.from_json(extra, where=where)
+            raise _silent(path, "a TorchScript file")
+        case "openvino":
+            texts = openvino_rt_info(path, RT_INFO)
+            if texts:
+                entries = {PREFIX + key: text for key, text in texts.items()}
+                return "openvino", Embedded.from_entries(entries, where=where)
+            raise _silent(path, "an OpenVINO graph")
+        case "onnx":
+            entries = onnx_metadata(path)
+            if any(key.startswith(PREFIX) for key in entries):
+                return "onnx", Embedded.from_entries(entries, where=where)
+            raise _silent(path, "an ONNX file")
 
 
 def _silent(path: Path, what: str) -> UsageError:

@@ -84,6 +84,7 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "onnxscript": "export",
     "optuna": "optimize",
+    "openvino": "openvino",
     "prometheus_client": "serve",
     "sklearn": "train",
     "tensorboard": "train",

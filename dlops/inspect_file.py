@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dlops.embedded import Embedded, read_embedded
 from dlops.errors import from_os_error
 from dlops.inspect import labels_text, preprocess_lines, signature_lines, size_text
 from dlops.manifest import Record, sha256_of
+from dlops.model_file import FileFormat
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
 class FileDescription(Record):
-    """format: found by the content. bytes, sha256: of the file. embedded: what it says of itself."""
+    """format: found by the content. bytes, sha256: of the file, weights in another not counted.
+
+    embedded: what it says of itself.
+    """
 
     path: str
-    format: Literal["onnx", "torchscript"]
+    format: FileFormat
     bytes: int
     sha256: str
     embedded: Embedded
@@ -66,7 +70,7 @@ def is_model_file(path: Path) -> bool:
 
 
 def describe_file(path: Path | str) -> FileDescription:
-    """What an ONNX or TorchScript file says of itself; neither framework is needed, and nothing in it is run.
+    """What an ONNX, OpenVINO or TorchScript file says of itself; no framework is needed, and nothing in it is run.
 
     Raises UsageError where it says nothing, CorruptError where it is no such file.
     """

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
     from dlops.checkpoint import ModuleSource
 
-SUFFIXES = {"torchscript": "pt", "onnx": "onnx"}
+SUFFIXES = {"torchscript": "pt", "onnx": "onnx", "openvino": "xml"}
 # The samples that an artifact carries are copied with it everywhere; large inputs come in smaller number.
 MAX_CARRIED_BYTES = 16 * 1024 * 1024
 MIN_CARRIED = 4
@@ -182,7 +182,7 @@ def rank_variant(
     if planned.precision != "int8":
         raise UsageError(
             f"{planned.slug}: none of its layers is quantized, so there is no such error to explain",
-            hint="onnx-int8 and onnx-int8-prunedNN can be explained",
+            hint="onnx-int8 and openvino-int8 can be explained, each also with -prunedNN",
         )
     # The layers are those of the model inside, whatever is around it.
     planned = planned.model_copy(update={"raw": False})
@@ -478,7 +478,7 @@ class _Export:
     ) -> Exported:
         request = replace(self._request(variant, structure, folder, title), excluded=excluded)
         exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
-        for path in (exported.path, *exported.extra.values()):
+        for path in exported.files.values():
             check_no_machine_paths(path, title=title)
         return exported
 
@@ -501,7 +501,7 @@ class _Export:
 
     def _draft(self, variant: Variant, structure: _Structure, exported: Exported) -> Artifact:
         """The artifact as the runtime needs it, before anything was measured; it is never written."""
-        path, face = exported.path, self._face(variant)
+        face = self._face(variant)
         nothing = Parity(
             provider="", batches=(), samples=0, max_abs=0, max_rel=0, sqnr_db=None, agreement=0, tolerance=Tolerance()
         )
@@ -524,8 +524,8 @@ class _Export:
                 command=tuple(portable_argument(argument) for argument in self.command),
                 notes={**self.notes, **structure.notes, **exported.notes},
             ),
-            files={role: _payload(path) for role, path in {"model": path, **exported.extra}.items()},
-        ).located_at(path.parent)
+            files={role: _payload(path) for role, path in exported.files.items()},
+        ).located_at(exported.path.parent)
 
     def _gate(self, draft: Artifact, structure: _Structure) -> Artifact:
         """Parity against the same structure, then accuracy against the dense checkpoint."""
@@ -567,8 +567,7 @@ class _Export:
     def _write(self, artifact: Artifact, structure: _Structure, exported: Exported, directory: Path) -> Artifact:
         with DirectoryWriter(directory) as writer:
             files = {
-                "model": writer.add_file(exported.path.name, exported.path),
-                **{role: writer.add_file(f"{role}{path.suffix}", path) for role, path in exported.extra.items()},
+                **_stored(writer, exported),
                 "samples": writer.add("samples.safetensors", self._carried(artifact.variant, structure).to_bytes()),
                 ROLE: writer.add(FILE_NAME, self._record(artifact.variant).to_json().encode()),
             }
@@ -617,6 +616,15 @@ class _Export:
 
     def _feed(self, samples: Samples) -> Feed:
         return samples.feed(self.checkpoint.spec.preprocess, self.signature.inputs[0].name)
+
+
+def _stored(writer: DirectoryWriter, exported: Exported) -> dict[str, Payload]:
+    """The model's files among the payloads, by role."""
+    if exported.together:
+        payloads = writer.add_together("model", list(exported.files.values()))
+        return dict(zip(exported.files, payloads, strict=True))
+    extra = {role: writer.add_file(f"{role}{path.suffix}", path) for role, path in exported.extra.items()}
+    return {"model": writer.add_file(exported.path.name, exported.path), **extra}
 
 
 def _required(variant: Variant, module: nn.Module) -> tuple[str, ...]:

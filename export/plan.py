@@ -18,15 +18,19 @@ from dlops.tasks import open_task
 AVAILABLE: Mapping[str, tuple[str, ...]] = {
     "torchscript": ("fp32", "bf16"),
     "onnx": ("fp32", "fp16", "int8", "int8dyn", "int8wo"),
+    "openvino": ("fp32", "fp16", "bf16", "int8"),
 }
 _FP8 = "it runs on GPUs of compute capability 8.9 and later (L4, H100), through TensorRT, which is no format here yet"
-_QUANTIZED = "quantized models are written as onnx"
+_QUANTIZED = "quantized models are written as onnx and openvino"
 # Those whose files can take raw inputs.
 RAW_FORMATS = ("onnx",)
 # Why some of the others are not.
 _WHY_NOT: Mapping[str, str] = {
     "onnx-bf16": "ONNX Runtime's CPU provider has no bfloat16 convolutions and matrix products, torch has",
     "onnx-fp8": _FP8,
+    "openvino-fp8": _FP8,
+    "openvino-int8dyn": "its operators are ONNX Runtime's own, onnx-int8dyn has them",
+    "openvino-int8wo": "on a CPU it would run what openvino-fp32 runs; onnx-int8wo is as small",
     "torchscript-fp16": "torch's half precision on the CPU is slower than fp32, and torchscript-bf16 is as small",
     "torchscript-fp8": _FP8,
     "torchscript-int8": _QUANTIZED,
@@ -131,7 +135,7 @@ def _check_method(method: str, variants: Sequence[Variant]) -> None:
         raise UsageError(
             f"calibration {method} was asked for, and none of the variants is static int8, which alone has calibrated "
             "ranges",
-            hint="add onnx-int8, or leave the method out",
+            hint="add onnx-int8 or openvino-int8, or leave the method out",
         )
 
 
