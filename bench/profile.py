@@ -120,6 +120,9 @@ def profile_each(
 
 def _profile(subject: Subject, *, feed: Artifact | None, batch: int, options: SessionOptions) -> Profiled | DlopsError:
     where = subject.source.directory
+    form = subject.artifact.variant.format if subject.artifact else subject.kind
+    if form not in _RECORDERS:
+        return UsageError(f"{subject.target}: no profiler for {form} here", hint="onnx and torchscript have one")
     with tempfile.TemporaryDirectory(prefix="dlops-profile-") as folder:
         trace = Path(folder) / "trace.json.gz"
         job = subject.job(samples=feed, batch=batch, boundary="host", options=options)
@@ -225,8 +228,6 @@ def _for_a_while(feeds: Sequence[Feed], most: int) -> Iterator[Feed]:
 def main(text: str, trace: Path) -> None:
     job = Job.model_validate_json(text)
     form = open_artifact(job.directory).variant.format if job.kind == "artifact" else job.kind
-    if form not in _RECORDERS:
-        raise UsageError(f"--profile: {form} artifacts cannot be profiled", hint="onnx and torchscript ones can be")
     recording, placement = _RECORDERS[form](job, trace)
     content, kept = traces.compress_trace(recording)
     trace.write_bytes(content)

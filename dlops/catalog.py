@@ -29,11 +29,13 @@ FORMATS: Mapping[str, str] = {
     "torchscript": "dlops.export.to_torchscript:export",
     "onnx": "dlops.export.to_onnx:export",
     "openvino": "dlops.export.to_openvino:export",
+    "executorch": "dlops.export.to_executorch:export",
 }
 RUNTIMES: Mapping[str, str] = {
     "torchscript": "dlops.runtimes.torchscript:open_session",
     "onnx": "dlops.runtimes.onnxruntime:open_session",
     "openvino": "dlops.runtimes.openvino:open_session",
+    "executorch": "dlops.runtimes.executorch:open_session",
 }
 TASKS: Mapping[str, str] = {
     "classification": "dlops.tasks.classification:Classification",
@@ -47,6 +49,8 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "torchscript": ("torch",),
     "onnx": ("onnxruntime",),
     "openvino": ("openvino",),
+    # Its Python bindings load torch's libraries.
+    "executorch": ("executorch", "torch"),
 }
 
 

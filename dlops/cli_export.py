@@ -18,7 +18,9 @@ def export(
             help="A run folder; the newest if left out. Or torchvision:NAME, timm:NAME, python:module:function."
         ),
     ] = None,
-    format_: Annotated[list[str] | None, typer.Option("--format", help="torchscript, onnx; repeatable.")] = None,
+    format_: Annotated[
+        list[str] | None, typer.Option("--format", help="torchscript, onnx, openvino, executorch; repeatable.")
+    ] = None,
     precision: Annotated[
         list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")
     ] = None,

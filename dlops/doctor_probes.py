@@ -6,12 +6,14 @@ until a probe needs it, and the ONNX model is written out by hand, so that no ex
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import struct
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -121,6 +123,27 @@ def _torchscript() -> str:
     return f"torch {torch.__version__} saved, loaded and ran a TorchScript module on the CPU"
 
 
+def _executorch() -> str:
+    try:
+        import torch
+
+        with warnings.catch_warnings():
+            # It announces that its interface is experimental.
+            warnings.simplefilter("ignore")
+            from executorch import version
+            from executorch.runtime import Runtime
+
+            runtime = Runtime.get()
+    except ModuleNotFoundError as error:
+        raise _AbsentError(f"{(error.name or '').partition('.')[0]} is not installed") from None
+    # relu(x @ w) lowered to XNNPACK, in base64: lowering it here would take the exporter, and half a minute when busy.
+    program = base64.b64decode(Path(__file__).with_name("doctor_executorch.txt").read_bytes())
+    method = runtime.load_program(program).load_method("forward")
+    assert method is not None
+    _check(method.execute([torch.from_numpy(_X)])[0].numpy())
+    return f"executorch {version.__version__} ran on XnnpackBackend"
+
+
 def _torchvision() -> str:
     try:
         import torch
@@ -139,6 +162,7 @@ PROBES: Mapping[str, Callable[[], str]] = {
     "onnxruntime cuda": lambda: _onnxruntime("CUDAExecutionProvider"),
     "onnxruntime tensorrt": lambda: _onnxruntime("TensorrtExecutionProvider"),
     "openvino cpu": _openvino,
+    "executorch cpu": _executorch,
     "torch cpu": lambda: _torch("cpu"),
     "torch cuda": lambda: _torch("cuda"),
     "torch mps": lambda: _torch("mps"),

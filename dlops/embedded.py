@@ -1,7 +1,7 @@
 """What a model file says of itself, where the manifest beside it is lost: which model, what it takes, what made it.
 
 ONNX holds it in `metadata_props`, a key for each field, OpenVINO in the graph's `rt_info` under `dlops`, TorchScript in
-the extra file `dlops.json`.
+the extra file `dlops.json`. ExecuTorch's programs hold nothing of it.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ def read_embedded(path: Path) -> tuple[FileFormat, Embedded]:
                 entries = {PREFIX + key: text for key, text in texts.items()}
                 return "openvino", Embedded.from_entries(entries, where=where)
             raise _silent(path, "an OpenVINO graph")
+        case "executorch":
+            raise _silent(path, "an ExecuTorch program")
         case "onnx":
             entries = onnx_metadata(path)
             if any(key.startswith(PREFIX) for key in entries):

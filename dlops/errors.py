@@ -78,6 +78,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str | Non
 # The extra that brings each optional package; pyproject.toml has the versions.
 _EXTRAS = {
     "bentoml": "serve",
+    "executorch": "executorch",
     "httpx": "bench",
     "lightning": "train",
     "onnx": "export",
@@ -90,6 +91,7 @@ _EXTRAS = {
     "tensorboard": "train",
     "torch": "export",
     "torch_pruning": "export",
+    "torchao": "executorch",
     "torchmetrics": "train",
     "torchvision": "export",
     "tritonclient": "triton",

@@ -23,22 +23,25 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 
 
-FileFormat = Literal["onnx", "openvino", "torchscript"]
+FileFormat = Literal["executorch", "onnx", "openvino", "torchscript"]
 
 
 def format_of(path: Path) -> FileFormat:
     """By the content, whatever the name.
 
-    TorchScript is an archive, OpenVINO's graph is XML, and anything else is taken for ONNX.
+    TorchScript is an archive, OpenVINO's graph is XML, ExecuTorch's program says so in bytes 4 and 5, and anything else
+    is taken for ONNX.
     """
     try:
         with path.open("rb") as file:
-            head = file.read(5)
+            head = file.read(6)
     except OSError as error:
         raise from_os_error(error, doing=f"reading {path}") from error
     if head.startswith(b"PK\x03\x04"):
         return "torchscript"
-    return "openvino" if head in (b"<?xml", b"<net ") else "onnx"
+    if head.startswith((b"<?xml", b"<net ")):
+        return "openvino"
+    return "executorch" if head[4:] == b"ET" else "onnx"
 
 
 def onnx_metadata(path: Path) -> dict[str, str]:

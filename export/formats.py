@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import JsonValue
+
 from dlops.artifact import Variant
 from dlops.embedded import Embedded, read_embedded
 from dlops.errors import GateError
@@ -69,7 +71,7 @@ class Exported:
     path: Path
     extra: Mapping[str, Path] = field(default_factory=dict)
     together: bool = False
-    notes: dict[str, str | int | float | bool] = field(default_factory=dict)
+    notes: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @property
     def files(self) -> dict[str, Path]:

@@ -42,7 +42,7 @@ from dlops.export.layers import Ranking, rank_layers
 from dlops.export.module import check_module, eager_outputs
 from dlops.export.origin import checkpoint_digest
 from dlops.export.parity import check_variant
-from dlops.export.plan import check_disjoint, check_fitting, needs_calibration, plan_variants
+from dlops.export.plan import FROM_ONNX, check_disjoint, check_fitting, needs_calibration, plan_variants
 from dlops.export.prune import prune
 from dlops.export.quantize import spread
 from dlops.export.raw_inputs import RawInputs, Size, plan_raw
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
     from dlops.checkpoint import ModuleSource
 
-SUFFIXES = {"torchscript": "pt", "onnx": "onnx", "openvino": "xml"}
+SUFFIXES = {"torchscript": "pt", "onnx": "onnx", "openvino": "xml", "executorch": "pte"}
 # The samples that an artifact carries are copied with it everywhere; large inputs come in smaller number.
 MAX_CARRIED_BYTES = 16 * 1024 * 1024
 MIN_CARRIED = 4
@@ -179,9 +179,10 @@ def rank_variant(
     (planned,) = plan_variants(
         [variant], checkpoint, max_drop=100.0, strict=False, calibration_method=calibration_method
     )
-    if planned.precision != "int8":
+    if planned.precision != "int8" or planned.format not in FROM_ONNX:
+        why = "by another quantizer" if planned.precision == "int8" else "none of its layers is quantized"
         raise UsageError(
-            f"{planned.slug}: none of its layers is quantized, so there is no such error to explain",
+            f"{planned.slug}: {why}, so there is no such error to explain",
             hint="onnx-int8 and openvino-int8 can be explained, each also with -prunedNN",
         )
     # The layers are those of the model inside, whatever is around it.
@@ -390,7 +391,7 @@ class _Export:
             ) from None
 
     def _record(self, variant: Variant) -> ExportRecord:
-        static_int8 = variant.precision == "int8"
+        static_int8 = variant.precision == "int8" and variant.format in FROM_ONNX
         return record_export(
             self.checkpoint, variant, sha256=self.digest, calibration=self.calibration,
             answers=self.answers, command=self.command,
@@ -405,7 +406,7 @@ class _Export:
 
     def _can_repair(self, variant: Variant, structure: _Structure) -> bool:
         """Whether int8 is what loses too much, and layers may be returned: pruning may have lost it before."""
-        if variant.precision != "int8" or not self.repair:
+        if variant.precision != "int8" or variant.format not in FROM_ONNX or not self.repair:
             return False
         plain = self._face(variant.model_copy(update={"raw": False}))
         accuracy = self._accuracy(structure.reference, plain)

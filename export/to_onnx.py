@@ -88,9 +88,10 @@ def fp32_graph(request: ExportRequest) -> onnx.ModelProto:
         if (size := weight_bytes(model)) > MAX_INLINE_BYTES:
             if request.variant.slug.startswith("onnx-fp32"):
                 return model
+            wanted = request.variant.precision if request.variant.format == "onnx" else request.variant.slug
             raise UsageError(
                 f"{request.title}: its weights take {size:,} bytes in fp32, and what converts an ONNX model to "
-                f"{request.variant.slug} takes it as one protobuf message, which ends at 2 GiB",
+                f"{wanted} takes it as one protobuf message, which ends at 2 GiB",
                 hint="onnx-fp32 is written in two files",
             )
         request.captured["onnx"] = model.SerializeToString(deterministic=True)

@@ -36,7 +36,8 @@ def findings() -> Findings:
 def test_what_is_installed_here_really_runs(findings: Findings) -> None:
     probes = {probe.name: probe for probe in findings.probes}
     assert set(probes) == set(doctor_probes.PROBES)
-    for name in ("onnxruntime cpu", "openvino cpu", "torch cpu", "torchscript cpu", "torchvision cpu"):
+    libraries = ("onnxruntime", "openvino", "executorch", "torch", "torchscript", "torchvision")
+    for name in (f"{library} cpu" for library in libraries):
         assert probes[name].status == "ok", probes[name]
     assert "ran on CPUExecutionProvider" in probes["onnxruntime cpu"].reason
 
@@ -54,8 +55,9 @@ def test_findings_survive_json_and_all_of_them_are_shown(findings: Findings) -> 
 
 def test_extras_are_those_of_the_package_and_either_onnxruntime_counts(findings: Findings) -> None:
     extras = {extra.name: extra for extra in findings.extras}
-    named = {"cpu", "gpu", "train", "export", "serve", "bench", "triton", "loadgen", "timm", "optimize", "openvino"}
-    assert set(extras) == named
+    formats = {"openvino", "executorch"}
+    others = {"cpu", "gpu", "train", "export", "serve", "bench", "triton", "loadgen", "timm", "optimize"}
+    assert set(extras) == others | formats
     assert extras["cpu"].is_complete
     assert "torch" in extras["train"].installed
 
@@ -107,7 +109,7 @@ def test_a_provider_that_was_not_the_one_asked_for_fails(monkeypatch: pytest.Mon
     assert "CUDAExecutionProvider was asked for and CPUExecutionProvider was given" in answer["reason"]
 
 
-@pytest.mark.parametrize(("module", "count"), [("onnxruntime", 3), ("openvino", 1), ("torch", 5)])
+@pytest.mark.parametrize(("module", "count"), [("onnxruntime", 3), ("openvino", 1), ("executorch", 1), ("torch", 5)])
 def test_a_library_that_is_not_installed_is_absent_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch, module: str, count: int
 ) -> None:

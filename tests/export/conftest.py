@@ -97,7 +97,7 @@ SaveDigits = Callable[..., Checkpoint]
 def one_thread() -> Iterator[None]:
     """Two threads on networks of this size wait for each other, on a busy machine for minutes."""
     with pytest.MonkeyPatch.context() as patch:
-        for runtime in ("eager", "onnxruntime", "openvino"):
+        for runtime in ("eager", "onnxruntime", "openvino", "executorch"):
             patch.setattr(f"dlops.runtimes.{runtime}.available_cores", lambda: 1)
         before = torch.get_num_threads()
         torch.set_num_threads(1)
