@@ -24,7 +24,7 @@ from dlops.bench.results import Measured, MeasureInterrupted, trace_role
 from dlops.bench.worker import Job, open_job
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar, say
-from dlops.errors import DlopsError, MachineError
+from dlops.errors import DlopsError, MachineError, UsageError
 from dlops.report import Profile
 from dlops.runtimes.session import Placement, Session, SessionOptions
 from dlops.signature import Feed, Signature
@@ -120,6 +120,9 @@ def profile_each(
 
 def _profile(subject: Subject, *, feed: Artifact | None, batch: int, options: SessionOptions) -> Profiled | DlopsError:
     where = subject.source.directory
+    form = subject.artifact.variant.format if subject.artifact else subject.kind
+    if form not in _RECORDERS:
+        return UsageError(f"{subject.target}: no profiler for {form} here", hint="onnx and torchscript have one")
     with tempfile.TemporaryDirectory(prefix="dlops-profile-") as folder:
         trace = Path(folder) / "trace.json.gz"
         job = subject.job(samples=feed, batch=batch, boundary="host", options=options)
@@ -196,6 +199,12 @@ def _record_torch(job: Job, trace: Path) -> tuple[traces.Recording, Placement]:
     return record_enough(record), session.placement
 
 
+# Kinds of jobs, and formats of artifacts.
+_RECORDERS = {
+    "eager": _record_torch, "compiled": _record_torch, "torchscript": _record_torch, "onnx": _record_onnx,
+}  # fmt: skip
+
+
 def _feeds(job: Job, signature: Signature) -> list[Feed]:
     if job.samples is None:
         return [random_feed(signature, job.batch)]
@@ -218,8 +227,8 @@ def _for_a_while(feeds: Sequence[Feed], most: int) -> Iterator[Feed]:
 
 def main(text: str, trace: Path) -> None:
     job = Job.model_validate_json(text)
-    onnx = job.kind == "artifact" and open_artifact(job.directory).variant.format == "onnx"
-    recording, placement = (_record_onnx if onnx else _record_torch)(job, trace)
+    form = open_artifact(job.directory).variant.format if job.kind == "artifact" else job.kind
+    recording, placement = _RECORDERS[form](job, trace)
     content, kept = traces.compress_trace(recording)
     trace.write_bytes(content)
     counted = traces.profile_fields(recording, provider=placement.provider)

@@ -30,12 +30,16 @@ FORMATS: Mapping[str, str] = {
     "onnx": "dlops.export.to_onnx:export",
     "torchexport": "dlops.export.to_torchexport:export",
     "aotinductor": "dlops.export.to_aotinductor:export",
+    "openvino": "dlops.export.to_openvino:export",
+    "executorch": "dlops.export.to_executorch:export",
 }
 RUNTIMES: Mapping[str, str] = {
     "torchscript": "dlops.runtimes.torchscript:open_session",
     "onnx": "dlops.runtimes.onnxruntime:open_session",
     "torchexport": "dlops.runtimes.torchexport:open_session",
     "aotinductor": "dlops.runtimes.aotinductor:open_session",
+    "openvino": "dlops.runtimes.openvino:open_session",
+    "executorch": "dlops.runtimes.executorch:open_session",
 }
 TASKS: Mapping[str, str] = {
     "classification": "dlops.tasks.classification:Classification",
@@ -50,6 +54,9 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("onnxruntime",),
     "torchexport": ("torch",),
     "aotinductor": ("torch",),
+    "openvino": ("openvino",),
+    # Its Python bindings load torch's libraries.
+    "executorch": ("executorch", "torch"),
 }
 
 

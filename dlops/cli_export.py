@@ -19,7 +19,8 @@ def export(
         ),
     ] = None,
     format_: Annotated[
-        list[str] | None, typer.Option("--format", help="torchscript, onnx, torchexport, aotinductor; repeatable.")
+        list[str] | None,
+        typer.Option("--format", help="torchscript, onnx, torchexport, aotinductor, openvino, executorch; repeatable."),
     ] = None,
     precision: Annotated[
         list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")

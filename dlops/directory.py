@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -89,21 +89,22 @@ class DirectoryWriter:
 
     def add(self, name: str, content: bytes) -> Payload:
         """Store bytes as `<stem>-<digest><suffix>`, synced."""
-        return self._store(name, hashlib.sha256(content).hexdigest(), lambda path: _write_synced(path, content))
+        digest = hashlib.sha256(content).hexdigest()
+        return self._store(name, digest, lambda path: _write_synced(path, content), stem_digest=digest)
 
     def add_file(self, name: str, source: Path) -> Payload:
         """Store a copy of a file the same way, without holding it in memory."""
+        digest = _digest_of(source)
+        return self._store(name, digest, _copier(source), stem_digest=digest)
 
-        def copy(path: Path) -> None:
-            shutil.copyfile(source, path)
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-
-        try:
-            digest = sha256_of(source)
-        except OSError as error:
-            raise from_os_error(error, doing=f"reading {source}") from error
-        return self._store(name, digest, copy)
+    def add_together(self, stem: str, sources: Sequence[Path]) -> list[Payload]:
+        """Store copies of files that find each other by their stem, one for all of them, with a digest of all."""
+        digests = [_digest_of(source) for source in sources]
+        shared = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return [
+            self._store(f"{stem}{source.suffix}", digest, _copier(source), stem_digest=shared)
+            for source, digest in zip(sources, digests, strict=True)
+        ]
 
     def commit(self, manifest: M) -> M:
         """Make `manifest` and its payloads what the directory holds, and collect what it held before."""
@@ -120,8 +121,8 @@ class DirectoryWriter:
         self._collect(keep={payload.path for payload in manifest.files.values()}, manifest=path)
         return manifest.located_at(self.directory)
 
-    def _store(self, name: str, digest: str, write: Callable[[Path], None]) -> Payload:
-        path = self.directory / payload_name(name, digest)
+    def _store(self, name: str, digest: str, write: Callable[[Path], None], *, stem_digest: str) -> Payload:
+        path = self.directory / payload_name(name, stem_digest)
         temporary = self.directory / f"{_TEMPORARY}{path.name}"
         try:
             if not (path.exists() and sha256_of(path) == digest):
@@ -177,6 +178,22 @@ def _named_by(path: Path) -> set[str] | None:
         return {payload["path"] for payload in document["files"].values()} if "files" in document else set()
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _digest_of(source: Path) -> str:
+    try:
+        return sha256_of(source)
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {source}") from error
+
+
+def _copier(source: Path) -> Callable[[Path], None]:
+    def copy(path: Path) -> None:
+        shutil.copyfile(source, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    return copy
 
 
 def _write_synced(path: Path, content: bytes) -> None:

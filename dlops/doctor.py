@@ -188,6 +188,8 @@ def _advice(name: str, *, absent: bool = False) -> str:
             return gpu_build if absent else "pip install 'dlops[gpu]', and a driver that its CUDA takes (nvidia-smi)"
         case "onnxruntime", _:
             return gpu_build if absent else "install TensorRT of the version that ONNX Runtime was built with"
+        case (("openvino" | "executorch"), _):
+            return f"pip install 'dlops[{library}]'"
         case "torch", "cuda" if not absent:
             return "install the torch build that fits the driver: https://pytorch.org/get-started/locally"
         case "aotinductor", _:

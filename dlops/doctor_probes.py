@@ -6,6 +6,7 @@ until a probe needs it, and the ONNX model is written out by hand, so that no ex
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import io
 import json
@@ -77,6 +78,18 @@ def _onnxruntime(provider: str) -> str:
     return f"onnxruntime {ort.__version__} ran on {used}"
 
 
+def _openvino() -> str:
+    try:
+        import openvino as ov
+    except ModuleNotFoundError:
+        raise _AbsentError("openvino is not installed") from None
+    core = ov.Core()
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(tiny_onnx_model()), "CPU", settings)
+    _check(compiled(_X)[0])
+    return f"openvino {ov.__version__.partition('-')[0]} ran on {', '.join(compiled.get_property('EXECUTION_DEVICES'))}"
+
+
 def _torch(device: str) -> str:
     try:
         import torch
@@ -134,6 +147,27 @@ def _aotinductor() -> str:
     return f"{compiler} compiles a library that loads, which torch {torch.__version__} needs"
 
 
+def _executorch() -> str:
+    try:
+        import torch
+
+        with warnings.catch_warnings():
+            # It announces that its interface is experimental.
+            warnings.simplefilter("ignore")
+            from executorch import version
+            from executorch.runtime import Runtime
+
+            runtime = Runtime.get()
+    except ModuleNotFoundError as error:
+        raise _AbsentError(f"{(error.name or '').partition('.')[0]} is not installed") from None
+    # relu(x @ w) lowered to XNNPACK, in base64: lowering it here would take the exporter, and half a minute when busy.
+    program = base64.b64decode(Path(__file__).with_name("doctor_executorch.txt").read_bytes())
+    method = runtime.load_program(program).load_method("forward")
+    assert method is not None
+    _check(method.execute([torch.from_numpy(_X)])[0].numpy())
+    return f"executorch {version.__version__} ran on XnnpackBackend"
+
+
 def _torchvision() -> str:
     try:
         import torch
@@ -151,6 +185,8 @@ PROBES: Mapping[str, Callable[[], str]] = {
     "onnxruntime cpu": lambda: _onnxruntime("CPUExecutionProvider"),
     "onnxruntime cuda": lambda: _onnxruntime("CUDAExecutionProvider"),
     "onnxruntime tensorrt": lambda: _onnxruntime("TensorrtExecutionProvider"),
+    "openvino cpu": _openvino,
+    "executorch cpu": _executorch,
     "torch cpu": lambda: _torch("cpu"),
     "torch cuda": lambda: _torch("cuda"),
     "torch mps": lambda: _torch("mps"),

@@ -1,6 +1,7 @@
 """What a model file says of itself, where the manifest beside it is lost: which model, what it takes, what made it.
 
-ONNX holds it in `metadata_props`, a key for each field; torch's archives in the extra file `dlops.json`.
+ONNX holds it in `metadata_props`, a key for each field, OpenVINO in the graph's `rt_info` under `dlops`, torch's
+archives in the extra file `dlops.json`. ExecuTorch's programs hold nothing of it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from pydantic import Field, ValidationError
 
 from dlops.errors import CorruptError, UsageError
 from dlops.manifest import Record, Sha256, explain_validation
-from dlops.model_file import ModelFormat, archive_extra, format_of, onnx_metadata
+from dlops.model_file import ModelFormat, archive_extra, format_of, onnx_metadata, openvino_rt_info
 from dlops.preprocess import Preprocess
 from dlops.signature import Signature
 from dlops.version import __version__
 
 PREFIX = "dlops."
+RT_INFO = "dlops"
 EXTRA_FILE = "dlops.json"
-# Text in `metadata_props` as it is; what is not among them is JSON there.
+# Text in ONNX and OpenVINO as it is; what is not among them is JSON there.
 _PLAIN = frozenset({"name", "version", "variant", "task", "checkpoint_sha256", "dlops_version"})
 
 
@@ -46,8 +48,12 @@ class Embedded(Record):
 
     def to_entries(self) -> dict[str, str]:
         """Key to text for ONNX's `metadata_props`, every key with the prefix `dlops.`."""
+        return {PREFIX + key: text for key, text in self.to_texts().items()}
+
+    def to_texts(self) -> dict[str, str]:
+        """Key to text, for OpenVINO's `rt_info`."""
         fields = self.model_dump(mode="json", by_alias=True)
-        return {PREFIX + key: value if key in _PLAIN else json.dumps(value) for key, value in fields.items()}
+        return {key: value if key in _PLAIN else json.dumps(value) for key, value in fields.items()}
 
     def to_json(self) -> str:
         """One object, for TorchScript's extra file."""
@@ -95,16 +101,25 @@ def read_embedded(path: Path) -> tuple[ModelFormat, Embedded]:
     Raises UsageError where it says nothing, CorruptError where it is no file of a known format or says nonsense.
     """
     where = str(path)
-    form = format_of(path)
-    if form != "onnx":
-        extra = archive_extra(path, EXTRA_FILE)
-        if extra is not None:
-            return form, Embedded.from_json(extra, where=where)
-        raise _silent(path, {"torchscript": "a TorchScript file"}.get(form, "a .pt2 file"))
-    entries = onnx_metadata(path)
-    if any(key.startswith(PREFIX) for key in entries):
-        return "onnx", Embedded.from_entries(entries, where=where)
-    raise _silent(path, "an ONNX file")
+    match form := format_of(path):
+        case "torchscript" | "torchexport" | "aotinductor":
+            extra = archive_extra(path, EXTRA_FILE)
+            if extra is not None:
+                return form, Embedded.from_json(extra, where=where)
+            raise _silent(path, "a TorchScript file" if form == "torchscript" else "a .pt2 file")
+        case "openvino":
+            texts = openvino_rt_info(path, RT_INFO)
+            if texts:
+                entries = {PREFIX + key: text for key, text in texts.items()}
+                return form, Embedded.from_entries(entries, where=where)
+            raise _silent(path, "an OpenVINO graph")
+        case "executorch":
+            raise _silent(path, "an ExecuTorch program")
+        case "onnx":
+            entries = onnx_metadata(path)
+            if any(key.startswith(PREFIX) for key in entries):
+                return form, Embedded.from_entries(entries, where=where)
+            raise _silent(path, "an ONNX file")
 
 
 def _silent(path: Path, what: str) -> UsageError:

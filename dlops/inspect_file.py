@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class FileDescription(Record):
-    """format: found by the content. bytes, sha256: of the file. embedded: what it says of itself."""
+    """format: found by the content. bytes, sha256: of the file, weights in another not counted.
+
+    embedded: what it says of itself.
+    """
 
     path: str
     format: ModelFormat
@@ -67,7 +70,7 @@ def is_model_file(path: Path) -> bool:
 
 
 def describe_file(path: Path | str) -> FileDescription:
-    """What an ONNX or TorchScript file says of itself; neither framework is needed, and nothing in it is run.
+    """What an ONNX, OpenVINO or TorchScript file says of itself; no framework is needed, and nothing in it is run.
 
     Raises UsageError where it says nothing, CorruptError where it is no such file.
     """

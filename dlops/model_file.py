@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from pathlib import Path
 from typing import BinaryIO, Literal
+from xml.parsers import expat
 
 from dlops.errors import CorruptError, from_os_error
 
@@ -22,15 +23,22 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 
 
-ModelFormat = Literal["onnx", "torchscript", "torchexport", "aotinductor"]
+ModelFormat = Literal["aotinductor", "executorch", "onnx", "openvino", "torchexport", "torchscript"]
 
 
 def format_of(path: Path) -> ModelFormat:
-    """By the content, whatever the name: torch's formats are archives, and anything else is taken for ONNX."""
+    """By the content, whatever the name.
+
+    torch's formats are archives, OpenVINO's graph is XML, ExecuTorch's program says so in bytes 4 and 5, and anything
+    else is taken for ONNX.
+    """
     try:
         with path.open("rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                return "onnx"
+            head = file.read(6)
+        if head.startswith((b"<?xml", b"<net ")):
+            return "openvino"
+        if not head.startswith(b"PK\x03\x04"):
+            return "executorch" if head[4:] == b"ET" else "onnx"
         with zipfile.ZipFile(path) as archive:
             members = [name.partition("/")[2] for name in archive.namelist()]
     except OSError as error:
@@ -74,6 +82,52 @@ def archive_extra(path: Path, name: str) -> bytes | None:
         raise CorruptError(f"{path}: the archive cannot be read: {error}") from None
 
 
+def openvino_rt_info(path: Path, section: str) -> dict[str, str]:
+    """The model's `rt_info` under `section` by key, empty where there is none.
+
+    Raises CorruptError where the file is no OpenVINO graph, or they are over 4 MiB.
+    """
+    reader = _RtInfo(section, path)
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = reader.start, reader.end
+    # Entities could be made to grow without bound, and OpenVINO writes none.
+    parser.StartDoctypeDeclHandler = reader.doctype
+    try:
+        with path.open("rb") as file:
+            parser.ParseFile(file)
+    except OSError as error:
+        raise from_os_error(error, doing=f"reading {path}") from error
+    except expat.ExpatError as error:
+        raise CorruptError(f"{path}: not an OpenVINO graph, or cut short: {error}") from None
+    return reader.entries
+
+
+class _RtInfo:
+    """Collects `<net><rt_info><section><KEY value="...">`."""
+
+    def __init__(self, section: str, path: Path) -> None:
+        self._within, self._path = ["net", "rt_info", section], path
+        self._open: list[str] = []
+        self._taken = 0
+        self.entries: dict[str, str] = {}
+
+    def start(self, name: str, attributes: dict[str, str]) -> None:
+        if not self._open and name != "net":
+            raise CorruptError(f"{self._path}: XML, and no OpenVINO graph: it begins with <{name[:50]}>")
+        if self._open == self._within:
+            self.entries[name] = attributes.get("value", "")
+            self._taken += len(name) + len(self.entries[name])
+            if self._taken > MAX_METADATA_BYTES:
+                raise CorruptError(f"{self._path}: over {MAX_METADATA_BYTES} bytes of metadata: not what dlops writes")
+        self._open.append(name)
+
+    def end(self, name: str) -> None:
+        self._open.pop()
+
+    def doctype(self, *_: object) -> None:
+        raise CorruptError(f"{self._path}: it declares a document type, which no OpenVINO graph does")
+
+
 class _NotProtobufError(Exception):
     pass
 
@@ -106,7 +160,7 @@ def _walk(file: BinaryIO, path: Path) -> dict[str, str]:
     except (_NotProtobufError, UnicodeDecodeError):
         has_graph = False
     if not has_graph:
-        raise CorruptError(f"{path}: neither an ONNX nor a TorchScript file, or cut short")
+        raise CorruptError(f"{path}: no ONNX, OpenVINO or TorchScript file, or cut short")
     return entries
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import JsonValue
+
 from dlops.artifact import Variant
 from dlops.embedded import Embedded, read_embedded
 from dlops.errors import GateError
@@ -65,12 +67,19 @@ class Exported:
 
     extra: by role ("weights", of `dlops.artifact.MODEL_ROLES`) what `path` cannot be opened without, in the same
     folder. It becomes a payload of the artifact, `<role>-<digest><suffix>`: where `path` holds its name, it must bear
-    that one already (`dlops.directory.payload_name`).
+    that one already (`dlops.directory.payload_name`). together: they are found by the stem of `path` instead, and keep
+    one for all of them.
     """
 
     path: Path
     extra: Mapping[str, Path] = field(default_factory=dict)
-    notes: dict[str, str | int | float | bool] = field(default_factory=dict)
+    together: bool = False
+    notes: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """By the role that each has in an artifact."""
+        return {"model": self.path, **self.extra}
 
 
 def check_embedded(request: ExportRequest) -> None:

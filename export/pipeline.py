@@ -42,7 +42,7 @@ from dlops.export.layers import Ranking, rank_layers
 from dlops.export.module import check_module, eager_outputs
 from dlops.export.origin import checkpoint_digest
 from dlops.export.parity import check_variant
-from dlops.export.plan import check_disjoint, check_fitting, needs_calibration, plan_variants
+from dlops.export.plan import FROM_ONNX, check_disjoint, check_fitting, needs_calibration, plan_variants
 from dlops.export.prune import prune
 from dlops.export.quantize import spread
 from dlops.export.raw_inputs import RawInputs, Size, plan_raw
@@ -66,7 +66,10 @@ if TYPE_CHECKING:
 
     from dlops.checkpoint import ModuleSource
 
-SUFFIXES = {"torchscript": "pt", "onnx": "onnx", "torchexport": "pt2", "aotinductor": "pt2"}
+SUFFIXES = {
+    "torchscript": "pt", "onnx": "onnx", "torchexport": "pt2", "aotinductor": "pt2", "openvino": "xml",
+    "executorch": "pte",
+}  # fmt: skip
 # The samples that an artifact carries are copied with it everywhere; large inputs come in smaller number.
 MAX_CARRIED_BYTES = 16 * 1024 * 1024
 MIN_CARRIED = 4
@@ -179,10 +182,11 @@ def rank_variant(
     (planned,) = plan_variants(
         [variant], checkpoint, max_drop=100.0, strict=False, calibration_method=calibration_method
     )
-    if planned.precision != "int8":
+    if planned.precision != "int8" or planned.format not in FROM_ONNX:
+        why = "by another quantizer" if planned.precision == "int8" else "none of its layers is quantized"
         raise UsageError(
-            f"{planned.slug}: none of its layers is quantized, so there is no such error to explain",
-            hint="onnx-int8 and onnx-int8-prunedNN can be explained",
+            f"{planned.slug}: {why}, so there is no such error to explain",
+            hint="onnx-int8 and openvino-int8 can be explained, each also with -prunedNN",
         )
     # The layers are those of the model inside, whatever is around it.
     planned = planned.model_copy(update={"raw": False})
@@ -390,7 +394,7 @@ class _Export:
             ) from None
 
     def _record(self, variant: Variant) -> ExportRecord:
-        static_int8 = variant.precision == "int8"
+        static_int8 = variant.precision == "int8" and variant.format in FROM_ONNX
         return record_export(
             self.checkpoint, variant, sha256=self.digest, calibration=self.calibration,
             answers=self.answers, command=self.command,
@@ -405,7 +409,7 @@ class _Export:
 
     def _can_repair(self, variant: Variant, structure: _Structure) -> bool:
         """Whether int8 is what loses too much, and layers may be returned: pruning may have lost it before."""
-        if variant.precision != "int8" or not self.repair:
+        if variant.precision != "int8" or variant.format not in FROM_ONNX or not self.repair:
             return False
         plain = self._face(variant.model_copy(update={"raw": False}))
         accuracy = self._accuracy(structure.reference, plain)
@@ -478,7 +482,7 @@ class _Export:
     ) -> Exported:
         request = replace(self._request(variant, structure, folder, title), excluded=excluded)
         exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
-        for path in (exported.path, *exported.extra.values()):
+        for path in exported.files.values():
             check_no_machine_paths(path, title=title)
         return exported
 
@@ -502,7 +506,7 @@ class _Export:
 
     def _draft(self, variant: Variant, structure: _Structure, exported: Exported) -> Artifact:
         """The artifact as the runtime needs it, before anything was measured; it is never written."""
-        path, face = exported.path, self._face(variant)
+        face = self._face(variant)
         nothing = Parity(
             provider="", batches=(), samples=0, max_abs=0, max_rel=0, sqnr_db=None, agreement=0, tolerance=Tolerance()
         )
@@ -525,8 +529,8 @@ class _Export:
                 command=tuple(portable_argument(argument) for argument in self.command),
                 notes={**self.notes, **structure.notes, **exported.notes},
             ),
-            files={role: _payload(path) for role, path in {"model": path, **exported.extra}.items()},
-        ).located_at(path.parent)
+            files={role: _payload(path) for role, path in exported.files.items()},
+        ).located_at(exported.path.parent)
 
     def _gate(self, draft: Artifact, structure: _Structure) -> Artifact:
         """Parity against the same structure, then accuracy against the dense checkpoint."""
@@ -568,8 +572,7 @@ class _Export:
     def _write(self, artifact: Artifact, structure: _Structure, exported: Exported, directory: Path) -> Artifact:
         with DirectoryWriter(directory) as writer:
             files = {
-                "model": writer.add_file(exported.path.name, exported.path),
-                **{role: writer.add_file(f"{role}{path.suffix}", path) for role, path in exported.extra.items()},
+                **_stored(writer, exported),
                 "samples": writer.add("samples.safetensors", self._carried(artifact.variant, structure).to_bytes()),
                 ROLE: writer.add(FILE_NAME, self._record(artifact.variant).to_json().encode()),
             }
@@ -618,6 +621,15 @@ class _Export:
 
     def _feed(self, samples: Samples) -> Feed:
         return samples.feed(self.checkpoint.spec.preprocess, self.signature.inputs[0].name)
+
+
+def _stored(writer: DirectoryWriter, exported: Exported) -> dict[str, Payload]:
+    """The model's files among the payloads, by role."""
+    if exported.together:
+        payloads = writer.add_together("model", list(exported.files.values()))
+        return dict(zip(exported.files, payloads, strict=True))
+    extra = {role: writer.add_file(f"{role}{path.suffix}", path) for role, path in exported.extra.items()}
+    return {"model": writer.add_file(exported.path.name, exported.path), **extra}
 
 
 def _required(variant: Variant, module: nn.Module) -> tuple[str, ...]:

@@ -20,15 +20,25 @@ AVAILABLE: Mapping[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "int8", "int8dyn", "int8wo"),
     "torchexport": ("fp32", "bf16"),
     "aotinductor": ("fp32", "bf16"),
+    "openvino": ("fp32", "fp16", "bf16", "int8"),
+    "executorch": ("fp32", "int8"),
 }
 _FP8 = "it runs on GPUs of compute capability 8.9 and later (L4, H100), through TensorRT, which is no format here yet"
-_QUANTIZED = "quantized models are written as onnx"
+_QUANTIZED = "quantized models are written as onnx, openvino and executorch"
 # Those whose files can take raw inputs.
 RAW_FORMATS = ("onnx",)
 # Why some of the others are not.
 _WHY_NOT: Mapping[str, str] = {
     "onnx-bf16": "ONNX Runtime's CPU provider has no bfloat16 convolutions and matrix products, torch has",
     "onnx-fp8": _FP8,
+    "executorch-bf16": "XNNPACK computes in fp32 and int8 here",
+    "executorch-fp16": "XNNPACK computes in fp32 and int8 here",
+    "executorch-fp8": _FP8,
+    "executorch-int8dyn": "XNNPACK has it for linear layers alone; executorch-int8 has convolutions too",
+    "executorch-int8wo": "XNNPACK has no form of it; executorch-int8 is as small",
+    "openvino-fp8": _FP8,
+    "openvino-int8dyn": "its operators are ONNX Runtime's own, onnx-int8dyn has them",
+    "openvino-int8wo": "on a CPU it would run what openvino-fp32 runs; onnx-int8wo is as small",
     "torchscript-fp16": "torch's half precision on the CPU is slower than fp32, and torchscript-bf16 is as small",
     "torchscript-fp8": _FP8,
     "torchscript-int8": _QUANTIZED,
@@ -46,6 +56,8 @@ _WHY_NOT: Mapping[str, str] = {
         )
     },
 }
+# Those whose int8 is made of the calibrated ONNX graph: by other methods, and with layers returned to fp32.
+FROM_ONNX = ("onnx", "openvino")
 # With fewer, what recovery holds out says nothing of when to stop.
 MIN_RECOVERY_SAMPLES = 16
 # Beyond these a network is left whole, or with a channel or two a layer.
@@ -144,7 +156,13 @@ def _check_method(method: str, variants: Sequence[Variant]) -> None:
         raise UsageError(
             f"calibration {method} was asked for, and none of the variants is static int8, which alone has calibrated "
             "ranges",
-            hint="add onnx-int8, or leave the method out",
+            hint="add onnx-int8 or openvino-int8, or leave the method out",
+        )
+    others = [v.slug for v in variants if v.precision == "int8" and v.format not in FROM_ONNX]
+    if method != "minmax" and others:
+        raise UsageError(
+            f"calibration {method} was asked for, and {', '.join(others)} has ranges by minmax alone",
+            hint="export it on its own, without the method",
         )
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dlops.artifact import Artifact, open_artifact
+from dlops.artifact import MODEL_ROLES, Artifact, open_artifact
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.console import say
-from dlops.embedded import PREFIX
+from dlops.embedded import PREFIX, RT_INFO
 from dlops.errors import GateError, UsageError
 from dlops.export.pipeline import export_variants
 from dlops.export.record import ExportRecord, read_record
@@ -34,10 +35,11 @@ _SAID: dict[Same, str] = {
 
 
 class Reproduction(Record):
-    """same: the file, byte for byte; or the graph, but for what an ONNX file says of itself; or the outputs for the
-    samples, bit for bit: the bytes of a TorchScript file depend on what else its process has compiled.
+    """same: the file, byte for byte; or the graph, but for what an ONNX or OpenVINO file says of itself; or the outputs
+    for the samples, bit for bit: the bytes of a TorchScript file depend on what else its process has compiled.
 
-    sha256: of the artifact's model file; again: of the one that was made now. differences: what decides the outcome
+    sha256: of the artifact's model file, or of its weights where they alone differ; again: of the one that was made
+    now. differences: what decides the outcome
     and was other now; circumstances: what may move last bits.
     """
 
@@ -107,11 +109,12 @@ def reproduce_artifact(
         )
         now = read_record(again)
         same = _same(original, again, SessionOptions(device=record.settings.device))
+        role = next((name for name in _roles(original) if _digest(original, name) != _digest(again, name)), "model")
         return Reproduction(
             artifact=original.title,
             same=same,
-            sha256=original.files["model"].sha256,
-            again=again.files["model"].sha256,
+            sha256=_digest(original, role),
+            again=_digest(again, role),
             differences=tuple(record.differences(now)),
             circumstances=() if same == "file" else tuple(record.circumstances(now)),
         )
@@ -129,10 +132,11 @@ def _origin(record: ExportRecord) -> Checkpoint:
 
 
 def _same(original: Artifact, again: Artifact, options: SessionOptions) -> Same:
-    if original.files["model"].sha256 == again.files["model"].sha256:
+    if all(_digest(original, role) == _digest(again, role) for role in _roles(original)):
         return "file"
-    if original.variant.format == "onnx":
-        return "graph" if _bare(original) == _bare(again) else "nothing"
+    if original.variant.format in _BARE:
+        bare = _BARE[original.variant.format]
+        return "graph" if bare(original) == bare(again) else "nothing"
     if original.signature != again.signature:
         return "nothing"
     feed = original.samples().inputs
@@ -140,7 +144,15 @@ def _same(original: Artifact, again: Artifact, options: SessionOptions) -> Same:
     return "outputs" if all(np.array_equal(array, after[name]) for name, array in before.items()) else "nothing"
 
 
-def _bare(artifact: Artifact) -> bytes:
+def _roles(artifact: Artifact) -> list[str]:
+    return [role for role in MODEL_ROLES if role in artifact.files]
+
+
+def _digest(artifact: Artifact, role: str) -> Sha256:
+    return artifact.files[role].sha256
+
+
+def _bare_onnx(artifact: Artifact) -> bytes:
     """An ONNX file without what it says of itself."""
     import onnx
 
@@ -150,6 +162,16 @@ def _bare(artifact: Artifact) -> bytes:
     del model.metadata_props[:]
     model.metadata_props.extend(others)
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def _bare_openvino(artifact: Artifact) -> bytes:
+    """An OpenVINO graph without what it says of itself, and the digest of its weights."""
+    graph = artifact.path("model").read_bytes()
+    said = re.compile(rb"<%b>.*</%b>" % (RT_INFO.encode(), RT_INFO.encode()), re.DOTALL)
+    return said.sub(b"", graph) + _digest(artifact, "weights").encode()
+
+
+_BARE: Mapping[str, Callable[[Artifact], bytes]] = {"onnx": _bare_onnx, "openvino": _bare_openvino}
 
 
 def _outputs(artifact: Artifact, feed: Feed, options: SessionOptions) -> Feed:

@@ -42,7 +42,7 @@ def export(request: ExportRequest) -> Exported:
     Raises UsageError where the module has what ONNX cannot hold (the operator is named), GateError where the written
     file's opset, names, dtypes, named dims or weights are others than those asked for.
     """
-    model = _captured(request)
+    model = fp32_graph(request)
     notes: dict[str, str | int | float | bool] = {"opset": OPSET}
     match request.variant.precision:
         case "fp16":
@@ -78,13 +78,33 @@ def export(request: ExportRequest) -> Exported:
     return Exported(path=request.into, extra=extra, notes=notes)
 
 
+def fp32_graph(request: ExportRequest) -> onnx.ModelProto:
+    """The module as an ONNX graph in fp32, captured once for all variants of it.
+
+    Raises UsageError where the module has what ONNX cannot hold; the operator is named.
+    """
+    if "onnx" not in request.captured:
+        model = _to_fp32(request)
+        if (size := weight_bytes(model)) > MAX_INLINE_BYTES:
+            if request.variant.slug.startswith("onnx-fp32"):
+                return model
+            wanted = request.variant.precision if request.variant.format == "onnx" else request.variant.slug
+            raise UsageError(
+                f"{request.title}: its weights take {size:,} bytes in fp32, and what converts an ONNX model to "
+                f"{wanted} takes it as one protobuf message, which ends at 2 GiB",
+                hint="onnx-fp32 is written in two files",
+            )
+        request.captured["onnx"] = model.SerializeToString(deterministic=True)
+    return onnx.load_from_string(request.captured["onnx"])
+
+
 def calibrated(request: ExportRequest) -> Calibrated:
     """The fp32 graph with the ranges that its int8 form is made of, once for a module and a way to choose ranges."""
     key = f"int8 {request.calibration_method}"
     if key not in request.captured:
         assert request.calibration is not None
         request.captured[key] = calibrate(
-            _captured(request), request.calibration, method=request.calibration_method, title=request.title
+            fp32_graph(request), request.calibration, method=request.calibration_method, title=request.title
         )
     found: Calibrated = request.captured[key]
     return found
@@ -130,21 +150,6 @@ def check_written(
     check_precision(model, precision, title=title, min_share=min_share)
 
 
-def _captured(request: ExportRequest) -> onnx.ModelProto:
-    if "onnx" not in request.captured:
-        model = _to_fp32(request)
-        if (size := weight_bytes(model)) > MAX_INLINE_BYTES:
-            if request.variant.precision == "fp32":
-                return model
-            raise UsageError(
-                f"{request.title}: its weights take {size:,} bytes in fp32, and what converts an ONNX model to "
-                f"{request.variant.precision} takes it as one protobuf message, which ends at 2 GiB",
-                hint="onnx-fp32 is written in two files",
-            )
-        request.captured["onnx"] = model.SerializeToString(deterministic=True)
-    return onnx.load_from_string(request.captured["onnx"])
-
-
 def _label(model: onnx.ModelProto, request: ExportRequest) -> None:
     """Let it say of itself what was asked for and nothing else."""
     strip(model)
@@ -154,7 +159,7 @@ def _label(model: onnx.ModelProto, request: ExportRequest) -> None:
 
 def _check_smaller(request: ExportRequest) -> None:
     """Raise GateError where int8 with layers left in fp32 no longer saves anything."""
-    whole = _captured(request)
+    whole = fp32_graph(request)
     _label(whole, request)
     quantized, dense = request.into.stat().st_size, whole.ByteSize()
     if quantized >= dense:

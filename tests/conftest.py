@@ -180,6 +180,26 @@ def digits_artifact(make_digits_artifact: MakeArtifact, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
+def openvino_artifact(digits_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The same classifier as OpenVINO's pair of files; tests must not change the folder."""
+    import openvino as ov
+
+    source, folder = tmp_path_factory.mktemp("openvino") / "model.xml", tmp_path_factory.mktemp("artifact")
+    model = ov.Core().read_model(digits_artifact.path("model"))
+    ov.save_model(model, source, compress_to_fp16=False)
+    with DirectoryWriter(folder / "digits" / "openvino-fp32") as writer:
+        graph, weights = writer.add_together("model", [source, source.with_suffix(".bin")])
+        changes = {
+            "variant": Variant(format="openvino"), "requires": ("openvino",),
+            "files": {
+                "model": graph, "weights": weights,
+                "samples": writer.add_file("samples.safetensors", digits_artifact.path("samples")),
+            },
+        }  # fmt: skip
+        return writer.commit(digits_artifact.model_copy(update=changes))
+
+
+@pytest.fixture(scope="session")
 def working_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A person's folder after a short training and two exports: runs/cnn/short and artifacts/digits-cnn/."""
     from dlops.export.pipeline import export_variants

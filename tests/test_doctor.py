@@ -36,7 +36,8 @@ def findings() -> Findings:
 def test_what_is_installed_here_really_runs(findings: Findings) -> None:
     probes = {probe.name: probe for probe in findings.probes}
     assert set(probes) == set(doctor_probes.PROBES)
-    for name in ("onnxruntime cpu", "torch cpu", "torchscript cpu", "torchvision cpu"):
+    libraries = ("onnxruntime", "openvino", "executorch", "torch", "torchscript", "torchvision")
+    for name in (f"{library} cpu" for library in libraries):
         assert probes[name].status == "ok", probes[name]
     assert "ran on CPUExecutionProvider" in probes["onnxruntime cpu"].reason
 
@@ -54,7 +55,9 @@ def test_findings_survive_json_and_all_of_them_are_shown(findings: Findings) -> 
 
 def test_extras_are_those_of_the_package_and_either_onnxruntime_counts(findings: Findings) -> None:
     extras = {extra.name: extra for extra in findings.extras}
-    assert set(extras) == {"cpu", "gpu", "train", "export", "serve", "bench", "triton", "loadgen", "timm", "optimize"}
+    formats = {"openvino", "executorch"}
+    others = {"cpu", "gpu", "train", "export", "serve", "bench", "triton", "loadgen", "timm", "optimize"}
+    assert set(extras) == others | formats
     assert extras["cpu"].is_complete
     assert "torch" in extras["train"].installed
 
@@ -106,16 +109,16 @@ def test_a_provider_that_was_not_the_one_asked_for_fails(monkeypatch: pytest.Mon
     assert "CUDAExecutionProvider was asked for and CPUExecutionProvider was given" in answer["reason"]
 
 
-@pytest.mark.parametrize("module", ["onnxruntime", "torch"])
+@pytest.mark.parametrize(("module", "count"), [("onnxruntime", 3), ("openvino", 1), ("executorch", 1), ("torch", 5)])
 def test_a_library_that_is_not_installed_is_absent_with_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, module: str
+    monkeypatch: pytest.MonkeyPatch, module: str, count: int
 ) -> None:
     def hidden(*names: str) -> None:
         monkeypatch.setitem(sys.modules, module, None)
 
     hidden()
     names = [name for name in doctor_probes.PROBES if name.startswith(module)]
-    assert len(names) > 2
+    assert len(names) == count
     for name in names:
         assert doctor_probes.run_probe(name) == {"status": "absent", "reason": f"{module} is not installed"}
         assert doctor._advice(name, absent=True)

@@ -6,6 +6,8 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
 
 import onnx
 import pytest
@@ -40,12 +42,22 @@ def write_zip(path: Path, members: Mapping[str, bytes], *, compression: int = zi
     return path
 
 
-def test_both_formats_give_back_what_was_written(digits_artifact: Artifact, said: Embedded, tmp_path: Path) -> None:
+def write_openvino(path: Path, texts: Mapping[str, str], *, before: str = "", name: str = "net") -> Path:
+    said = "".join(f"<{key} value={quoteattr(text)} />" for key, text in texts.items())
+    layers = '<layers><layer id="0"><rt_info><dlops><name value="a layer" /></dlops></rt_info></layer></layers>'
+    path.write_text(f"""<?xml version="1.0"?>
+{before}<{name} name="dlops">{layers}<rt_info><dlops>{said}</dlops><other value="1" /></rt_info></{name}>""")
+    return path
+
+
+def test_every_format_gives_back_what_was_written(digits_artifact: Artifact, said: Embedded, tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "a.onnx", digits_artifact, {"author": "me", **said.to_entries()})
     assert read_embedded(path) == ("onnx", said)
     assert onnx_metadata(path)["author"] == "me"
     path = write_zip(tmp_path / "a.pt", {f"extra/{EXTRA_FILE}": said.to_json().encode()})
     assert read_embedded(path) == ("torchscript", said)
+    path = write_openvino(tmp_path / "a.xml", said.to_texts())
+    assert read_embedded(path) == ("openvino", said)
 
 
 def test_the_keys_are_those_that_are_documented(said: Embedded) -> None:
@@ -98,15 +110,15 @@ def too_much(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("alter", "words"),
     [
-        (lambda _: b"", "neither an ONNX nor a TorchScript file"),
-        (lambda _: b"# a text\n" * 50, "neither an ONNX nor a TorchScript file"),
-        (cut, "neither an ONNX nor a TorchScript file, or cut short"),
-        (lambda content: content + b"\x72", "neither an ONNX nor a TorchScript file"),
+        (lambda _: b"", "no ONNX, OpenVINO or TorchScript file"),
+        (lambda _: b"# a text\n" * 50, "no ONNX, OpenVINO or TorchScript file"),
+        (cut, "no ONNX, OpenVINO or TorchScript file, or cut short"),
+        (lambda content: content + b"\x72", "no ONNX, OpenVINO or TorchScript file"),
         # A string of invalid UTF-8; a length that leads past the end; fields without end.
-        (lambda content: content + b"\x72\x03\x0a\x01\xff", "neither an ONNX nor a TorchScript file"),
-        (lambda content: content + b"\x72\xff\xff\xff\xff\x7f", "neither an ONNX nor a TorchScript file"),
-        (lambda content: content + b"\x28\x01" * 100_000, "neither an ONNX nor a TorchScript file"),
-        (lambda content: content + b"\xff" * 11, "neither an ONNX nor a TorchScript file"),
+        (lambda content: content + b"\x72\x03\x0a\x01\xff", "no ONNX, OpenVINO or TorchScript file"),
+        (lambda content: content + b"\x72\xff\xff\xff\xff\x7f", "no ONNX, OpenVINO or TorchScript file"),
+        (lambda content: content + b"\x28\x01" * 100_000, "no ONNX, OpenVINO or TorchScript file"),
+        (lambda content: content + b"\xff" * 11, "no ONNX, OpenVINO or TorchScript file"),
         (too_much, "bytes of metadata"),
     ],
 )
@@ -174,3 +186,31 @@ def test_an_extra_file_that_is_no_object_is_refused(text: bytes, tmp_path: Path)
 def test_a_file_that_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         describe_file(tmp_path / "absent.onnx")
+
+
+_BOMB = '<!DOCTYPE net [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;&a;&a;">]>\n'
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"before": _BOMB}, CorruptError, "it declares a document type"),
+        ({"name": "svg"}, CorruptError, "XML, and no OpenVINO graph: it begins with <svg>"),
+        ({"texts": {}}, UsageError, "an OpenVINO graph that does not say what it is"),
+        ({"texts": {"name": "x" * (MAX_METADATA_BYTES + 1)}}, CorruptError, "bytes of metadata"),
+        ({"texts": {"schema": "1", "labels": "[oops"}}, CorruptError, "not those that dlops writes"),
+    ],
+)
+def test_xml_that_says_nothing_or_nonsense_is_named(
+    tmp_path: Path, changes: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    path = write_openvino(tmp_path / "a.xml", **{"texts": {"name": "x"}, **changes})
+    with pytest.raises(kind, match=said):
+        read_embedded(path)
+
+
+def test_xml_that_is_cut_short_is_named(said: Embedded, tmp_path: Path) -> None:
+    path = write_openvino(tmp_path / "a.xml", said.to_texts())
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CorruptError, match="not an OpenVINO graph, or cut short"):
+        read_embedded(path)

@@ -278,3 +278,11 @@ def test_markdown_has_a_table_a_target_with_bars_escaped(example) -> None:
     text = to_markdown(with_profiles(example(), made_up()).report)
     assert "| node_2 | Gemm\\|x | 1 | 10.0% |" in text
     assert "where the time goes" not in to_markdown(example().report)
+
+
+def test_a_format_that_has_no_profiler_is_named_and_no_process_is_started(openvino_artifact) -> None:
+    chosen = subjects([openvino_artifact], checkpoint=None, model=None, compiled=False)
+    ((target, found),) = profile_each(chosen, batch=1, options=ONE_THREAD)
+    assert target == "digits/openvino-fp32"
+    assert isinstance(found, UsageError)
+    assert "no profiler for openvino here" in found.message

@@ -84,10 +84,11 @@ def save_digits(directory: Path, model: nn.Module, **changes: object) -> Checkpo
 
 DENSE = (
     "torchscript-fp32", "torchscript-bf16", "onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int8dyn", "onnx-int8wo",
+    "openvino-fp32", "openvino-fp16", "openvino-bf16", "openvino-int8",
 )  # fmt: skip
 PRUNED = (
     "onnx-fp32-pruned50", "onnx-int8-pruned50", "onnx-int8dyn-pruned50", "onnx-int8wo-pruned50",
-    "torchscript-fp32-pruned50", "torchscript-bf16-pruned50",
+    "torchscript-fp32-pruned50", "torchscript-bf16-pruned50", "openvino-int8-pruned50",
 )  # fmt: skip
 SaveDigits = Callable[..., Checkpoint]
 
@@ -96,7 +97,7 @@ SaveDigits = Callable[..., Checkpoint]
 def one_thread() -> Iterator[None]:
     """Two threads on networks of this size wait for each other, on a busy machine for minutes."""
     with pytest.MonkeyPatch.context() as patch:
-        for runtime in ("eager", "onnxruntime"):
+        for runtime in ("eager", "onnxruntime", "openvino", "executorch"):
             patch.setattr(f"dlops.runtimes.{runtime}.available_cores", lambda: 1)
         before = torch.get_num_threads()
         torch.set_num_threads(1)
