@@ -208,14 +208,22 @@ def _construct(spec: ModelSpec, model: ModuleSource | None) -> nn.Module:
             f"the checkpoint holds the weights of {spec.source or 'a module of your own'}, not its code",
             hint="pass --model python:package.module:function (in Python: model=...)",
         )
-    if is_family(spec.builder):
-        build = find_builder(spec.builder, spec.kwargs)
+    return construct(spec.builder, spec.kwargs)
+
+
+def construct(builder: str, kwargs: Mapping[str, JsonValue]) -> nn.Module:
+    """The untrained network of a catalog name, "torchvision:NAME" or "timm:NAME".
+
+    Raises UsageError for an unknown name and for arguments that the builder refuses.
+    """
+    if is_family(builder):
+        build = find_builder(builder, kwargs)
     else:
-        build = catalog.resolve(catalog.BUILDERS, "model builder", spec.builder)
+        build = catalog.resolve(catalog.BUILDERS, "model builder", builder)
     try:
-        made: nn.Module = build(**spec.kwargs)
+        made: nn.Module = build(**kwargs)
     except (TypeError, ValueError, AttributeError) as error:
-        raise _failed(f"building {spec.builder} with {spec.kwargs}", error) from error
+        raise _failed(f"building {builder} with {kwargs}", error) from error
     return made
 
 

@@ -31,14 +31,15 @@ def write_checkpoint(
     state: State,
     run: Run,
     device: torch.device,
-    name: str | None,
+    name: str,
+    builder: str,
     kwargs: Mapping[str, JsonValue],
     config: Mapping[str, JsonValue],
     seed: int,
 ) -> Checkpoint:
     """Load the best epoch's weights into `network`, measure it on test, write the checkpoint, drop the resume state.
 
-    The builder is the recipe's name.
+    name: of the checkpoint. builder, kwargs: what built the network.
     """
     network.load_state_dict(state.best_weights)
     # In the layout that everyone else builds it in.
@@ -64,8 +65,8 @@ def write_checkpoint(
         calibration=chosen_samples(data.train, MAX_CALIBRATION, MAX_CALIBRATION_BYTES),
         labels=data.labels,
         preprocess=images.preprocess,
-        name=name or f"{data.name}-{run.recipe}",
-        builder=run.recipe,
+        name=name,
+        builder=builder,
         kwargs=kwargs,
         recipe=run.recipe,
         config=config,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 from torch import nn
 
-from dlops.checkpoint import NAME_PATTERN, Checkpoint, load_checkpoint
+from dlops.checkpoint import NAME_PATTERN, Checkpoint, construct, load_checkpoint
 from dlops.console import Bar, progress_bar, say
+from dlops.errors import UsageError
 from dlops.train.batches import derived_seed, training_batches
 from dlops.train.curves import open_curves
 from dlops.train.data.source import open_data
@@ -19,13 +20,17 @@ from dlops.train.devices import Accelerator, Precision, check_finite, launch, ma
 from dlops.train.evaluation import validate
 from dlops.train.finish import write_checkpoint
 from dlops.train.images import MIN_SIZE, Images, prepare
-from dlops.train.models.cnn import cnn, numbers_for
+from dlops.train.models.cnn import numbers_for
 from dlops.train.optimizers import OptimizerName, build_optimizer, set_learning_rate
 from dlops.train.run import Run
 from dlops.train.schedules import warmup_cosine
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+Network = Literal["cnn", "resnet20", "resnet18"]
+# Below it the last stage of resnet18, a 32nd of the size, would be a single pixel and its batch norm without a spread.
+_RESNET18_MIN = 64
 
 
 class Config(BaseModel):
@@ -35,19 +40,21 @@ class Config(BaseModel):
 
     # The data. digits needs no download.
     data: str = Field("digits", min_length=1, description="digits, mnist, cifar10, cifar100, a folder or a .tar.gz")
-    name: str | None = Field(None, pattern=NAME_PATTERN, description="the checkpoint's name; null: <data>-cnn")
+    name: str | None = Field(None, pattern=NAME_PATTERN, description="the checkpoint's name; null: <data>-<network>")
     image_size: int | None = Field(None, ge=MIN_SIZE, le=1024, description="height and width; null: the images' own")
     channels: Literal[1, 3] | None = Field(None, description="1 grey, 3 colour; null: grey where every image is")
     skip_corrupt: bool = Field(False, description="leave out images that cannot be decoded instead of refusing")
     # Not the seed: runs with different seeds report on the same test images.
     split_seed: int = Field(0, ge=0, description="which images are split off as test and validation")
 
-    # The network.
+    # The network. cnn has no branches, so that all of it can be pruned and quantized; resnet20 (He et al. 2016) is for
+    # images of about 32 pixels, resnet18 (torchvision's) for photos of about 224, both from random weights.
+    network: Network = Field("cnn", description="resnet20 suits small images, resnet18 photos")
     widths: tuple[int, ...] | None = Field(
-        None, min_length=1, max_length=8, description="channels of each stage; null: by image size"
+        None, min_length=1, max_length=8, description="of cnn: channels of each stage; null: by image size"
     )
-    depth: int = Field(2, ge=1, le=8, description="convolutions a stage")
-    dropout: float = Field(0.0, ge=0, lt=1, description="before the last layer")
+    depth: int = Field(2, ge=1, le=8, description="of cnn: convolutions a stage")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of cnn: before the last layer")
 
     # The optimization. AdamW reaches its accuracy at one learning rate over all these data sets; SGD needs it tuned.
     epochs: int | None = Field(None, ge=1, le=10_000, description="passes over the training images")
@@ -78,6 +85,49 @@ class Config(BaseModel):
     precision: Precision = Field("fp32", description="bf16 is mixed precision")
     # Decoded images lie in memory; workers pay off only where augmenting large ones takes longer than training.
     num_workers: int = Field(0, ge=0, le=64, description="processes that augment ahead of training")
+
+    @field_validator("widths", "depth", "dropout")
+    @classmethod
+    def _only_of_cnn(cls, value: object, info: ValidationInfo) -> object:
+        network = info.data.get("network", "cnn")
+        if network != "cnn" and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError(f"{network} has its own; this is a setting of the network cnn")
+        return value
+
+
+class Built(NamedTuple):
+    """A network by its builder's name and arguments, as a checkpoint records it."""
+
+    builder: str
+    kwargs: dict[str, JsonValue]
+
+
+def built(config: Config, images: Images) -> Built:
+    """What the config and the data ask for. Raises UsageError where the network does not take such images."""
+    channels, height, width = images.shape
+    match config.network:
+        case "cnn":
+            numbers = numbers_for(height, width)
+            kwargs: dict[str, JsonValue] = {
+                "in_channels": channels,
+                "classes": images.classes,
+                "widths": list(config.widths or numbers.widths),
+                "depth": config.depth,
+                "first_stride": numbers.first_stride,
+                "dropout": config.dropout,
+            }
+            return Built("cnn", kwargs)
+        case "resnet20":
+            return Built("resnet", {"in_channels": channels, "classes": images.classes, "blocks": [3, 3, 3]})
+        case "resnet18":
+            if channels != 3:
+                raise UsageError("resnet18 takes colour images, and these are grey", hint="add --set channels=3")
+            if min(height, width) < _RESNET18_MIN:
+                raise UsageError(
+                    f"resnet18 takes a 32nd of the size: nothing would be left of {height}×{width} pixels",
+                    hint="take network=resnet20, or larger images: --set image_size=224",
+                )
+            return Built("torchvision:resnet18", {"num_classes": images.classes})
 
 
 def train(config: Config, run: Run) -> Checkpoint:
@@ -110,18 +160,11 @@ def train(config: Config, run: Run) -> Checkpoint:
 def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) -> None:
     """The loop, in each process: train an epoch, validate, keep the best weights, save the state."""
     run.set_threads(processes=fabric.world_size)
-    channels, height, width = images.shape
-    kwargs: dict[str, JsonValue] = {
-        "in_channels": channels,
-        "classes": images.classes,
-        "widths": list(config.widths or numbers_for(height, width).widths),
-        "depth": config.depth,
-        "first_stride": numbers_for(height, width).first_stride,
-        "dropout": config.dropout,
-    }
+    builder, kwargs = built(config, images)
+    name = config.name or f"{images.data.name}-{config.network}"
     seed_all(derived_seed(config.seed))
     # Channels last is the layout that convolutions want, on CPUs and GPUs alike.
-    network = cnn(**kwargs).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+    network = construct(builder, kwargs).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(
         config.optimizer, network, lr=plan.lr, weight_decay=plan.weight_decay, momentum=config.momentum
     )
@@ -132,7 +175,7 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
     first = fabric.is_global_zero
     steps = plan.epochs * plan.steps_per_epoch(len(images.train)) if first else 0
     with (
-        progress_bar(f"training {images.data.name}-{run.recipe}", total=steps) as bar,
+        progress_bar(f"training {name}", total=steps) as bar,
         open_curves(run.directory, from_epoch=state.epoch, enabled=first) as curves,
     ):
         bar.advance(state.epoch * plan.steps_per_epoch(len(images.train)) if first else 0)
@@ -154,7 +197,8 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
             state=state,
             run=run,
             device=fabric.device,
-            name=config.name,
+            name=name,
+            builder=builder,
             kwargs=kwargs,
             config=as_run(config.model_dump(mode="json"), plan),
             seed=config.seed,
