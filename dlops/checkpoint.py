@@ -14,7 +14,7 @@ from dlops import catalog
 from dlops.builders import find_builder, is_family
 from dlops.environment import Environment
 from dlops.errors import CorruptError, UsageError, from_os_error, missing_package
-from dlops.manifest import Manifest, Record, newest_manifest, read_manifest
+from dlops.manifest import Manifest, Record, Sha256, newest_manifest, read_manifest
 from dlops.preprocess import Preprocess
 from dlops.samples import Samples, read_samples
 from dlops.signature import Signature, TensorSpec
@@ -57,8 +57,19 @@ class ModelSpec(Record):
     pruning: PruningRecord | None = None
 
 
+class DenseOrigin(Record):
+    """The dense checkpoint that a pruned one was cut from. sha256: of its manifest."""
+
+    name: str
+    version: str
+    sha256: Sha256
+
+
 class Checkpoint(Manifest):
-    """checkpoint.json: files hold the roles weights, evaluation and, where it was given, calibration."""
+    """checkpoint.json: files hold the roles weights, evaluation and, where it was given, calibration.
+
+    dense: where it is pruned and to be judged by the dense model: its evaluation samples then carry the dense outputs.
+    """
 
     file_name: ClassVar[str] = "checkpoint.json"
     required_roles: ClassVar[tuple[str, ...]] = ("weights", "evaluation")
@@ -69,6 +80,7 @@ class Checkpoint(Manifest):
     name: str = Field(pattern=NAME_PATTERN)
     version: str = "1"
     spec: ModelSpec
+    dense: DenseOrigin | None = None
     signature: Signature
     recipe: str | None = None
     config: dict[str, JsonValue] = {}
