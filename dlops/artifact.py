@@ -65,9 +65,12 @@ class Variant(Record):
 
 
 def check_sparsity(sparsity: str | None, *, where: str) -> None:
-    """Raise UsageError unless it is None, prunedNN or sparseNN."""
+    """Raise UsageError unless it is None, prunedNN, sparseNN or sparse24."""
     if sparsity is not None and not (_SPARSITY.fullmatch(sparsity) and sparsity[-2:] != "00"):
-        raise UsageError(f"{where}: unknown sparsity {sparsity!r}", hint="prunedNN, NN % of the MACs: pruned50, say")
+        raise UsageError(
+            f"{where}: unknown sparsity {sparsity!r}",
+            hint="prunedNN (NN % of the MACs removed), sparseNN (NN % of the weights zero), or sparse24 (2 of every 4)",
+        )
 
 
 class Tolerance(Record):

@@ -14,6 +14,7 @@ from dlops.errors import DlopsError, MachineError, missing_package, unknown_name
 BUILDERS: Mapping[str, str] = {
     "mlp": "dlops.train.models.mlp:mlp",
     "cnn": "dlops.train.models.cnn:cnn",
+    "resnet": "dlops.train.models.resnet:resnet",
 }
 RECIPES: Mapping[str, str] = {
     "mlp": "dlops.train.recipes.mlp",

@@ -14,7 +14,7 @@ from dlops import catalog
 from dlops.builders import find_builder, is_family
 from dlops.environment import Environment
 from dlops.errors import CorruptError, UsageError, from_os_error, missing_package
-from dlops.manifest import Manifest, Record, newest_manifest, read_manifest
+from dlops.manifest import Manifest, Record, Sha256, newest_manifest, read_manifest
 from dlops.preprocess import Preprocess
 from dlops.samples import Samples, read_samples
 from dlops.signature import Signature, TensorSpec
@@ -57,8 +57,19 @@ class ModelSpec(Record):
     pruning: PruningRecord | None = None
 
 
+class DenseOrigin(Record):
+    """The dense checkpoint that a pruned one was cut from. sha256: of its manifest."""
+
+    name: str
+    version: str
+    sha256: Sha256
+
+
 class Checkpoint(Manifest):
-    """checkpoint.json: files hold the roles weights, evaluation and, where it was given, calibration."""
+    """checkpoint.json: files hold the roles weights, evaluation and, where it was given, calibration.
+
+    dense: where it is pruned and to be judged by the dense model: its evaluation samples then carry the dense outputs.
+    """
 
     file_name: ClassVar[str] = "checkpoint.json"
     required_roles: ClassVar[tuple[str, ...]] = ("weights", "evaluation")
@@ -69,6 +80,7 @@ class Checkpoint(Manifest):
     name: str = Field(pattern=NAME_PATTERN)
     version: str = "1"
     spec: ModelSpec
+    dense: DenseOrigin | None = None
     signature: Signature
     recipe: str | None = None
     config: dict[str, JsonValue] = {}
@@ -208,14 +220,22 @@ def _construct(spec: ModelSpec, model: ModuleSource | None) -> nn.Module:
             f"the checkpoint holds the weights of {spec.source or 'a module of your own'}, not its code",
             hint="pass --model python:package.module:function (in Python: model=...)",
         )
-    if is_family(spec.builder):
-        build = find_builder(spec.builder, spec.kwargs)
+    return construct(spec.builder, spec.kwargs)
+
+
+def construct(builder: str, kwargs: Mapping[str, JsonValue]) -> nn.Module:
+    """The untrained network of a catalog name, "torchvision:NAME" or "timm:NAME".
+
+    Raises UsageError for an unknown name and for arguments that the builder refuses.
+    """
+    if is_family(builder):
+        build = find_builder(builder, kwargs)
     else:
-        build = catalog.resolve(catalog.BUILDERS, "model builder", spec.builder)
+        build = catalog.resolve(catalog.BUILDERS, "model builder", builder)
     try:
-        made: nn.Module = build(**spec.kwargs)
+        made: nn.Module = build(**kwargs)
     except (TypeError, ValueError, AttributeError) as error:
-        raise _failed(f"building {spec.builder} with {spec.kwargs}", error) from error
+        raise _failed(f"building {builder} with {kwargs}", error) from error
     return made
 
 

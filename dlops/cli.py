@@ -23,6 +23,7 @@ from dlops.cli_common import (
 )
 from dlops.cli_export import export
 from dlops.cli_optimize import optimize
+from dlops.cli_prune import prune
 from dlops.explain import complain, explain
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class _Boundary(StrEnum):
 def train(
     recipe: Annotated[str, typer.Argument(help="cnn or mlp.")],
     data: Annotated[str | None, typer.Option(help="Data set, folder or .tar.gz; short for --set data=…")] = None,
+    init: Annotated[str | None, typer.Option(help="A checkpoint to fine-tune; short for --set init=…")] = None,
     preset: Annotated[str | None, typer.Option(help="A named configuration of the recipe.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML over the preset.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over preset and file.")] = None,
@@ -83,7 +85,7 @@ def train(
     if help_config:
         print_result(launch.describe(recipe))
         return
-    overrides = [*(set_ or []), *([f"data={data}"] if data else [])]
+    overrides = [*(set_ or []), *([f"data={data}"] if data else []), *([f"init={init}"] if init else [])]
     settings = launch.configure(recipe, preset=preset, config_file=config, overrides=overrides)
     checkpoint = launch.train_recipe(recipe, settings, run_dir=run_dir, resume=resume)
     print_result(checkpoint.directory)
@@ -91,6 +93,7 @@ def train(
 
 app.command()(export)
 app.command()(optimize)
+app.command()(prune)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +26,7 @@ def export(
     precision: Annotated[
         list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")
     ] = None,
-    sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN (NN % of the MACs); repeatable.")] = None,
+    sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN, sparseNN, sparse24; repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of the task's metric that may be lost.")] = 1.0,
     strict: Annotated[bool, typer.Option(help="Hold the interval's bound to --max-drop, not the estimate.")] = False,
@@ -44,6 +45,13 @@ def export(
     image_size: Annotated[
         str | None,
         typer.Option(metavar="HxW", help="Of all raw images: --embed-preprocess then resizes and crops too."),
+    ] = None,
+    recovery_budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="For recovery after pruning; 600 if left out.")
+    ] = None,
+    prune_to_latency: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Prune as little as makes one sample's p50 this or less: 5ms, 800us."),
     ] = None,
     explain_: Annotated[
         str | None,
@@ -99,8 +107,12 @@ def export(
         usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
     if explain_ and (variant or format_ or precision or sparsity):
         usage("--explain names the variant that it explains, and exports none", "leave out the other variants")
+    if prune_to_latency and sparsity:
+        usage("--prune-to-latency finds the sparsity", "leave out --sparsity")
+    target_s = _seconds(prune_to_latency) if prune_to_latency else None
     if explain_:
         gates = {"--max-drop", "--strict", "--repair", "--force", "--worth", "--embed-preprocess", "--image-size"}
+        gates |= {"--recovery-budget", "--prune-to-latency"}
         if given := [option for option in given_options(context, but=set()) if option in gates]:
             usage(f"{', '.join(given)}: for what is exported, and --explain exports nothing", "leave it out")
     slugs = variant or _slugs(format_ or ["onnx"], precision or ["fp32"], sparsity or ["dense"])
@@ -134,6 +146,7 @@ def export(
         from dlops.checkpoint import import_model_source
 
         source = import_model_source(model) if model else None
+    from dlops.export.formats import BUDGET_S
     from dlops.export.pipeline import export_variants, rank_variant
 
     if explain_:
@@ -144,6 +157,15 @@ def export(
         print_result(render_table(ranking))
         say(f"page: {write_page(ranking, out or Path('reports'))}")
         return
+    if target_s is not None:
+        from dlops.export.pipeline import prune_to_latency as fitted
+
+        slugs = [
+            fitted(
+                found, variant=slug, target_s=target_s, model=source, calibration_method=calibration, device=device
+            ).variant.slug
+            for slug in slugs
+        ]  # fmt: skip
     artifacts = export_variants(
         found,
         variants=slugs,
@@ -157,6 +179,7 @@ def export(
         image_size=size,
         device=device,
         force=force,
+        recovery_budget_s=BUDGET_S if recovery_budget is None else recovery_budget,
         command=command_line(),
     )
     for artifact in artifacts:
@@ -169,6 +192,14 @@ def _image_size(text: str) -> tuple[int, int]:
     if not (separator and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         usage(f"--image-size {text!r}: not a height and a width in pixels", "--image-size 480x640, say")
     return int(height), int(width)
+
+
+def _seconds(text: str) -> float:
+    """`5ms`, `800us` or `0.1s` in seconds."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(us|ms|s)", text.strip())
+    if match is None or not float(match[1]):
+        usage(f"--prune-to-latency {text!r}: a time above 0 with its unit is wanted", "5ms, 800us or 0.1s, say")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
 
 
 def _reproduce(

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import JsonValue, ValidationError
 
 from dlops import catalog
-from dlops.checkpoint import Checkpoint, ModelSpec, PruningRecord, misfits, rebuild
+from dlops.checkpoint import Checkpoint, DenseOrigin, ModelSpec, PruningRecord, misfits, rebuild
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import InputError, UsageError, unknown_name
@@ -44,6 +44,7 @@ def save_checkpoint(
     builder: str | None = None,
     kwargs: Mapping[str, JsonValue] | None = None,
     pruning: PruningRecord | None = None,
+    dense: DenseOrigin | None = None,
     recipe: str | None = None,
     config: Mapping[str, JsonValue] | None = None,
     metrics: Mapping[str, JsonValue] | None = None,
@@ -94,7 +95,7 @@ def save_checkpoint(
     if builder is not None:
         _check_rebuilds(model, spec, signature)
     with DirectoryWriter(directory) as writer:
-        files = {"weights": writer.add("weights.safetensors", _weights_bytes(model))}
+        files = {"weights": writer.add("weights.safetensors", weights_bytes(model))}
         for split, samples in splits.items():
             files[split] = writer.add(f"{split}.safetensors", samples.to_bytes())
         try:
@@ -103,6 +104,7 @@ def save_checkpoint(
                 version=version,
                 created=datetime.now(UTC),
                 spec=spec,
+                dense=dense,
                 signature=signature,
                 recipe=recipe,
                 config=dict(config or {}),
@@ -199,7 +201,8 @@ def _few(samples: Samples, preprocess: Preprocess | None, *, max_batch: int) -> 
     return few.feed(preprocess, "input")
 
 
-def _weights_bytes(model: nn.Module) -> bytes:
+def weights_bytes(model: nn.Module) -> bytes:
+    """A module's parameters and buffers as a safetensors file."""
     from safetensors.torch import save
 
     # Tied weights are stored once a name: safetensors refuses tensors that share memory.

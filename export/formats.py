@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 # How static int8 chooses the range of an activation.
 Calibration = Literal["minmax", "entropy", "percentile"]
 CALIBRATIONS: tuple[Calibration, ...] = ("minmax", "entropy", "percentile")
+# How far from the asked fraction of the MACs a pruned model may be: widths are whole blocks.
+PRUNING_TOLERANCE = 0.02
+# Of recovery, in seconds, where nothing else was said; where it is not reached the same seed gives the same weights.
+BUDGET_S = 600.0
 # The batch that graphs are captured with: 1 would be taken for a constant, and so might a size of the network.
 EXAMPLE_BATCH = 3
 # One folder name says nothing ("/app"), and would be found by chance among the weights.

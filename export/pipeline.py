@@ -29,15 +29,24 @@ from dlops.artifact import (
     Worth,
     open_artifact,
 )
-from dlops.checkpoint import Checkpoint, load_checkpoint
+from dlops.checkpoint import Checkpoint, DenseOrigin, load_checkpoint
 from dlops.console import say
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import CorruptError, DlopsError, GateError, InputError, LossError, UsageError, from_os_error
+from dlops.export import latency
 from dlops.export.accuracy import at_chance, check_drop, measure_accuracy
 from dlops.export.cases import check_cases, make_cases
 from dlops.export.existing import unchanged_artifact
-from dlops.export.formats import Calibration, Exported, ExportRequest, check_no_machine_paths, portable_argument
+from dlops.export.formats import (
+    BUDGET_S,
+    Calibration,
+    Exported,
+    ExportRequest,
+    check_no_machine_paths,
+    portable_argument,
+)
+from dlops.export.latency import Fitted, fit_latency
 from dlops.export.layers import Ranking, rank_layers
 from dlops.export.module import check_module, eager_outputs
 from dlops.export.origin import checkpoint_digest
@@ -47,10 +56,11 @@ from dlops.export.prune import prune
 from dlops.export.quantize import spread
 from dlops.export.raw_inputs import RawInputs, Size, plan_raw
 from dlops.export.record import FILE_NAME, ROLE, ExportRecord, Settings, answers_of, embedded_in, record_export
-from dlops.export.recover import recover
+from dlops.export.reduce import Lessons, reduced
 from dlops.export.repair import repair_int8
 from dlops.export.to_onnx import calibrated
 from dlops.export.worth import narrowed_widths, parent_of, weigh, worth_text
+from dlops.export.zeros import check_zeros
 from dlops.manifest import Payload, sha256_of
 from dlops.parity import run_batched, self_test
 from dlops.preprocess import Preprocess
@@ -90,6 +100,7 @@ def export_variants(
     image_size: Size | None = None,
     device: Device = "cpu",
     force: bool = False,
+    recovery_budget_s: float = BUDGET_S,
     command: Sequence[str] = (),
 ) -> list[Artifact]:
     """Write `out/<name>/<slug>/` for each variant that passes its gates, and return those artifacts in order.
@@ -103,6 +114,7 @@ def export_variants(
     (height, width) of all images that a variant of raw inputs is to take, for one that resizes or crops itself (left
     out, that stays outside of the file). device: where pruned models are recovered and the gates run. force: make a
     variant anew where it lies there already, unchanged, which is otherwise kept as it is.
+    recovery_budget_s: how long a pruned or sparse model may take to recover, once for all of its variants.
 
     A variant that fails leaves an older artifact of it untouched, and the others are still made. Then GateError lists
     each that failed and why. Raises UsageError, before any work, for what cannot be made.
@@ -111,7 +123,7 @@ def export_variants(
         export_each(
             checkpoint, variants=variants, out=out, model=model, max_drop=max_drop, strict=strict,
             calibration_method=calibration_method, repair=repair, worth=worth, image_size=image_size,
-            device=device, force=force, command=command,
+            device=device, force=force, recovery_budget_s=recovery_budget_s, command=command,
         )
     )  # fmt: skip
     made = [result for _, result in results if isinstance(result, Artifact)]
@@ -135,6 +147,7 @@ def export_each(
     image_size: Size | None = None,
     device: Device = "cpu",
     force: bool = False,
+    recovery_budget_s: float = BUDGET_S,
     command: Sequence[str] = (),
 ) -> Iterator[tuple[Variant, Artifact | GateError | UsageError]]:
     """`export_variants` one variant at a time: each with its artifact, or with the error that refused it."""
@@ -142,8 +155,9 @@ def export_each(
         checkpoint = load_checkpoint(checkpoint)
     checkpoint_digest(checkpoint)
     planned = plan_variants(
-        variants, checkpoint, max_drop=max_drop, strict=strict, calibration_method=calibration_method
-    )
+        variants, checkpoint, max_drop=max_drop, strict=strict, calibration_method=calibration_method,
+        recovery_budget_s=recovery_budget_s,
+    )  # fmt: skip
     if image_size is not None and not any(variant.raw for variant in planned):
         raise UsageError(
             "an image size was given, and no variant takes raw images", hint="--embed-preprocess, or onnx-fp32-raw, say"
@@ -153,7 +167,7 @@ def export_each(
         device=device, force=force, command=command, calibrates=any(map(needs_calibration, planned)),
         calibration_method=calibration_method,
         raw=plan_raw(checkpoint, image_size=image_size) if any(variant.raw for variant in planned) else None,
-        image_size=image_size,
+        image_size=image_size, recovery_budget_s=recovery_budget_s,
     )  # fmt: skip
     for variant in planned:
         try:
@@ -197,14 +211,54 @@ def rank_variant(
     return export.rank(planned)
 
 
+def prune_to_latency(
+    checkpoint: Checkpoint | Path | str,
+    *,
+    variant: Variant | str,
+    target_s: float,
+    model: ModuleSource | None = None,
+    calibration_method: Calibration = "minmax",
+    device: Device = "cpu",
+) -> Fitted:
+    """Which pruning makes a dense `variant` answer one sample in at most `target_s` seconds (p50). Nothing is exported.
+
+    Every candidate is cut, exported and timed in its runtime on this machine; recovery changes no shapes, so it waits
+    for the export of the variant that is found. Raises GateError where no pruning is enough, UsageError for a variant
+    that is not dense.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint)
+    if not 0 < target_s < float("inf"):
+        raise UsageError(f"a latency of {target_s:g} s cannot be kept", hint="seconds above 0: 0.005, say")
+    (planned,) = plan_variants(
+        [variant], checkpoint, max_drop=100.0, strict=False, calibration_method=calibration_method
+    )
+    if planned.raw:
+        raise UsageError(
+            f"{planned.slug}: its preprocessing would be timed along", hint="search without -raw, then export with it"
+        )
+    if planned.sparsity:
+        raise UsageError(f"{planned.slug} is pruned already", hint="name the dense variant: its pruning is searched")
+    plan_variants([f"{planned.slug}-pruned50"], checkpoint, max_drop=100.0, strict=False)
+    export = _Export(
+        checkpoint, out=Path(), model=model, max_drop=100.0, strict=False, repair=False, worth=False, device=device,
+        force=True, command=(), calibrates=True, calibration_method=calibration_method,
+    )  # fmt: skip
+    return fit_latency(planned, target_s=target_s, time_of=export.time)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Structure:
-    """A module that variants are made of, and what it answers on the evaluation samples: the reference of parity."""
+    """A module that variants are made of, and what it answers on the evaluation samples: the reference of parity.
+
+    records, masks: as in Reduced; none of the dense module.
+    """
 
     module: nn.Module
     reference: Feed
     notes: dict[str, JsonValue]
-    record: str | None = None
+    records: Mapping[str, str] = field(default_factory=dict)
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     captured: dict[str, Any] = field(default_factory=dict)
 
 
@@ -240,10 +294,12 @@ class _Export:
         self, checkpoint: Checkpoint, *, out: Path, model: ModuleSource | None, max_drop: float, strict: bool,
         repair: bool, worth: bool, device: Device, force: bool, command: Sequence[str], calibrates: bool,
         calibration_method: Calibration, raw: RawInputs | None = None, image_size: Size | None = None,
+        recovery_budget_s: float = BUDGET_S,
     ) -> None:  # fmt: skip
         self.checkpoint, self.out, self.signature = checkpoint, out, checkpoint.signature
         self.max_drop, self.strict, self.command, self.force = max_drop, strict, tuple(command), force
         self.calibration_method, self.repair, self.worth = calibration_method, repair, worth
+        self.recovery_budget_s = recovery_budget_s
         self.options = SessionOptions(device=device)
         self.task: Task = open_task(checkpoint.spec.task)
         evaluation = checkpoint.samples("evaluation")
@@ -259,7 +315,9 @@ class _Export:
         check_module(dense, self.feed, self.signature, title=checkpoint.name)
         self.dense = _Structure(module=dense, reference=eager_outputs(dense, self.feed, self.signature), notes={})
         self.answers = answers_of(self.dense.reference)
-        self._structures: dict[float, _Structure | DlopsError] = {0.0: self.dense}
+        # A pruned checkpoint carries what the dense one that it was cut from answers.
+        self.judge: Feed = self.dense.reference if checkpoint.dense is None else evaluation.outputs
+        self._structures: dict[str | None, _Structure | DlopsError] = {None: self.dense}
         self.image_size, self.raw = image_size, raw
         self.raw_feed = None if raw is None else self._raw_feed(raw)
         # Last, so that it stands for all that was read from the directory above.
@@ -289,6 +347,26 @@ class _Export:
         except OSError as error:
             raise from_os_error(error, doing=f"explaining {title}") from error
 
+    def time(self, variant: Variant) -> float:
+        """Its p50 for one sample, in seconds, in its runtime; pruned it is not recovered."""
+        title = f"{self.checkpoint.name}/{variant.slug}"
+        structure = self.dense
+        if variant.pruned_fraction:
+            cut = prune(
+                structure.module, fraction=variant.pruned_fraction, example=self.checkpoint.example(), title=title
+            )
+            structure = _Structure(module=cut.module, reference={}, notes={})
+        try:
+            with tempfile.TemporaryDirectory(prefix="dlops-export-") as folder:
+                exported = self._export(variant, structure, Path(folder), title, ())
+                session = open_session(self._draft(variant, structure, exported), self.options)
+                try:
+                    return latency.p50_s(session, self.feed, budget_s=latency.TIMED_S)
+                finally:
+                    session.close()
+        except OSError as error:
+            raise from_os_error(error, doing=f"timing {title}") from error
+
     def _make(self, variant: Variant, structure: _Structure, title: str) -> Artifact:
         say(f"{variant.slug}: exporting")
         with tempfile.TemporaryDirectory(prefix="dlops-export-") as name:
@@ -313,7 +391,8 @@ class _Export:
     def _weigh(self, artifact: Artifact, structure: _Structure, folder: Path) -> Worth | None:
         """Whether it is faster or smaller than its parent; null, with the reason said, where that cannot be told."""
         parent = parent_of(artifact.variant)
-        if parent is None:
+        # Of a pruned checkpoint the dense one, which it would be compared with, is not at hand.
+        if parent is None or self.checkpoint.dense is not None:
             return None
         try:
             return weigh(
@@ -404,6 +483,7 @@ class _Export:
                 calibration_method=self.calibration_method if static_int8 else "minmax",
                 repair=self.repair if static_int8 else True,
                 image_size=self.image_size if variant.raw else None,
+                recovery_budget_s=self.recovery_budget_s if variant.sparsity else BUDGET_S,
             ),
         )  # fmt: skip
 
@@ -428,53 +508,46 @@ class _Export:
             return rank_layers(calibrated(request), request.calibration, self.signature)
 
     def _structure(self, variant: Variant) -> _Structure:
-        fraction = variant.pruned_fraction
-        if fraction not in self._structures:
+        sparsity = variant.sparsity
+        if sparsity not in self._structures:
             try:
-                self._structures[fraction] = self._pruned(fraction, variant.sparsity or "")
+                self._structures[sparsity] = self._reduced(variant)
             except (GateError, UsageError) as error:
-                self._structures[fraction] = error
-        found = self._structures[fraction]
+                self._structures[sparsity] = error
+        found = self._structures[sparsity]
         if isinstance(found, DlopsError):
             raise found
         return found
 
-    def _pruned(self, fraction: float, sparsity: str) -> _Structure:
-        say(f"{sparsity}: removing {fraction:.0%} of the MACs")
-        pruned = prune(
-            self.dense.module,
-            fraction=fraction,
-            example=self.checkpoint.example(),
-            title=f"{self.checkpoint.name}/{sparsity}",
-        )
+    def _reduced(self, variant: Variant) -> _Structure:
+        if self.checkpoint.dense is not None:
+            return self._cut_already(self.checkpoint.dense)
         assert self.calibration is not None
         assert self.calibration_feed is not None
-        recovery = recover(
-            pruned.module,
-            self.dense.module,
-            signature=self.signature,
+        lessons = Lessons(
+            calibration=self.calibration,
             feed=self.calibration_feed,
-            targets=self.calibration.targets,
-            seed=self.checkpoint.seed or 0,
             device=choose_device(self.options),
-            title=f"{sparsity}: recovering",
+            budget_s=self.recovery_budget_s,
         )
-        check_module(pruned.module, self.feed, self.signature, title=sparsity)
-        say(
-            f"{sparsity}: {pruned.record.macs_removed:.1%} of the MACs removed, recovered in {recovery.epochs} epochs "
-            f"on {recovery.samples} samples (held-out loss {recovery.loss_before:.3f} to {recovery.loss_after:.3f})"
-        )
+        found = reduced(self.dense.module, variant, self.checkpoint, lessons)
+        check_module(found.module, self.feed, self.signature, title=str(variant.sparsity))
         return _Structure(
-            module=pruned.module,
-            reference=eager_outputs(pruned.module, self.feed, self.signature),
-            notes={
-                "macs_removed": pruned.record.macs_removed,
-                "recovery_epochs": recovery.epochs,
-                "recovery_samples": recovery.samples,
-                "recovery_loss_before": recovery.loss_before,
-                "recovery_loss_after": recovery.loss_after,
-            },
-            record=pruned.record.model_dump_json(),
+            module=found.module,
+            reference=eager_outputs(found.module, self.feed, self.signature),
+            notes=found.notes,
+            records=found.records,
+            masks=found.masks,
+        )
+
+    def _cut_already(self, origin: DenseOrigin) -> _Structure:
+        """The checkpoint as it is: it was pruned before, and trained since."""
+        record = self.checkpoint.spec.pruning
+        assert record is not None
+        return replace(
+            self.dense,
+            notes={"macs_removed": record.macs_removed, "dense_checkpoint_sha256": origin.sha256},
+            records={"pruning": record.model_dump_json()},
         )
 
     def _export(
@@ -484,6 +557,9 @@ class _Export:
         exported: Exported = catalog.resolve(catalog.FORMATS, "format", variant.format)(request)
         for path in exported.files.values():
             check_no_machine_paths(path, title=title)
+        if structure.masks:
+            found = check_zeros(exported.path, variant.format, structure.masks, title=title)
+            exported = replace(exported, notes={**exported.notes, **found})
         return exported
 
     def _request(self, variant: Variant, structure: _Structure, folder: Path, title: str) -> ExportRequest:
@@ -565,7 +641,7 @@ class _Export:
         if self.evaluation.targets is None:
             return None
         return measure_accuracy(
-            face.reference(self.dense.reference), outputs, self.evaluation.targets, task=self.task,
+            face.reference(self.judge), outputs, self.evaluation.targets, task=self.task,
             max_drop=self.max_drop, strict=self.strict,
         )  # fmt: skip
 
@@ -576,8 +652,8 @@ class _Export:
                 "samples": writer.add("samples.safetensors", self._carried(artifact.variant, structure).to_bytes()),
                 ROLE: writer.add(FILE_NAME, self._record(artifact.variant).to_json().encode()),
             }
-            if structure.record is not None:
-                files["pruning"] = writer.add("pruning.json", structure.record.encode())
+            for role, record in structure.records.items():
+                files[role] = writer.add(f"{role}.json", record.encode())
             return writer.commit(artifact.model_copy(update={"files": files}))
 
     def _carried(self, variant: Variant, structure: _Structure) -> Samples:
@@ -610,8 +686,8 @@ class _Export:
                 f"and max_drop {self.max_drop:g} holds nothing back; parity alone is checked"
             )
             return {"accuracy": "not measured: the evaluation samples have no targets"}
-        dense = float(self.task.score(self.dense.reference, self.evaluation.targets).mean())
-        if self.task.name != "classification" or not at_chance(self.dense.reference, dense):
+        dense = float(self.task.score(self.judge, self.evaluation.targets).mean())
+        if self.task.name != "classification" or not at_chance(self.judge, dense):
             return {}
         say(
             f"WARNING: the dense checkpoint {self.checkpoint.name} scores {dense:.2%} {self.task.metric}, no better "

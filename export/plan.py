@@ -10,7 +10,8 @@ from dlops import catalog
 from dlops.artifact import Variant, check_sparsity
 from dlops.checkpoint import Checkpoint
 from dlops.errors import InputError, UsageError, unknown_name
-from dlops.export.formats import CALIBRATIONS
+from dlops.export import zeros
+from dlops.export.formats import BUDGET_S, CALIBRATIONS, PRUNING_TOLERANCE
 from dlops.samples import Samples
 from dlops.signature import Feed
 from dlops.tasks import open_task
@@ -66,13 +67,15 @@ MIN_PRUNED, MAX_PRUNED = 0.05, 0.95
 
 def plan_variants(
     requested: Sequence[Variant | str], checkpoint: Checkpoint, *, max_drop: float, strict: bool,
-    calibration_method: str = "minmax",
+    calibration_method: str = "minmax", recovery_budget_s: float = BUDGET_S,
 ) -> list[Variant]:  # fmt: skip
     """The variants in order, each once. Raises UsageError naming every one that cannot be made, and why."""
     if not requested:
         raise UsageError("no variant was asked for", hint=f"for example onnx-fp32; available: {available()}")
     if not (math.isfinite(max_drop) and 0 <= max_drop <= 100):
         raise UsageError(f"max_drop is {max_drop}: percentage points from 0 to 100 are wanted")
+    if not (math.isfinite(recovery_budget_s) and recovery_budget_s > 0):
+        raise UsageError(f"the recovery budget is {recovery_budget_s}: seconds above 0 are wanted")
     variants, problems = _parsed(requested)
     problems += [f"{variant.slug}: {reason}" for variant in variants for reason in _reasons(variant, checkpoint)]
     if problems:
@@ -81,7 +84,7 @@ def plan_variants(
         raise UsageError("; ".join(problems), hint=f"{meant}available: {available()}")
     _check_method(calibration_method, variants)
     if any(map(needs_calibration, variants)):
-        _check_calibration(checkpoint, pruning=any(variant.pruned_fraction for variant in variants))
+        _check_calibration(checkpoint, recovering=any(variant.sparsity for variant in variants))
     if strict and _evaluation(checkpoint).targets is None:
         raise UsageError("strict needs targets, and the checkpoint's evaluation samples have none")
     return variants
@@ -115,11 +118,12 @@ def _nearest(item: Variant | str, understood: Sequence[Variant]) -> list[str]:
 def available() -> str:
     """What this version exports, in one line."""
     parts = [f"{form}-{precision}" for form, precisions in AVAILABLE.items() for precision in precisions]
-    return f"{', '.join(parts)}, each also with -prunedNN, {' and '.join(RAW_FORMATS)} with -raw behind it all"
+    raw = f"{' and '.join(RAW_FORMATS)} with -raw behind it all"
+    return f"{', '.join(parts)}, each also with -prunedNN, -sparseNN or -sparse24, {raw}"
 
 
 def needs_calibration(variant: Variant) -> bool:
-    return variant.precision == "int8" or variant.pruned_fraction > 0
+    return variant.precision == "int8" or variant.sparsity is not None
 
 
 def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str], *, title: str) -> None:
@@ -166,13 +170,13 @@ def _check_method(method: str, variants: Sequence[Variant]) -> None:
         )
 
 
-def _check_calibration(checkpoint: Checkpoint, *, pruning: bool) -> None:
+def _check_calibration(checkpoint: Checkpoint, *, recovering: bool) -> None:
     calibration = checkpoint.samples("calibration")
     assert calibration is not None
-    if pruning and len(calibration) < MIN_RECOVERY_SAMPLES:
+    if recovering and len(calibration) < MIN_RECOVERY_SAMPLES:
         raise UsageError(
-            f"{checkpoint.name}: {len(calibration)} calibration samples; a pruned model is recovered on them, "
-            f"which takes {MIN_RECOVERY_SAMPLES} at least",
+            f"{checkpoint.name}: {len(calibration)} calibration samples; a pruned or sparse model is recovered on "
+            f"them, which takes {MIN_RECOVERY_SAMPLES} at least",
             hint="save the checkpoint again with more samples of the training split, some hundreds for a good recovery",
         )
     check_disjoint(calibration.fingerprints(), _evaluation(checkpoint).fingerprints(), title=checkpoint.name)
@@ -188,10 +192,12 @@ def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
         )
     if variant.raw and variant.format not in RAW_FORMATS:
         reasons.append(f"preprocessing goes into {' and '.join(RAW_FORMATS)} files alone in this version")
-    if variant.sparsity and not variant.pruned_fraction:
-        reasons.append(f"sparsity {variant.sparsity} is not available in this version, prunedNN is")
-    if variant.pruned_fraction:
+    if checkpoint.dense is not None:
+        reasons += _own_variant_reasons(variant, checkpoint)
+    elif variant.pruned_fraction:
         reasons += _pruning_reasons(variant, checkpoint)
+    elif variant.sparsity and variant.format not in zeros.FORMATS:
+        reasons.append(f"the zeros in its file cannot be checked; those of {' and '.join(zeros.FORMATS)} can")
     if needs_calibration(variant) and "calibration" not in checkpoint.files:
         use = "its ranges" if variant.precision == "int8" else "its recovery"
         reasons.append(
@@ -208,6 +214,19 @@ def _pruning_reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
     if checkpoint.spec.pruning is not None:
         reasons.append("the checkpoint is pruned already, and the fraction counts from the dense model")
     return reasons
+
+
+def _own_variant_reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
+    """Of a checkpoint that is the pruned form of a dense one: it is that one variant of it."""
+    assert checkpoint.dense is not None
+    assert checkpoint.spec.pruning is not None
+    removed = checkpoint.spec.pruning.macs_removed
+    if abs(variant.pruned_fraction - removed) <= PRUNING_TOLERANCE:
+        return []
+    return [
+        f"the checkpoint is {checkpoint.dense.name} with {removed:.1%} of the MACs removed already: its variant is "
+        f"{variant.format}-{variant.precision}-pruned{round(100 * removed):02d}"
+    ]
 
 
 def _evaluation(checkpoint: Checkpoint) -> Samples:

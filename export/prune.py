@@ -14,6 +14,7 @@ from torch import nn
 
 from dlops.checkpoint import PruningRecord
 from dlops.errors import DlopsError, GateError, UsageError, missing_package
+from dlops.export.formats import PRUNING_TOLERANCE
 from dlops.export.macs import (
     Coupling,
     check_countable,
@@ -27,8 +28,6 @@ from dlops.pruning import apply_pruning
 # Kernels work on blocks of channels, 16 of them in fp32 with AVX-512 and 8 with AVX2: a convolution of 22 channels can
 # take longer than one of 32. The coarsest blocks that meet the asked fraction are kept.
 GRAINS = (16, 8, 1)
-# How far from the asked fraction the result may be: widths are whole blocks.
-TOLERANCE = 0.02
 _CLOSE_ENOUGH = 0.005
 _BISECTIONS = 10
 _REFINEMENTS = 60
@@ -59,7 +58,7 @@ def prune(module: nn.Module, *, fraction: float, example: tuple[torch.Tensor, ..
     """
     search = _Search(module, example, title)
     best = _nearest(search, fraction)
-    if abs(best.removed - fraction) > TOLERANCE:
+    if abs(best.removed - fraction) > PRUNING_TOLERANCE:
         raise GateError(
             f"{title}: the nearest to {fraction:.0%} of the MACs that can be removed is {best.removed:.1%}",
             hint=f"ask for pruned{round(best.removed * 100):02d}",
@@ -218,7 +217,7 @@ def _nearest(search: _Search, fraction: float) -> _Candidate:
             widths = _refine(search, _bisect(search, fraction, coarsest), fraction, coarsest)
             candidate = search.cut(widths)
         found.append(candidate)
-        if abs(candidate.removed - fraction) <= TOLERANCE:
+        if abs(candidate.removed - fraction) <= PRUNING_TOLERANCE:
             return candidate
     return min(found, key=lambda candidate: abs(candidate.removed - fraction))
 

@@ -14,7 +14,7 @@ from dlops.checkpoint import Checkpoint
 from dlops.embedded import Embedded
 from dlops.environment import describe_environment
 from dlops.errors import CorruptError, UsageError, from_os_error
-from dlops.export.formats import Calibration, portable_argument
+from dlops.export.formats import BUDGET_S, Calibration, portable_argument
 from dlops.export.plan import needs_calibration
 from dlops.manifest import MAX_MANIFEST_BYTES, Record, Sha256, explain_validation
 from dlops.preprocess import Preprocess
@@ -53,6 +53,7 @@ class Settings(Record):
     repair: bool = True
     image_size: tuple[int, int] | None = None
     device: Device
+    recovery_budget_s: float = Field(BUDGET_S, gt=0)
 
 
 class CalibrationUsed(Record):
@@ -158,7 +159,7 @@ def record_export(
         variant=variant,
         settings=settings,
         calibration=_calibration_of(checkpoint, variant, calibration, settings.calibration_method),
-        seeds={"recovery": checkpoint.seed or 0} if variant.pruned_fraction else {},
+        seeds={"recovery": checkpoint.seed or 0} if variant.sparsity else {},
         packages={
             "python": environment.python,
             **{name: version for name, version in environment.packages.items() if name in _PACKAGES},

@@ -1,11 +1,13 @@
-"""Recovery after pruning: the dense module teaches the pruned one on the calibration samples."""
+"""Recovery after pruning: the dense module teaches the pruned or sparse one on the calibration samples."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,12 +15,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlops.console import progress_bar
+from dlops.export.formats import BUDGET_S
 from dlops.signature import Array, Feed, Signature
+from dlops.sparsity import zero_out
 
+# At a constant rate until the held-out loss no longer falls; at most so many epochs with the annealing that follows.
 EPOCHS = 60
 # A small calibration set makes short epochs: fewer steps than this would not move the weights.
 MIN_STEPS = 600
 MAX_STEPS = 6_000
+# A plateau: so many epochs without the best loss falling by this fraction. Annealing takes half as long as went before.
+PATIENCE = 2
+MIN_GAIN = 0.1
+ANNEALING = 0.5
 BATCH = 32
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-4
@@ -27,29 +36,40 @@ TEMPERATURE = 4.0
 # Share of the hard targets in the loss; the teacher has seen far more data than the calibration samples.
 TARGET_WEIGHT = 0.1
 HELD_OUT = 0.15
-PATIENCE = 20
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+Ended = Literal["plateau", "epochs", "budget"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """loss_before, loss_after: distillation loss on calibration samples that were held out of the recovery."""
+    """loss_before, loss_after: distillation loss on calibration samples that were held out of the recovery.
+
+    ended: why the constant rate did: the loss no longer fell, all epochs were over, or the time was.
+    """
 
     samples: int
     epochs: int
     loss_before: float
     loss_after: float
+    ended: Ended
 
 
 def recover(
     student: nn.Module, teacher: nn.Module, *, signature: Signature, feed: Feed, targets: Array | None, seed: int,
-    device: torch.device, title: str,
+    device: torch.device, title: str, masks: Mapping[str, torch.Tensor] | None = None, budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Recovery:  # fmt: skip
     """Train `student` in place to answer as `teacher` does, on the calibration samples; it ends in eval mode.
 
+    masks: of weights by their name; what is false there is zero after every step. budget_s: seconds by `clock` after
+    which it is to be over: annealing begins in time, and one epoch is always trained and one annealed.
+
     Loss: KL divergence of softened logits (the first output), the mean squared error of any other, and cross entropy
-    to integer targets. Batch norms are re-estimated first. A held-out part of the samples decides when to stop, and
-    the best weights are kept. Same seed and CPU threads: same weights.
+    to integer targets. Batch norms are re-estimated first, and once more at the end where that is better. A held-out
+    part of the samples decides when to anneal, and the best weights are kept. Same seed and CPU threads: same weights,
+    unless the budget was reached.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -60,9 +80,15 @@ def recover(
             answers = _forward_all(taught, data)
         reestimate_batch_norms(student, data.tensors)
         before = _held_out_loss(student, answers, data)
-        epochs, after = _train(student, answers, data, before=before, title=title)
+        course = _Course(per_epoch=math.ceil(len(data.training) / BATCH), budget_s=budget_s, clock=clock)
+        after = _train(
+            student, answers, data, course, before=before, title=title,
+            masks={name: mask.to(device) for name, mask in (masks or {}).items()},
+        )  # fmt: skip
         student.cpu().eval()
-    return Recovery(samples=len(data.training), epochs=epochs, loss_before=before, loss_after=after)
+    return Recovery(
+        samples=len(data.training), epochs=course.epoch, loss_before=before, loss_after=after, ended=course.ended
+    )
 
 
 def reestimate_batch_norms(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -96,37 +122,86 @@ class _Data:
         self.held_out, self.training = shuffled[:held], shuffled[held:]
 
 
+class _Course:
+    """The learning rate over the steps: up within an epoch, constant, and down to nothing once annealing has begun."""
+
+    def __init__(self, *, per_epoch: int, budget_s: float, clock: Callable[[], float]) -> None:
+        self._per_epoch = max(1, per_epoch)
+        self._most = max(2, min(max(EPOCHS, math.ceil(MIN_STEPS / self._per_epoch)), MAX_STEPS // self._per_epoch))
+        self._least = math.ceil(MIN_STEPS / (1 + ANNEALING) / self._per_epoch)
+        self._clock, self._began, self._budget_s = clock, clock(), budget_s
+        self._gained_in, self._to_beat = 0, math.inf
+        self._annealing_from: int | None = None
+        self.epoch, self._step, self.last = 0, 0, self._most
+        self.ended: Ended = "epochs"
+
+    @property
+    def is_over(self) -> bool:
+        return self.epoch >= self.last
+
+    def next_rate(self) -> float:
+        """Of the next step."""
+        self._step += 1
+        if self._annealing_from is None:
+            return LEARNING_RATE * min(1.0, self._step / self._per_epoch)
+        steps = (self.last - self._annealing_from) * self._per_epoch
+        return LEARNING_RATE * max(0.0, 1 - (self._step - self._annealing_from * self._per_epoch) / steps)
+
+    def end_epoch(self, held_out_loss: float) -> None:
+        """Begin annealing where the loss stays, or where epochs or seconds are left for no more than that."""
+        self.epoch += 1
+        if held_out_loss < self._to_beat * (1 - MIN_GAIN):
+            self._to_beat, self._gained_in = held_out_loss, self.epoch
+        if self._annealing_from is not None:
+            return
+        annealing = max(1, math.ceil(ANNEALING * self.epoch))
+        elapsed = self._clock() - self._began
+        each = elapsed / self.epoch
+        # Another epoch makes annealing longer by a fraction of one.
+        if elapsed + (1 + annealing + ANNEALING) * each > self._budget_s:
+            fitting = int((self._budget_s - elapsed) / each) if each else annealing
+            self._anneal(min(annealing, max(1, fitting)), "budget")
+        elif self.epoch >= self._least and self.epoch - self._gained_in >= PATIENCE:
+            self._anneal(annealing, "plateau")
+        elif self.epoch + annealing + 1 > self._most:
+            self._anneal(max(1, self._most - self.epoch), "epochs")
+
+    def _anneal(self, epochs: int, ended: Ended) -> None:
+        self._annealing_from, self.last, self.ended = self.epoch, self.epoch + epochs, ended
+
+
 def _train(
-    student: nn.Module, answers: tuple[torch.Tensor, ...], data: _Data, *, before: float, title: str
-) -> tuple[int, float]:
-    """Returns the epochs run and the held-out loss of the weights kept."""
-    per_epoch = max(1, math.ceil(len(data.training) / BATCH))
-    epochs = max(1, min(max(EPOCHS, math.ceil(MIN_STEPS / per_epoch)), MAX_STEPS // per_epoch))
+    student: nn.Module, answers: tuple[torch.Tensor, ...], data: _Data, course: _Course, *, before: float, title: str,
+    masks: Mapping[str, torch.Tensor],
+) -> float:  # fmt: skip
+    """Returns the held-out loss of the weights kept."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=LEARNING_RATE, total_steps=epochs * per_epoch + 1, pct_start=0.1
-    )
-    best, best_state, best_epoch = before, copy.deepcopy(student.state_dict()), 0
-    done = 0
-    with progress_bar(title, total=epochs) as bar:
-        for epoch in range(1, epochs + 1):
+    best, best_state = before, copy.deepcopy(student.state_dict())
+    with progress_bar(title, total=course.last) as bar:
+        while not course.is_over:
             student.train()
             shuffled = data.training[torch.randperm(len(data.training), generator=data.order)]
             for indices in _batches(shuffled, smallest=2):
+                rate = course.next_rate()
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 loss = _loss(student, answers, data, indices)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-                schedule.step()
-            done = epoch
+                zero_out(student, masks)
             held = _held_out_loss(student, answers, data)
+            course.end_epoch(held)
             if held < best:
-                best, best_state, best_epoch = held, copy.deepcopy(student.state_dict()), epoch
-            bar.advance(note=f"held-out loss {held:.4f}, best {best:.4f}")
-            if epoch - best_epoch >= PATIENCE:
-                break
+                best, best_state = held, copy.deepcopy(student.state_dict())
+            bar.advance(note=f"at most {course.last}; held-out loss {held:.4f}, best {best:.4f}")
     student.load_state_dict(best_state)
-    return done, best
+    reestimate_batch_norms(student, tuple(tensor[data.training.to(tensor.device)] for tensor in data.tensors))
+    settled = _held_out_loss(student, answers, data)
+    if settled < best:
+        return settled
+    student.load_state_dict(best_state)
+    return best
 
 
 def _loss(student: nn.Module, answers: tuple[torch.Tensor, ...], data: _Data, indices: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,14 @@ def check_written(path: Path, signature: Signature, *, precision: str, title: st
     _check_precision(module, precision, title=title)
 
 
+def stored_tensors(path: Path) -> Iterator[torch.Tensor]:
+    """The floating tensors in a file that `export` wrote."""
+    with _without_retirement_notices():
+        module = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+    for tensor, _ in _weights(module):
+        yield tensor.detach()
+
+
 def without_debug_files(content: bytes) -> bytes:
     """A TorchScript file without its source locations, its records aligned as torch.jit.load wants them."""
     reader = torch._C.PyTorchFileReader(io.BytesIO(content))

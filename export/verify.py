@@ -116,8 +116,12 @@ def _accuracy(
     if evaluation is None or evaluation.targets is None:
         raise UsageError(f"checkpoint {checkpoint.name!r} has no evaluation samples with targets to measure with")
     feed = evaluation.feed(checkpoint.spec.preprocess, checkpoint.signature.inputs[0].name)
-    own = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model
-    dense = eager_outputs(checkpoint.build_module(own), feed, checkpoint.signature)
+    if checkpoint.dense is not None:
+        # It is pruned itself, and carries what the dense one answers.
+        dense = evaluation.outputs
+    else:
+        own = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model
+        dense = eager_outputs(checkpoint.build_module(own), feed, checkpoint.signature)
     if artifact.variant.raw:
         assert artifact.preprocess is not None
         dense = answers(dense[checkpoint.signature.outputs[0].name])

@@ -34,7 +34,8 @@ def test_help_names_every_command_on_stdout(tmp_path: Path) -> None:
     answer = dlops("--help", cwd=tmp_path)
     assert answer.returncode == 0
     for command in (
-        "train", "export", "verify", "serve", "bench", "compare", "deploy", "inspect", "list", "doctor", "quickstart",
+        "train", "export", "prune", "verify", "serve", "bench", "compare", "deploy", "inspect", "list", "doctor",
+        "quickstart",
     ):  # fmt: skip
         assert command in answer.stdout
 

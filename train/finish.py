@@ -17,6 +17,7 @@ from dlops.train.batches import evaluation_batches
 from dlops.train.data.dataset import Split
 from dlops.train.evaluation import BATCH_SIZE, evaluate
 from dlops.train.images import Images
+from dlops.train.initial import with_dense_answers
 from dlops.train.run import Run, State
 
 # Static ranges of int8 settle within hundreds of images, and recovery after pruning profits from thousands.
@@ -31,14 +32,17 @@ def write_checkpoint(
     state: State,
     run: Run,
     device: torch.device,
-    name: str | None,
+    name: str,
+    builder: str | None,
     kwargs: Mapping[str, JsonValue],
     config: Mapping[str, JsonValue],
     seed: int,
+    initial: Checkpoint | None = None,
 ) -> Checkpoint:
     """Load the best epoch's weights into `network`, measure it on test, write the checkpoint, drop the resume state.
 
-    The builder is the recipe's name.
+    name: of the checkpoint. builder, kwargs: what built the network. initial: what it was fine-tuned from; of a pruned
+    one the record, and the dense model's answers, go on into this one.
     """
     network.load_state_dict(state.best_weights)
     # In the layout that everyone else builds it in.
@@ -57,16 +61,19 @@ def write_checkpoint(
         "duplicates_dropped": data.duplicates_dropped,
         "corrupt_skipped": len(data.skipped),
     }
+    evaluation = chosen_samples(data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES)
     checkpoint = save_checkpoint(
         network.cpu(),
         run.directory,
-        evaluation=chosen_samples(data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES),
+        evaluation=evaluation if initial is None else with_dense_answers(evaluation, initial),
         calibration=chosen_samples(data.train, MAX_CALIBRATION, MAX_CALIBRATION_BYTES),
         labels=data.labels,
         preprocess=images.preprocess,
-        name=name or f"{data.name}-{run.recipe}",
-        builder=run.recipe,
+        name=name,
+        builder=builder,
         kwargs=kwargs,
+        pruning=None if initial is None else initial.spec.pruning,
+        dense=None if initial is None else initial.dense,
         recipe=run.recipe,
         config=config,
         metrics=metrics,

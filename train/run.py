@@ -80,6 +80,10 @@ class State:
             self.best_epoch, self.best_rank = self.epoch, (accuracy, -loss)
             self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.items()}
 
+    def forget_best(self) -> None:
+        """Take the next epoch for the best so far, whatever was before."""
+        self.best_epoch, self.best_rank = self.epoch, (-1.0, 0.0)
+
     def is_over(self, epochs: int) -> bool:
         return self.stopped_early or self.epoch >= epochs
 

@@ -42,6 +42,8 @@ CONCURRENCY = (1, 8)
 ASKED = 100
 # Data whose preset makes this quicker than the recipe's own choice of epochs.
 _QUICK_PRESETS = ("digits",)
+# A demonstration is over in three minutes: of a large model, recovery is cut off and says so.
+_RECOVERY_BUDGET_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +137,9 @@ def _export(
     made: list[Artifact] = []
     refused: dict[str, str] = {}
     for variant, result in export_each(
-        checkpoint, variants=variants, max_drop=max_drop, device=device, command=command
-    ):
+        checkpoint, variants=variants, max_drop=max_drop, device=device, recovery_budget_s=_RECOVERY_BUDGET_S,
+        command=command,
+    ):  # fmt: skip
         if isinstance(result, DlopsError):
             refused[variant.slug] = result.message
         else:

@@ -41,8 +41,6 @@ def test_variants_come_in_order_and_once(checkpoint: Checkpoint) -> None:
         ("onnx-bf16", "onnx in bf16 is not available in this version: ONNX Runtime's CPU provider has no bfloat16"),
         ("onnx-fp8", r"onnx in fp8 is not available in this version: it runs on GPUs of .* 8\.9 and later .*TensorRT"),
         ("torchscript-fp8", r"it runs on GPUs of .* 8\.9"),
-        ("onnx-fp32-sparse50", "sparsity sparse50 is not available"),
-        ("onnx-fp32-sparse24", "sparsity sparse24 is not available"),
         ("onnx-fp32-pruned99", "pruned05 to pruned95"),
         ("onnx-fp32-thin50", "unknown sparsity"),
         ("onxn-fp32", "unknown format"),

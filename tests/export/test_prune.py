@@ -216,6 +216,50 @@ def test_recovery_brings_the_accuracy_back_and_is_deterministic(
     )
 
 
+class _Ticking:
+    """Seconds that pass by a given amount an epoch."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _course(losses: list[float], *, each_s: float = 0.0, budget_s: float = 1e9) -> tuple[int, str, list[float]]:
+    """(epochs, why annealing began, the last rate of each epoch) where the held-out loss goes as `losses` say."""
+    clock = _Ticking()
+    course = recovery._Course(per_epoch=100, budget_s=budget_s, clock=clock)
+    rates: list[float] = []
+    while not course.is_over:
+        rates.append([course.next_rate() for _ in range(100)][-1] / recovery.LEARNING_RATE)
+        clock.now += each_s
+        course.end_epoch(losses[min(course.epoch, len(losses) - 1)])
+    return course.epoch, course.ended, rates
+
+
+def test_recovery_anneals_once_the_held_out_loss_no_longer_falls() -> None:
+    epochs, ended, rates = _course([1.0, 0.8, 0.6, 0.4, 0.39, 0.38])
+    # The loss fell by a tenth in the fourth epoch for the last time; two more, and half of six to anneal.
+    assert (epochs, ended) == (9, "plateau")
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3, 0], abs=1e-9)
+
+
+def test_recovery_of_a_loss_that_keeps_falling_ends_with_its_epochs_and_is_annealed_by_then() -> None:
+    epochs, ended, rates = _course([0.8**epoch for epoch in range(100)])
+    assert (epochs, ended) == (recovery.EPOCHS, "epochs")
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("budget_s", [1.0, 10.0, 31.0, 95.0, 200.0])
+def test_recovery_keeps_its_time_budget_and_is_annealed_by_then(budget_s: float) -> None:
+    epochs, ended, rates = _course([0.8**epoch for epoch in range(100)], each_s=10.0, budget_s=budget_s)
+    assert ended == "budget"
+    assert epochs * 10 <= max(20.0, budget_s)
+    assert epochs * 10 >= min(budget_s, 500) - 25
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+
+
 def test_batch_norm_statistics_become_those_of_the_samples() -> None:
     inputs = torch.from_numpy(np.random.default_rng(0).normal(5, 2, (256, 4)).astype(np.float32))
     norm = nn.BatchNorm1d(4)

@@ -32,6 +32,12 @@ def test_every_wrong_key_and_value_is_named_at_once_with_what_would_be_right(tmp
         assert part in text, part
 
 
+def test_a_setting_of_the_plain_cnn_is_refused_with_another_network() -> None:
+    with pytest.raises(UsageError, match=r"2 wrong settings.*widths = .*resnet20 has its own.*depth = 3: resnet20"):
+        configure("cnn", overrides=["network=resnet20", "widths=[8]", "depth=3"])
+    assert configure("cnn", preset="resnet20-cifar10").network == "resnet20"
+
+
 def test_a_single_wrong_setting_names_the_allowed_values() -> None:
     with pytest.raises(UsageError, match=r"precision = 'fp8'.*'fp32' or 'bf16'"):
         configure("mlp", overrides=["precision=fp8"])

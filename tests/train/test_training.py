@@ -111,6 +111,31 @@ def test_the_cnn_learns_digits_and_its_checkpoint_holds_what_the_later_stages_ne
     assert not any("resume" in name for name in names)
 
 
+def test_a_resnet_trains_and_its_checkpoint_rebuilds_it() -> None:
+    checkpoint = train_recipe("cnn", configure("cnn", overrides=["network=resnet20", "epochs=1", "batch_size=512"]))
+    assert checkpoint.name == "digits-resnet20"
+    assert (checkpoint.spec.builder, checkpoint.spec.kwargs["blocks"]) == ("resnet", [3, 3, 3])
+    assert sum(type(layer) is torch.nn.Conv2d for layer in checkpoint.build_module().modules()) == 19 + 2
+
+
+def test_torchvisions_resnet_is_built_for_photos_alone() -> None:
+    def asked(*overrides: str) -> tuple[str, dict[str, object]]:
+        config = configure("cnn", overrides=["network=resnet18", *overrides])
+        assert isinstance(config, cnn_recipe.Config)
+        images = prepare(
+            open_data("digits", split_seed=0), image_size=config.image_size, channels=config.channels,
+            skip_corrupt=False,
+        )  # fmt: skip
+        builder, kwargs = cnn_recipe.built(config, images)
+        return builder, dict(kwargs)
+
+    with pytest.raises(UsageError, match="resnet18 takes colour images"):
+        asked("image_size=64")
+    with pytest.raises(UsageError, match="nothing would be left of 8×8"):
+        asked("channels=3")
+    assert asked("channels=3", "image_size=64") == ("torchvision:resnet18", {"num_classes": 10})
+
+
 def test_the_curves_are_there_for_tensorboard() -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 from torch import nn
 
-from dlops.checkpoint import NAME_PATTERN, Checkpoint, load_checkpoint
+from dlops.checkpoint import NAME_PATTERN, Checkpoint, construct, load_checkpoint
 from dlops.console import Bar, progress_bar, say
+from dlops.errors import UsageError
+from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES
 from dlops.train.batches import derived_seed, training_batches
 from dlops.train.curves import open_curves
 from dlops.train.data.source import open_data
 from dlops.train.defaults import Plan, as_run, plan_for
 from dlops.train.devices import Accelerator, Precision, check_finite, launch, make_fabric, seed_all
 from dlops.train.evaluation import validate
-from dlops.train.finish import write_checkpoint
+from dlops.train.finish import chosen_samples, write_checkpoint
 from dlops.train.images import MIN_SIZE, Images, prepare
-from dlops.train.models.cnn import cnn, numbers_for
+from dlops.train.initial import fine_tuning_rate, open_initial, with_dense_answers
+from dlops.train.models.cnn import numbers_for
 from dlops.train.optimizers import OptimizerName, build_optimizer, set_learning_rate
+from dlops.train.qat import fake_quantization
 from dlops.train.run import Run
 from dlops.train.schedules import warmup_cosine
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+Network = Literal["cnn", "resnet20", "resnet18"]
+# Below it the last stage of resnet18, a 32nd of the size, would be a single pixel and its batch norm without a spread.
+_RESNET18_MIN = 64
 
 
 class Config(BaseModel):
@@ -35,19 +44,24 @@ class Config(BaseModel):
 
     # The data. digits needs no download.
     data: str = Field("digits", min_length=1, description="digits, mnist, cifar10, cifar100, a folder or a .tar.gz")
-    name: str | None = Field(None, pattern=NAME_PATTERN, description="the checkpoint's name; null: <data>-cnn")
+    name: str | None = Field(None, pattern=NAME_PATTERN, description="the checkpoint's name; null: <data>-<network>")
     image_size: int | None = Field(None, ge=MIN_SIZE, le=1024, description="height and width; null: the images' own")
     channels: Literal[1, 3] | None = Field(None, description="1 grey, 3 colour; null: grey where every image is")
     skip_corrupt: bool = Field(False, description="leave out images that cannot be decoded instead of refusing")
     # Not the seed: runs with different seeds report on the same test images.
     split_seed: int = Field(0, ge=0, description="which images are split off as test and validation")
 
-    # The network.
+    # Fine-tuning: the network and its weights are the checkpoint's, pruned where that is.
+    init: str | None = Field(None, min_length=1, description="a checkpoint to fine-tune; null: random weights")
+
+    # The network. cnn has no branches, so that all of it can be pruned and quantized; resnet20 (He et al. 2016) is for
+    # images of about 32 pixels, resnet18 (torchvision's) for photos of about 224, both from random weights.
+    network: Network = Field("cnn", description="resnet20 suits small images, resnet18 photos")
     widths: tuple[int, ...] | None = Field(
-        None, min_length=1, max_length=8, description="channels of each stage; null: by image size"
+        None, min_length=1, max_length=8, description="of cnn: channels of each stage; null: by image size"
     )
-    depth: int = Field(2, ge=1, le=8, description="convolutions a stage")
-    dropout: float = Field(0.0, ge=0, lt=1, description="before the last layer")
+    depth: int = Field(2, ge=1, le=8, description="of cnn: convolutions a stage")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of cnn: before the last layer")
 
     # The optimization. AdamW reaches its accuracy at one learning rate over all these data sets; SGD needs it tuned.
     epochs: int | None = Field(None, ge=1, le=10_000, description="passes over the training images")
@@ -71,6 +85,10 @@ class Config(BaseModel):
     rotation: float | None = Field(None, ge=0, le=180, description="largest angle in degrees")
     zoom: float | None = Field(None, ge=0, le=1, description="largest change of scale, a fraction")
 
+    # For int8: slower by the rounding, so only once the network has learned what there is to learn.
+    qat: bool = Field(False, description="quantization-aware: the last epochs train with int8's rounding")
+    qat_epochs: int | None = Field(None, ge=1, description="how many those are; null: a quarter of all")
+
     # Where it runs.
     seed: int = Field(0, ge=0, description="of the weights, the order, the augmentation and dropout")
     accelerator: Accelerator = Field("auto", description="auto takes a GPU where there is one")
@@ -78,6 +96,51 @@ class Config(BaseModel):
     precision: Precision = Field("fp32", description="bf16 is mixed precision")
     # Decoded images lie in memory; workers pay off only where augmenting large ones takes longer than training.
     num_workers: int = Field(0, ge=0, le=64, description="processes that augment ahead of training")
+
+    @field_validator("network", "widths", "depth", "dropout")
+    @classmethod
+    def _only_of_cnn(cls, value: object, info: ValidationInfo) -> object:
+        network = info.data.get("network", "cnn")
+        if info.data.get("init") and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError("the network is that of init: leave it out")
+        if network != "cnn" and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError(f"{network} has its own; this is a setting of the network cnn")
+        return value
+
+
+class Built(NamedTuple):
+    """A network by its builder's name and arguments, as a checkpoint records it."""
+
+    builder: str
+    kwargs: dict[str, JsonValue]
+
+
+def built(config: Config, images: Images) -> Built:
+    """What the config and the data ask for. Raises UsageError where the network does not take such images."""
+    channels, height, width = images.shape
+    match config.network:
+        case "cnn":
+            numbers = numbers_for(height, width)
+            kwargs: dict[str, JsonValue] = {
+                "in_channels": channels,
+                "classes": images.classes,
+                "widths": list(config.widths or numbers.widths),
+                "depth": config.depth,
+                "first_stride": numbers.first_stride,
+                "dropout": config.dropout,
+            }
+            return Built("cnn", kwargs)
+        case "resnet20":
+            return Built("resnet", {"in_channels": channels, "classes": images.classes, "blocks": [3, 3, 3]})
+        case "resnet18":
+            if channels != 3:
+                raise UsageError("resnet18 takes colour images, and these are grey", hint="add --set channels=3")
+            if min(height, width) < _RESNET18_MIN:
+                raise UsageError(
+                    f"resnet18 takes a 32nd of the size: nothing would be left of {height}×{width} pixels",
+                    hint="take network=resnet20, or larger images: --set image_size=224",
+                )
+            return Built("torchvision:resnet18", {"num_classes": images.classes})
 
 
 def train(config: Config, run: Run) -> Checkpoint:
@@ -90,38 +153,45 @@ def train(config: Config, run: Run) -> Checkpoint:
         channels=config.channels,
         skip_corrupt=config.skip_corrupt,
     )
+    initial = None
+    if config.init is not None:
+        initial, images = open_initial(config.init, images)
+        # Before training: what it cannot be judged by should not be found out at its end.
+        with_dense_answers(chosen_samples(images.data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES), initial)
     plan = plan_for(
         images,
         epochs=config.epochs,
         batch_size=config.batch_size,
         devices=config.devices,
         optimizer=config.optimizer,
-        lr=config.lr,
+        lr=fine_tuning_rate(config.optimizer) if config.lr is None and initial is not None else config.lr,
         weight_decay=config.weight_decay,
         flip=config.flip,
         crop=config.crop,
         rotation=config.rotation,
         zoom=config.zoom,
     )
-    launch(fabric, fit, config, plan, images, run)
+    launch(fabric, fit, config, plan, images, run, initial)
     return load_checkpoint(run.directory)
 
 
-def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) -> None:
+def fit(
+    fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run, initial: Checkpoint | None = None
+) -> None:
     """The loop, in each process: train an epoch, validate, keep the best weights, save the state."""
     run.set_threads(processes=fabric.world_size)
-    channels, height, width = images.shape
-    kwargs: dict[str, JsonValue] = {
-        "in_channels": channels,
-        "classes": images.classes,
-        "widths": list(config.widths or numbers_for(height, width).widths),
-        "depth": config.depth,
-        "first_stride": numbers_for(height, width).first_stride,
-        "dropout": config.dropout,
-    }
+    if initial is None:
+        builder, kwargs = built(config, images)
+        name = config.name or f"{images.data.name}-{config.network}"
+    else:
+        assert initial.spec.builder is not None
+        builder, kwargs = initial.spec.builder, initial.spec.kwargs
+        # The same name: what is exported of it lies beside what is exported of the one it was made from.
+        name = config.name or initial.name
     seed_all(derived_seed(config.seed))
     # Channels last is the layout that convolutions want, on CPUs and GPUs alike.
-    network = cnn(**kwargs).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+    network = construct(builder, kwargs) if initial is None else initial.build_module()
+    network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(
         config.optimizer, network, lr=plan.lr, weight_decay=plan.weight_decay, momentum=config.momentum
     )
@@ -129,18 +199,25 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
     run.restore(state, network, optimizer)
     model, optimizer = fabric.setup(network, optimizer)
 
+    qat_from = plan.epochs - min(plan.epochs, config.qat_epochs or math.ceil(plan.epochs / 4))
     first = fabric.is_global_zero
     steps = plan.epochs * plan.steps_per_epoch(len(images.train)) if first else 0
     with (
-        progress_bar(f"training {images.data.name}-{run.recipe}", total=steps) as bar,
+        progress_bar(f"training {name}", total=steps) as bar,
         open_curves(run.directory, from_epoch=state.epoch, enabled=first) as curves,
     ):
         bar.advance(state.epoch * plan.steps_per_epoch(len(images.train)) if first else 0)
         while not state.is_over(plan.epochs):
-            train_loss = train_epoch(fabric, config, plan, images, model, optimizer, bar, state.epoch + 1)
-            accuracy, loss = validate(fabric, network, images)
+            quantized = config.qat and state.epoch >= qat_from
+            if quantized and state.epoch == qat_from:
+                # What was best without rounding is not what int8 is made of.
+                state.forget_best()
+            with fake_quantization(network, enabled=quantized):
+                train_loss = train_epoch(fabric, config, plan, images, model, optimizer, bar, state.epoch + 1)
+                accuracy, loss = validate(fabric, network, images)
             state.end_epoch(accuracy=accuracy, loss=loss, network=network, optimizer=optimizer)
-            state.stopped_early = config.patience is not None and state.epochs_since_best >= config.patience
+            patient = config.patience is None or (config.qat and not quantized)
+            state.stopped_early = not patient and state.epochs_since_best >= (config.patience or 0)
             curves.add(state.epoch, train_loss=train_loss, validation_loss=loss, validation_accuracy=accuracy)
             if first:
                 run.save_state(state)
@@ -154,10 +231,12 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
             state=state,
             run=run,
             device=fabric.device,
-            name=config.name,
+            name=name,
+            builder=builder,
             kwargs=kwargs,
             config=as_run(config.model_dump(mode="json"), plan),
             seed=config.seed,
+            initial=initial,
         )
 
 
