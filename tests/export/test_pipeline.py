@@ -22,7 +22,7 @@ from dlops import catalog
 from dlops.artifact import Artifact, open_artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import GateError, UsageError
-from dlops.export import pipeline
+from dlops.export import pipeline, reduce
 from dlops.export.formats import check_no_machine_paths, portable_argument
 from dlops.export.pipeline import export_variants
 from dlops.export.recover import Recovery
@@ -230,8 +230,8 @@ def test_a_variant_that_loses_too_much_accuracy_is_refused(
     checkpoint: Checkpoint, small_net: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Pruned and never recovered: parity with its own structure holds, the accuracy is gone.
-    monkeypatch.setattr(pipeline, "recover", lambda *_, **__: Recovery(
-        samples=0, epochs=0, loss_before=0.0, loss_after=0.0
+    monkeypatch.setattr(reduce, "recover", lambda *_, **__: Recovery(
+        samples=0, epochs=0, loss_before=0.0, loss_after=0.0, ended="epochs"
     ))  # fmt: skip
     with pytest.raises(GateError, match=r"points lost .* above the 1 allowed"):
         export_variants(checkpoint, variants=["onnx-fp32-pruned50"], out=tmp_path, model=small_net)

@@ -20,7 +20,7 @@ from dlops import cli
 from dlops.artifact import Artifact, Variant, open_artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import GateError, LossError, UsageError
-from dlops.export import pipeline, to_onnx
+from dlops.export import pipeline, reduce, to_onnx
 from dlops.export.explain import write_page
 from dlops.export.formats import ExportRequest
 from dlops.export.layers import LayerError, Ranking, find_layers, rank_layers
@@ -249,8 +249,8 @@ def test_where_pruning_lost_the_accuracy_no_layer_is_blamed(
     checkpoint: Checkpoint, small_net: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pipeline, "recover", lambda *_, **__: Recovery(
-        samples=0, epochs=0, loss_before=0.0, loss_after=0.0
+    monkeypatch.setattr(reduce, "recover", lambda *_, **__: Recovery(
+        samples=0, epochs=0, loss_before=0.0, loss_after=0.0, ended="epochs"
     ))  # fmt: skip
     with pytest.raises(LossError, match=r"points lost .* above the 1 allowed \(allow more with"):
         export_variants(checkpoint, variants=["onnx-int8-pruned50"], out=tmp_path, model=small_net)

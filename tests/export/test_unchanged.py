@@ -24,7 +24,7 @@ from dlops.cli import run
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import GateError, MachineError
-from dlops.export import pipeline, record
+from dlops.export import pipeline, record, reduce
 from dlops.export.pipeline import export_variants
 
 from .conftest import DENSE, SmallNet
@@ -64,7 +64,7 @@ def test_an_unchanged_pruned_variant_is_not_pruned_again(
     exported: dict[str, Artifact], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("prune", "recover"):
-        monkeypatch.setattr(pipeline, name, _Refused())
+        monkeypatch.setattr(reduce, name, _Refused())
     slugs = ["onnx-int8-pruned50", "torchscript-fp32-pruned50"]
     out = exported["onnx-fp32"].directory.parents[1]
     kept = export_variants(checkpoint, variants=slugs, out=out, model=SmallNet, max_drop=MAX_DROP)

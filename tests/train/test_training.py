@@ -52,7 +52,7 @@ WATCHED = """
 import torch
 from dlops.train.recipes import {recipe} as recipe
 
-def fit(fabric, config, plan, images, run):
+def fit(fabric, config, plan, images, run, *others):
     real, calls = recipe.validate, []
 
     def validate(fabric, network, images):
@@ -64,7 +64,7 @@ def fit(fabric, config, plan, images, run):
         return real(fabric, network, images)
 
     recipe.validate = validate
-    recipe.fit(fabric, config, plan, images, run)
+    recipe.fit(fabric, config, plan, images, run, *others)
 """
 pytestmark = [
     # tensorboard and lightning on this Python and numpy; nothing that we call can be called otherwise.
