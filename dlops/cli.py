@@ -381,7 +381,7 @@ def quickstart(
     preset: Annotated[str | None, typer.Option(help="A named configuration of the recipe.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Recipe settings.")] = None,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of accuracy that may be lost.")] = 1.0,
-    duration: Annotated[float, typer.Option(min=0.1, help="Seconds a timed row.")] = 1.0,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds a timed row.")] = 2.0,
     device: Device = "auto",
 ) -> None:
     """Train, export, verify, bench and serve, then report.

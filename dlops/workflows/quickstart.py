@@ -65,7 +65,7 @@ def quickstart(
     overrides: Sequence[str] = (),
     variants: Sequence[str] = VARIANTS,
     max_drop: float = 1.0,
-    duration_s: float = 1.0,
+    duration_s: float = 2.0,
     device: Device = "auto",
     command: Sequence[str] = (),
 ) -> Outcome:
