@@ -13,7 +13,7 @@ from torch import nn
 
 from dlops.adapters import Detector
 from dlops.artifact import ParityCase, Tolerance
-from dlops.errors import DlopsError, GateError, LossError
+from dlops.errors import DlopsError, GateError, LossError, first_line
 from dlops.export.module import eager_outputs
 from dlops.parity import compare, run_batched, shortfalls
 from dlops.runtimes.session import Session
@@ -130,7 +130,7 @@ def _check(
         raise
     except Exception as error:  # each runtime has errors of its own
         raise GateError(
-            f"{where}: it does not run: {_first_line(error)}", hint="a size was baked in when it was captured"
+            f"{where}: it does not run: {first_line(error)}", hint="a size was baked in when it was captured"
         ) from error
     errors = compare(
         case.reference, outputs, task=task, where=where, min_iou=tolerance.min_iou, edge=not case.is_size
@@ -190,7 +190,3 @@ def _edges(few: Feed, feed: Feed) -> Iterator[tuple[str, dict[str, Array]]]:
 
     for how in ("black", "saturated", "tiny", "huge"):
         yield how, {name: changed(name, array, how) for name, array in few.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

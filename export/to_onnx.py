@@ -16,7 +16,7 @@ import torch
 
 from dlops.adapters import Detector
 from dlops.checkpoint import example_inputs
-from dlops.errors import GateError, UsageError
+from dlops.errors import GateError, UsageError, first_line
 from dlops.export.external_data import weight_bytes, write_in_two
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.export.graft import graft
@@ -135,7 +135,7 @@ def check_written(
         # By its path, which is what finds the weights where they are in a second file.
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise GateError(f"{title}: the written file is not valid ONNX: {_first_line(error)}") from error
+        raise GateError(f"{title}: the written file is not valid ONNX: {first_line(error)}") from error
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     if opsets.get("") != OPSET:
         raise GateError(f"{title}: opset {OPSET} was asked for, the file has {opsets.get('')}")
@@ -301,7 +301,3 @@ def _described(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, .
     tensor = value.type.tensor_type
     dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
     return value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, dims
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,7 +16,7 @@ from dlops.adapters import Detector, is_adapted
 from dlops.checkpoint import example_inputs
 from dlops.console import say
 from dlops.embedded import EXTRA_FILE
-from dlops.errors import GateError, UsageError
+from dlops.errors import GateError, UsageError, first_line
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.export.narrow import Narrowed
 from dlops.export.precision import MIN_SHARE
@@ -82,7 +82,7 @@ def check_written(path: Path, signature: Signature, *, precision: str, title: st
             with torch.inference_mode():
                 outputs = outputs_by_name(module(*feed), signature)
         except (RuntimeError, ValueError) as error:
-            raise GateError(f"{title}: the written file does not run at batch {batch}: {_first_line(error)}") from error
+            raise GateError(f"{title}: the written file does not run at batch {batch}: {first_line(error)}") from error
         for spec in signature.outputs:
             array = outputs[spec.name]
             wanted = (spec.dtype, tuple(batch if dim == "batch" else dim for dim in spec.shape))
@@ -161,12 +161,12 @@ def _trace(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule:
     except (RuntimeError, TypeError, ValueError) as error:
         inside = " in bfloat16" if request.variant.precision == "bf16" else ""
         raise UsageError(
-            f"{request.title}: torch.jit.trace cannot take this module{inside}: {_first_line(error)}"
+            f"{request.title}: torch.jit.trace cannot take this module{inside}: {first_line(error)}"
         ) from error
     baked = next((entry.message for entry in recorded if issubclass(entry.category, _TracerWarning)), None)
     if baked is not None:
         raise GateError(
-            f"{request.title}: tracing would bake in what should depend on the input: {_first_line(Warning(baked))}",
+            f"{request.title}: tracing would bake in what should depend on the input: {first_line(Warning(baked))}",
             hint="rewrite that branch with tensor operations (torch.where), or export to onnx",
         )
     return frozen
@@ -178,7 +178,7 @@ def _script(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule
         with _without_retirement_notices():
             frozen: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(module))
     except (RuntimeError, torch.jit.frontend.NotSupportedError) as error:
-        raise UsageError(f"{request.title}: torch.jit.script cannot take this module: {_first_line(error)}") from error
+        raise UsageError(f"{request.title}: torch.jit.script cannot take this module: {first_line(error)}") from error
     return frozen
 
 
@@ -198,8 +198,3 @@ class _without_retirement_notices(warnings.catch_warnings):  # noqa: N801 - used
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -16,7 +16,7 @@ from torchvision.models import mobilenet_v3_small
 from dlops.artifact import Artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import LossError
-from dlops.export import pipeline
+from dlops.export import making
 from dlops.export.accuracy import measure_accuracy
 from dlops.export.layers import LayerError, Ranking, model_outputs, rank_layers, relative_noise
 from dlops.export.pipeline import export_variants
@@ -197,7 +197,7 @@ def test_the_repair_brings_a_mobilenet_within_its_budget(
         with pytest.raises(LossError):
             export_variants(checkpoint, variants=["onnx-int8"], out=tmp_path / "out", max_drop=MAX_DROP, repair=False)
         orders = _Orders()
-        monkeypatch.setattr(pipeline, "rank_layers", orders.rank)
+        monkeypatch.setattr(making, "rank_layers", orders.rank)
         for orders.chosen in ORDERS:
             try:
                 (made,) = export_variants(checkpoint, variants=["onnx-int8"], out=tmp_path / "out", max_drop=MAX_DROP)

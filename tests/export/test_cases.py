@@ -23,7 +23,7 @@ from dlops.saving import save_checkpoint
 from dlops.signature import Array, DimRange, TensorSpec
 from dlops.sizes import other_sizes, resized
 from dlops.tasks import open_task
-from dlops.workflows.sources import parse_dims
+from dlops.workflows.source_words import parse_dims
 
 CLASSES = 3
 IMAGE = TensorSpec(name="image", dtype="float32", shape=("batch", 3, "height", "width"))

@@ -22,7 +22,7 @@ from dlops import catalog
 from dlops.artifact import Artifact, open_artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import GateError, UsageError
-from dlops.export import pipeline, reduce
+from dlops.export import making, reduce
 from dlops.export.formats import check_no_machine_paths, portable_argument
 from dlops.export.pipeline import export_variants
 from dlops.export.recover import Recovery
@@ -328,4 +328,4 @@ class _FixedBatch(nn.Module):
 def test_the_catalog_and_the_table_of_variants_name_the_same_formats() -> None:
     from dlops.export.plan import AVAILABLE
 
-    assert set(AVAILABLE) == set(catalog.FORMATS) == set(pipeline.SUFFIXES)
+    assert set(AVAILABLE) == set(catalog.FORMATS) == set(making.SUFFIXES)

@@ -20,7 +20,7 @@ from dlops import cli
 from dlops.artifact import Artifact, Variant, open_artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import GateError, LossError, UsageError
-from dlops.export import pipeline, reduce, to_onnx
+from dlops.export import making, reduce, to_onnx
 from dlops.export.explain import write_page
 from dlops.export.formats import ExportRequest
 from dlops.export.layers import LayerError, Ranking, find_layers, rank_layers
@@ -152,7 +152,7 @@ def test_a_repaired_artifact_is_kept_while_nothing_changed_and_comes_out_again_b
     # That it was repaired is a setting: without it the artifact would not be there.
     with pytest.raises(LossError):
         export_variants(unequal, variants=["onnx-int8"], out=out, model=small_net, repair=False)
-    monkeypatch.setattr(pipeline, "repair_int8", lambda *_, **__: pytest.fail("it was made again"))
+    monkeypatch.setattr(making, "repair_int8", lambda *_, **__: pytest.fail("it was made again"))
     (kept,) = export_variants(unequal, variants=["onnx-int8"], out=out, model=small_net)
     assert (kept.created, kept.repair) == (repaired.created, repaired.repair)
 
@@ -235,7 +235,7 @@ def test_layers_are_ranked_on_calibration_samples_alone(
         seen.append(feed)
         return rank_layers(calibrated, feed, signature)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "rank_layers", watched)
+    monkeypatch.setattr(making, "rank_layers", watched)
     rank_variant(unequal, variant="onnx-int8", model=small_net)
     calibration = unequal.samples("calibration")
     assert calibration is not None

@@ -24,7 +24,7 @@ from dlops.cli import run
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import GateError, MachineError
-from dlops.export import pipeline, record, reduce
+from dlops.export import making, pipeline, record, reduce
 from dlops.export.pipeline import export_variants
 
 from .conftest import DENSE, SmallNet
@@ -50,7 +50,7 @@ def test_unchanged_variants_are_not_built_again_and_said(
     there: Path, exported_dense: dict[str, Artifact], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pipeline._Export, "_make", _Refused())
+    monkeypatch.setattr(making.Export, "_make", _Refused())
     before = {path: path.stat().st_mtime_ns for path in there.rglob("*")}
     kept = export_variants(checkpoint, variants=DENSE, out=there, model=SmallNet, max_drop=MAX_DROP)
     assert [artifact.created for artifact in kept] == [exported_dense[slug].created for slug in DENSE]

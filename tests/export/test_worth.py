@@ -12,7 +12,7 @@ from torch import nn
 from dlops.artifact import Artifact, FloatLayer, Repair, Variant, Worth, open_artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import CorruptError, GateError
-from dlops.export import pipeline, slowness, worth
+from dlops.export import gates, making, slowness, worth
 from dlops.export.pipeline import export_variants
 from dlops.export.slowness import Operator, Side, operators_of, reasons
 from dlops.export.worth import median_interval, narrowed_widths, parent_of, verdict_on, weigh, worth_text
@@ -219,7 +219,7 @@ def test_the_parent_that_lies_there_is_taken_unless_it_is_another_checkpoints_or
         seen.append(parent)
         return WORTH
 
-    monkeypatch.setattr(pipeline, "weigh", weighed)
+    monkeypatch.setattr(making, "weigh", weighed)
     arguments = {"out": tmp_path, "model": small_net, "max_drop": 2.0, "worth": True, "force": True}
     (parent,) = export_variants(checkpoint, variants=["torchscript-fp32"], **arguments)
     assert parent.worth is None
@@ -246,13 +246,13 @@ def test_a_comparison_that_fails_refuses_nothing_and_a_refused_variant_is_not_co
         asked.append(artifact.slug)
         raise CorruptError("it cannot be opened")
 
-    monkeypatch.setattr(pipeline, "weigh", failing)
+    monkeypatch.setattr(making, "weigh", failing)
     arguments = {"variants": ["torchscript-bf16"], "out": tmp_path, "model": small_net, "max_drop": 2.0, "worth": True}
     (made,) = export_variants(checkpoint, **arguments)
     assert made.worth is None
     assert "not compared with torchscript-fp32: it cannot be opened" in capsys.readouterr().err
     assert asked == ["torchscript-bf16"]
-    monkeypatch.setattr(pipeline, "check_drop", _refuse)
+    monkeypatch.setattr(gates, "check_drop", _refuse)
     with pytest.raises(GateError, match="lost"):
         export_variants(checkpoint, **arguments, force=True)
     assert asked == ["torchscript-bf16"]
