@@ -1,4 +1,4 @@
-"""Whether NEW is slower or faster than BASE: which rows belong together, and a word on each of their quantities.
+"""Whether NEW is slower or faster than BASE: a word on each quantity of the rows that belong together.
 
 Pure functions over reports in memory. What a ratio is worth is in `dlops.bench.ratios`.
 """
@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import computed_field
 
 from dlops.bench import cells
+from dlops.bench.matching import environment_differences, match_rows, row_differences
 from dlops.bench.ratios import STRETCHES, Calls, Ratio, median_ratio, quantile_ratio, rate_ratio
 from dlops.bench.results import Measured
-from dlops.environment import Environment
 from dlops.errors import UsageError
 from dlops.manifest import Record
 from dlops.report import STARTS, TURNS, Load, Measurement
@@ -150,7 +150,7 @@ def compare_reports(
     margin: a fraction, by default 0.05. gate: which quantities are judged, and the ratio that each may not be worse
     than ({"p99": 1.05, "throughput": 0.97}), instead of the margin. Raises UsageError where no row has a partner.
     """
-    matched, unmatched = _match(base.measurements, new.measurements)
+    matched, unmatched = match_rows(base.measurements, new.measurements)
     if not matched:
         raise UsageError(
             "no row of NEW measured what a row of BASE did: " + "; ".join(unmatched),
@@ -159,7 +159,7 @@ def compare_reports(
         )
     pairs = [_Pair(one, other, _calls(one, base), _calls(other, new)) for one, other in matched]
     warnings = [WITHIN_RUNS, *environment_differences(base.report.environment, new.report.environment)]
-    warnings += [text for one, other in matched for text in _row_differences(one, other)]
+    warnings += [text for one, other in matched for text in row_differences(one, other)]
     return Comparison(
         base=base.report.title, new=new.report.title, paired=False, margin=_margin(margin, gate),
         gate=dict(gate) if gate else None, rows=_judge(pairs, paired=False, margin=margin, gate=gate),
@@ -182,19 +182,6 @@ def holm(p_values: Sequence[float], level: float = FALSE_ALARMS) -> tuple[list[f
         worst = max(worst, min(1.0, (count - step) * p_values[index]))
         adjusted[index], divisors[index] = worst, divisor
     return adjusted, divisors
-
-
-def environment_differences(base: Environment, new: Environment) -> list[str]:
-    """A line for each thing that is not the same: the machine, its cores, an installed version."""
-    lines = []
-    for name in Environment.model_fields:
-        one, other = getattr(base, name), getattr(new, name)
-        if name == "packages":
-            names = sorted(package for package in one.keys() | other.keys() if one.get(package) != other.get(package))
-            lines += [f"{each}: {one.get(each, 'none')} in BASE, {other.get(each, 'none')} in NEW" for each in names]
-        elif one != other:
-            lines.append(f"{name.replace('_', ' ')}: {_shown(one)} in BASE, {_shown(other)} in NEW")
-    return lines
 
 
 def word_for(cost: RatioInterval, *, differs: bool, limit: float, gated: bool) -> Word:
@@ -315,61 +302,6 @@ def _calls(row: Measurement, measured: Measured) -> Calls:
     return Calls(latencies_ns=latencies[order], turns=stretch, durations_s=np.full(STRETCHES, length / 1e9))
 
 
-def _match(
-    base: Sequence[Measurement], new: Sequence[Measurement]
-) -> tuple[list[tuple[Measurement, Measurement]], list[str]]:
-    """Pairs in BASE's order, and a line for each row without a partner.
-
-    Of several alike, those of one target and as many threads go first, then those of one target.
-    """
-    left, pairs, unmatched = list(new), [], []
-    waiting = list(base)
-    closer: tuple[Callable[[Measurement], object], ...] = (
-        lambda row: (row.target, row.threads),
-        lambda row: row.target,
-        lambda row: None,
-    )
-    for same in closer:
-        rows, waiting = waiting, []
-        for row in rows:
-            alike = [one for one in left if _key(one) == _key(row) and same(one) == same(row)]
-            if alike:
-                left.remove(alike[0])
-                pairs.append((row, alike[0]))
-            else:
-                waiting.append(row)
-    order = {row.samples: place for place, row in enumerate(base)}
-    unmatched = [f"only in BASE: {_described(row)}" for row in waiting]
-    unmatched += [f"only in NEW: {_described(row)}" for row in left]
-    return sorted(pairs, key=lambda pair: order[pair[0].samples]), unmatched
-
-
-def _key(row: Measurement) -> tuple[object, ...]:
-    load = row.load
-    what = row.artifact or row.target
-    # What the scenario is called follows from these.
-    return (
-        what, row.engine, row.runtime, row.provider, row.boundary, load.batch, load.concurrency, load.rate,
-    )  # fmt: skip
-
-
-def _described(row: Measurement) -> str:
-    rate = f", {row.load.rate:g} a second" if row.load.rate is not None else ""
-    return (
-        f"{row.target} ({row.artifact or row.precision}, {row.runtime} on {row.provider}), {row.boundary}, "
-        f"{row.load.scenario}, batch {row.load.batch}, {row.load.concurrency} in flight{rate}"
-    )
-
-
-def _row_differences(base: Measurement, new: Measurement) -> list[str]:
-    lines = []
-    if base.threads != new.threads:
-        lines.append(f"threads of {cells.name(base)}: {base.threads} in BASE, {new.threads} in NEW")
-    if base.target != new.target:
-        lines.append(f"{cells.name(base)} is {base.target} in BASE, {new.target} in NEW")
-    return lines
-
-
 def _compared(pair: _Pair, judged: tuple[Judged, ...]) -> Compared:
     base, new = pair.base, pair.new
     names = list(dict.fromkeys(cells.name(row) for row in (new, base)))
@@ -406,7 +338,3 @@ def _limit(quantity: Quantity, margin: float | None) -> float:
 
 def _margin(margin: float | None, gate: Mapping[Quantity, float] | None) -> float | None:
     return None if gate is not None else MARGIN if margin is None else margin
-
-
-def _shown(value: object) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

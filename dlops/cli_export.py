@@ -120,7 +120,8 @@ def export(
         slugs = [slug if slug.endswith("-raw") else f"{slug}-raw" for slug in slugs]
     size = _image_size(image_size) if image_size is not None else None
     from dlops.workflows.programs import is_program, open_program
-    from dlops.workflows.sources import adopt, is_source, parse_arguments
+    from dlops.workflows.source_words import parse_arguments
+    from dlops.workflows.sources import adopt, is_source
 
     for_sources = {"weights", "samples", "input_", "dim", "output", "preprocess", "set_", "name", "task", "trust"}
     if checkpoint is not None and (is_program(checkpoint) or is_source(checkpoint)):

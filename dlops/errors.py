@@ -121,3 +121,8 @@ def from_os_error(error: OSError, *, doing: str) -> DlopsError:
             return MachineError(f"{doing}: permission denied{where}")
         case _:
             return MachineError(f"{doing}: {error.strerror or error}{where}")
+
+
+def first_line(error: BaseException) -> str:
+    """Of another library's error: what fits into one of ours, cut at 300 characters; its kind where it says nothing."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

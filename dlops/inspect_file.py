@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dlops.embedded import Embedded, read_embedded
 from dlops.errors import from_os_error
-from dlops.inspect import labels_text, preprocess_lines, signature_lines, size_text
+from dlops.facts import labels_text, preprocess_lines, signature_lines, size_text
 from dlops.manifest import Record, sha256_of
 from dlops.model_file import ModelFormat
 

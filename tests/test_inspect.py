@@ -19,7 +19,8 @@ from dlops.artifact import Accuracy, Artifact, open_artifact
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
 from dlops.errors import CorruptError, UsageError
-from dlops.inspect import describe, list_all, size_text
+from dlops.facts import size_text
+from dlops.inspect import describe, list_all
 from dlops.report import Interval, Latency, Load, Measurement, Report, Verdict
 from dlops.saving import save_checkpoint
 

@@ -13,9 +13,9 @@ import torch
 
 from dlops.artifact import Artifact
 from dlops.environment import available_cores
-from dlops.errors import CorruptError, MachineError
+from dlops.errors import CorruptError, MachineError, first_line
 from dlops.model_file import format_of
-from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph
+from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_cpu
 from dlops.signature import Feed, Signature
 
 with warnings.catch_warnings():
@@ -39,12 +39,7 @@ class ExecuTorchSession:
     """One loaded method. Calls from several threads wait for one another: its buffers are planned once."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
-        if options.device == "cuda":
-            raise MachineError(
-                f"{artifact.title}: CUDA was asked for, which ExecuTorch's XNNPACK does not run on",
-                hint="--device cpu; onnx and torchscript artifacts run on CUDA",
-            )
-        check_graph(options, "cpu")
+        check_cpu(options, title=artifact.title, runtime="ExecuTorch's XNNPACK")
         # One pool a process, as torch's: what it says afterwards is what it has.
         portable_lib._unsafe_reset_threadpool(options.threads or available_cores())
         self._program = load_program(artifact.path("model"), title=artifact.title)
@@ -113,7 +108,7 @@ def load_program(path: Path, *, title: str) -> Program:
     try:
         return Runtime.get().load_program(path)
     except RuntimeError as error:
-        raise CorruptError(f"{title}: ExecuTorch cannot load it: {_first_line(error)}") from error
+        raise CorruptError(f"{title}: ExecuTorch cannot load it: {first_line(error)}") from error
 
 
 def load_method(program: Program, *, title: str) -> Method:
@@ -124,7 +119,7 @@ def load_method(program: Program, *, title: str) -> Method:
         method = program.load_method(METHOD)
     except RuntimeError as error:
         raise MachineError(
-            f"{title}: this ExecuTorch cannot run it: {_first_line(error)}",
+            f"{title}: this ExecuTorch cannot run it: {first_line(error)}",
             hint="it lacks an operator or a delegate that the file needs: use the version that exported it",
         ) from error
     assert method is not None
@@ -166,7 +161,3 @@ def _recorded_nodes(artifact: Artifact) -> Mapping[str, Mapping[str, int]]:
 def _contiguous(array: np.ndarray) -> np.ndarray:
     # torch warns about arrays that are read-only, as those that a server parsed out of a body are.
     return np.array(array, order="C") if not (array.flags.writeable and array.flags.c_contiguous) else array
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

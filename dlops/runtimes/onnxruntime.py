@@ -12,7 +12,7 @@ import onnxruntime as ort
 from dlops.artifact import Artifact
 from dlops.cudart import Stream
 from dlops.environment import available_cores
-from dlops.errors import CorruptError, MachineError
+from dlops.errors import CorruptError, MachineError, first_line
 from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph, graph_provider
 from dlops.signature import Array, Feed, Signature
 
@@ -47,10 +47,10 @@ class OnnxSession:
                 self._stream.close()
             if options.cuda_graph:
                 raise MachineError(
-                    f"{title}: ONNX Runtime cannot run it as a CUDA graph: {_first_line(error)}",
+                    f"{title}: ONNX Runtime cannot run it as a CUDA graph: {first_line(error)}",
                     hint="leave --cuda-graph out",
                 ) from error
-            raise CorruptError(f"{title}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+            raise CorruptError(f"{title}: ONNX Runtime cannot load it: {first_line(error)}") from error
         used = self._session.get_providers()[0]
         if used != provider:
             raise MachineError(
@@ -244,7 +244,3 @@ def _chain(provider: str, options: SessionOptions, stream: Stream | None) -> lis
 
 def _buffer(array: Array, device: str) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, device, 0)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -11,9 +11,9 @@ import openvino as ov
 
 from dlops.artifact import Artifact
 from dlops.environment import available_cores
-from dlops.errors import CorruptError, MachineError
+from dlops.errors import CorruptError
 from dlops.model_file import format_of
-from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph
+from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_cpu
 from dlops.signature import Array, Feed, Signature
 
 _DEVICE = "CPU"
@@ -31,12 +31,7 @@ class OpenVinoSession:
     """One compiled model, and a request for each thread that calls it: OpenVINO refuses one that is in use."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
-        if options.device == "cuda":
-            raise MachineError(
-                f"{artifact.title}: CUDA was asked for, which OpenVINO does not run on",
-                hint="--device cpu; onnx and torchscript artifacts run on CUDA",
-            )
-        check_graph(options, "cpu")
+        check_cpu(options, title=artifact.title, runtime="OpenVINO")
         path = artifact.path("model")
         # By its content: OpenVINO would try every format that it knows on a file that is none of its own.
         if format_of(path) != "openvino":

@@ -114,6 +114,16 @@ def check_graph(options: SessionOptions, device: str) -> None:
         )
 
 
+def check_cpu(options: SessionOptions, *, title: str, runtime: str) -> None:
+    """Raise MachineError where CUDA, or a graph of it, is asked for of a runtime that has only the CPU."""
+    if options.device == "cuda":
+        raise MachineError(
+            f"{title}: CUDA was asked for, which {runtime} does not run on",
+            hint="--device cpu; onnx and torchscript artifacts run on CUDA",
+        )
+    check_graph(options, "cpu")
+
+
 def graph_provider(provider: str, options: SessionOptions) -> str:
     """What a placement calls the provider: rows that replay a graph are told from those that do not."""
     return f"{provider}, CUDA graph" if options.cuda_graph else provider

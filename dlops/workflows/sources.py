@@ -6,17 +6,16 @@ samples and the preprocessing between the two.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from dlops import catalog
 from dlops.builders import (
@@ -25,33 +24,25 @@ from dlops.builders import (
     find_builder,
     is_family,
     published_labels,
-    published_preprocess,
     published_weights,
 )
 from dlops.checkpoint import Checkpoint, ModelSpec, import_model_source, load_checkpoint, misfits, rebuild
 from dlops.console import say
-from dlops.errors import CorruptError, UsageError, from_os_error
-from dlops.manifest import explain_validation
-from dlops.preprocess import CenterCrop, Decode, Normalize, Preprocess, Resize, Scale, Step
-from dlops.probing import check_named
-from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES, Samples
+from dlops.errors import UsageError
+from dlops.preprocess import Preprocess
 from dlops.saving import save_checkpoint
-from dlops.signature import Array, DimRange, DType, Signature, TensorSpec
+from dlops.signature import DimRange, Signature, TensorSpec
+from dlops.workflows.source_data import SourceData, as_known, read_images, read_tensors
+from dlops.workflows.source_weights import read_weights
+from dlops.workflows.source_words import chosen_preprocess, parse_dims, parse_input
 from dlops.workflows.untrained import scale_weights, settle_statistics
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from dlops.checkpoint import ModuleSource
 
 _PREFIXES = ("torchvision:", "timm:", "python:")
-_INPUT = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*):([a-z]+\d*)\[([^\]]*)\]")
-_RANGE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(\d+):(\d+)(?::(\d+))?")
-_TARGETS = ("targets", "target", "labels")
-_IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-# As in the recipes: of two classes or more, drawn with a fixed seed.
-_SPLIT_SEED = 0
 # What the only output is called where nobody names it.
 _OUTPUT = {"regression": "values"}
 # For the statistics of an untrained network.
@@ -64,23 +55,6 @@ class Adopted:
 
     checkpoint: Checkpoint
     model: ModuleSource | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Data:
-    """labels: of the targets. calibration: None where there are too few samples for two splits."""
-
-    evaluation: Samples
-    calibration: Samples | None
-    labels: tuple[str, ...] = ()
-
-    def without_targets(self) -> _Data:
-        def bare(samples: Samples) -> Samples:
-            return Samples(raw=samples.raw, inputs=samples.inputs)
-
-        return _Data(
-            evaluation=bare(self.evaluation), calibration=None if self.calibration is None else bare(self.calibration)
-        )
 
 
 def is_source(text: str) -> bool:
@@ -130,11 +104,11 @@ def adopt(
         find_builder(source, arguments or {})
     title = name or _title(source)
     published = _published(source, weights)
-    steps = _preprocess(preprocess, source, specs, published)
+    steps = chosen_preprocess(preprocess, source, specs, published)
     if Path(samples).suffix == ".safetensors":
-        data, steps = _from_tensors(Path(samples), specs, ranges), None
+        data, steps = read_tensors(Path(samples), specs, ranges), None
     else:
-        data = _from_images(samples, steps, source)
+        data = read_images(samples, steps, source)
     expected = task or (builder_task(source) if is_family(source) else "classification")
     classes = data.labels if expected == "classification" else ()
     module, kwargs = _module(source, own, weights, published, dict(arguments or {}), classes)
@@ -156,8 +130,8 @@ def adopt(
     checkpoint = save_checkpoint(
         module,
         _directory(root / title),
-        evaluation=_as_known(data.evaluation, data.labels, labels),
-        calibration=None if data.calibration is None else _as_known(data.calibration, data.labels, labels),
+        evaluation=as_known(data.evaluation, data.labels, labels),
+        calibration=None if data.calibration is None else as_known(data.calibration, data.labels, labels),
         labels=labels,
         preprocess=steps,
         task=task,
@@ -174,87 +148,6 @@ def adopt(
     say(f"{source}: checkpoint in {checkpoint.directory}, {len(data.evaluation)} evaluation samples")
     # The very module: what a function makes anew may differ where it draws its weights.
     return Adopted(checkpoint=checkpoint, model=None if own is None else module)
-
-
-def parse_input(text: str) -> TensorSpec:
-    """`pixels:float32[batch,3,224,224]`. Raises UsageError for what is not written so."""
-    match = _INPUT.fullmatch(text.replace(" ", ""))
-    if match is None:
-        raise UsageError(f"--input {text!r}: expected name:dtype[dims]", hint="such as pixels:float32[batch,3,224,224]")
-    name, dtype, dims = match.groups()
-    if dtype not in get_args(DType):
-        raise UsageError(f"--input {text!r}: {dtype} is not one of {', '.join(get_args(DType))}")
-    parts = dims.split(",") if dims else []
-    if not parts or parts[0] != "batch":
-        raise UsageError(f"--input {text!r}: the first dim is the batch", hint=f"{name}:{dtype}[batch,...]")
-    if strange := [part for part in parts[1:] if not (part.isdecimal() or part.isidentifier()) or part == "batch"]:
-        raise UsageError(
-            f"--input {text!r}: {strange[0]!r} is no size", hint="a number, or a name with a range: --dim NAME=MIN:MAX"
-        )
-    shape = ("batch", *(int(part) if part.isdecimal() else part for part in parts[1:]))
-    return TensorSpec(name=name, dtype=cast("DType", dtype), shape=shape)
-
-
-def parse_dims(given: Sequence[str]) -> dict[str, DimRange]:
-    """`height=224:640` or `height=224:640:32`, the last a step, as ranges by name. Raises UsageError."""
-    ranges = {}
-    for one in given:
-        match = _RANGE.fullmatch(one.replace(" ", ""))
-        if match is None:
-            raise UsageError(f"--dim {one!r}: expected NAME=MIN:MAX or NAME=MIN:MAX:STEP", hint="height=224:640:32")
-        name, low, high, step = match.groups()
-        try:
-            ranges[name] = DimRange(min=int(low), max=int(high), step=int(step or 1))
-        except ValidationError as error:
-            raise UsageError(f"--dim {one!r}: {explain_validation(error)}") from None
-    return ranges
-
-
-def parse_arguments(given: Sequence[str]) -> dict[str, JsonValue]:
-    """`num_classes=10` as arguments of a builder; values are JSON, or else text. Raises UsageError."""
-    arguments: dict[str, JsonValue] = {}
-    for one in given:
-        key, equals, value = one.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--set {one!r}: expected KEY=VALUE", hint="such as num_classes=10")
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a .safetensors, .pth or .pt file; of a training checkpoint the part that is one.
-
-    Raises CorruptError where it holds something else, or would have to be unpickled.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        loaded: Any = (
-            load_file(path) if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )  # fmt: skip
-    except OSError as error:
-        raise from_os_error(error, doing=f"reading {path}") from error
-    except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise CorruptError(f"{path}: no weights in it: {_first_line(error)}") from None
-    except Exception as error:  # noqa: BLE001 - torch raises pickle's own error for what weights_only refuses
-        raise CorruptError(
-            f"{path}: not read, because it holds more than tensors: {_first_line(error)}",
-            hint="save its state_dict() alone, best as safetensors",
-        ) from None
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise CorruptError(f"{path}: no state dict in it", hint="save the module's state_dict()")
-    # Wrapped for several devices, or compiled.
-    names = {key: str(key).removeprefix("module.").removeprefix("_orig_mod.") for key in loaded}
-    return {names[key]: value for key, value in loaded.items()}
 
 
 def _published(source: str, weights: str | None) -> Published | None:
@@ -302,139 +195,12 @@ def _module(
     )
 
 
-def _preprocess(
-    given: str | None, source: str, specs: Sequence[TensorSpec], published: Published | None
-) -> Preprocess | None:
-    """What images go through: as given, else as the published weights want it, else scaled to [0, 1]."""
-    if given is not None and given not in ("imagenet", "unit"):
-        return _read_preprocess(Path(given))
-    default = (
-        published.preprocess if published is not None else published_preprocess(source) if is_family(source) else None
-    )
-    if given is None and default is not None:
-        return _sized(default, specs)
-    shape = default.shape if default is not None else specs[0].shape[1:] if len(specs) == 1 else ()
-    if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(size, int) for size in shape):
-        return None
-    channels, height, width = (int(size) for size in shape)
-    steps: list[Step] = [
-        Decode(mode="RGB" if channels == 3 else "L"), Resize(size=max(height, width)), CenterCrop(size=(height, width)),
-        Scale(),
-    ]  # fmt: skip
-    if given == "imagenet":
-        if channels != 3:
-            raise UsageError("--preprocess imagenet: normalizes three channels, and the input has one")
-        steps.append(_IMAGENET)
-    return Preprocess(input="image", shape=(channels, height, width), steps=tuple(steps))
-
-
-def _sized(preprocess: Preprocess, specs: Sequence[TensorSpec]) -> Preprocess:
-    """Where images are stretched to one size, and the input is given another: that one."""
-    shape = specs[0].shape[1:] if len(specs) == 1 else ()
-    if len(shape) != 3 or not all(isinstance(dim, int) for dim in shape) or shape == preprocess.shape:
-        return preprocess
-    size = (int(shape[1]), int(shape[2]))
-    steps = tuple(
-        Resize(size=size, interpolation=step.interpolation)
-        if isinstance(step, Resize) and isinstance(step.size, tuple) else step
-        for step in preprocess.steps
-    )  # fmt: skip
-    stretched = steps != preprocess.steps
-    return Preprocess(input="image", shape=(preprocess.shape[0], *size), steps=steps) if stretched else preprocess
-
-
-def _read_preprocess(path: Path) -> Preprocess:
-    try:
-        return Preprocess.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise from_os_error(error, doing=f"--preprocess {path}") from error
-    except ValidationError as error:
-        raise UsageError(
-            f"--preprocess {path}: {explain_validation(error)}", hint="as `preprocess` stands in an artifact.json"
-        ) from None
-
-
-def _from_images(samples: str, preprocess: Preprocess | None, source: str) -> _Data:
-    """From the data sets and folders that training takes: evaluation from test, calibration from train."""
-    from dlops.train.data.source import open_data
-    from dlops.train.finish import MAX_CALIBRATION, MAX_CALIBRATION_BYTES, chosen_samples
-
-    if preprocess is None:
-        raise UsageError(
-            f"{source}: images are given, and nothing says what it makes of them",
-            hint="--input name:float32[batch,3,H,W], or --preprocess FILE",
-        )
-    data = open_data(samples, split_seed=_SPLIT_SEED)
-    return _Data(
-        evaluation=chosen_samples(data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES),
-        calibration=chosen_samples(data.train, MAX_CALIBRATION, MAX_CALIBRATION_BYTES),
-        labels=data.labels,
-    )
-
-
-def _from_tensors(path: Path, specs: Sequence[TensorSpec], ranges: Mapping[str, DimRange]) -> _Data:
-    """Every second sample of a file is for evaluation, the others for calibration."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        tensors: dict[str, Array] = dict(load_file(path))
-    except OSError as error:
-        raise from_os_error(error, doing=f"reading {path}") from error
-    except SafetensorError as error:
-        raise CorruptError(f"{path}: not a safetensors file ({error})") from None
-    targets = next((tensors.pop(name) for name in _TARGETS if name in tensors), None)
-    names = [spec.name for spec in specs] or sorted(tensors)
-    if len(names) > 1 and not specs:
-        raise UsageError(
-            f"{path}: several tensors ({', '.join(names)}), and nothing says in which order the model takes them",
-            hint="--input name:dtype[dims] for each, in order",
-        )
-    if missing := [name for name in names if name not in tensors]:
-        raise UsageError(f"{path}: no tensor {missing[0]!r} in it; there are {', '.join(sorted(tensors)) or 'none'}")
-    feed = {name: tensors[name] for name in names}
-    lengths = {name: len(array) if array.ndim else 0 for name, array in feed.items()}
-    if targets is not None:
-        lengths["targets"] = len(targets) if targets.ndim else 0
-    count = min(lengths.values())
-    if len(set(lengths.values())) > 1 or count < 2:
-        raise UsageError(
-            f"{path}: {', '.join(f'{name} has {n}' for name, n in lengths.items())} samples; two or more, alike"
-        )
-    if specs:
-        check_named(specs, ranges, feed)
-    whole = Samples(raw=tuple(next(iter(feed.values()))), inputs=feed, targets=targets)
-    places = np.arange(count)
-    return _Data(evaluation=whole.take(list(places[::2])), calibration=whole.take(list(places[1::2])))
-
-
-def _as_known(samples: Samples, labels: Sequence[str], known: Sequence[str]) -> Samples:
-    """The samples with targets counted as the model counts its classes: by label, or by number where labels are."""
-    if samples.targets is None or not labels or tuple(labels) == tuple(known) or not known:
-        return samples
-    # ImageNet's labels are lists of synonyms in some collections.
-    places = {word.casefold(): place for place, label in enumerate(known) for word in (*label.split(", "), label)}
-    numbers = []
-    for label in labels:
-        place = places.get(label.casefold().replace("_", " "), places.get(label.casefold()))
-        if place is None and label.isdecimal() and int(label) < len(known):
-            place = int(label)
-        if place is None:
-            raise UsageError(
-                f"the class {label!r} is none of the model's {len(known)} ({', '.join(known[:3])}, ...)",
-                hint="name the class folders as the model's labels, or by their numbers",
-            )
-        numbers.append(place)
-    targets = np.array(numbers, np.int64)[samples.targets]
-    return Samples(raw=samples.raw, inputs=samples.inputs, outputs=samples.outputs, targets=targets)
-
-
 def _taken(specs: Sequence[TensorSpec], preprocess: Preprocess | None) -> Sequence[TensorSpec]:
     """The inputs as given; images go into the one that preprocessing makes, under the name that it has there."""
     return specs if preprocess is None else [specs[0].model_copy(update={"name": "input"})]
 
 
-def _numbered(module: nn.Module, data: _Data, preprocess: Preprocess | None) -> tuple[str, ...]:
+def _numbered(module: nn.Module, data: SourceData, preprocess: Preprocess | None) -> tuple[str, ...]:
     """Names for classes that nobody names: the samples' own where there are as many, else their numbers."""
     import torch
 
@@ -481,10 +247,6 @@ def _directory(root: Path) -> Path:
         for number in range(1, 1000)
         if not (path := root / (stamp if number == 1 else f"{stamp}-{number}")).exists()
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # A source's module is built before its signature is known, and only pruned ones need that.

@@ -13,11 +13,11 @@ from dlops.bench.compare import (
     RatioInterval,
     compare_reports,
     compare_turns,
-    environment_differences,
     holm,
     word_for,
 )
 from dlops.bench.compare_table import comparison_markdown, comparison_text
+from dlops.bench.matching import environment_differences
 from dlops.bench.results import Measured
 from dlops.bench.stats import rate_interval, summarize
 from dlops.errors import UsageError

@@ -21,7 +21,9 @@ from dlops.builders import published_preprocess
 from dlops.checkpoint import load_checkpoint
 from dlops.cli import run
 from dlops.errors import CorruptError, MachineError, UsageError
-from dlops.workflows.sources import adopt, parse_input, read_weights
+from dlops.workflows.source_weights import read_weights
+from dlops.workflows.source_words import parse_input
+from dlops.workflows.sources import adopt
 
 SMALL = {
     "input": "image",
