@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,9 @@ def _openvino() -> str:
 
 
 def _torch(device: str) -> str:
+    if device == "mps" and sys.platform != "darwin" and util.find_spec("torch"):
+        # Nothing that torch, which takes seconds to import, could add.
+        raise _AbsentError("no Apple GPU here")
     try:
         import torch
     except ModuleNotFoundError:
@@ -130,10 +134,9 @@ def _torchscript() -> str:
 
 def _aotinductor() -> str:
     """Whether there is what it compiles with: a compilation by torch itself takes half a minute."""
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise _AbsentError("torch is not installed") from None
+    # torch itself is not imported: that takes seconds and says nothing here.
+    if util.find_spec("torch") is None:
+        raise _AbsentError("torch is not installed")
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise _AbsentError(f"no C++ compiler here: {compiler}")
@@ -144,27 +147,20 @@ def _aotinductor() -> str:
         answer = ctypes.CDLL(str(library)).probe()
     if answer != 7:
         raise RuntimeError(f"what {compiler} compiles gives {answer}, not 7")
-    return f"{compiler} compiles a library that loads, which torch {torch.__version__} needs"
+    return f"{compiler} compiles a library that loads, which torch {metadata.version('torch')} needs"
 
 
 def _executorch() -> str:
     try:
         import torch
-
-        with warnings.catch_warnings():
-            # It announces that its interface is experimental.
-            warnings.simplefilter("ignore")
-            from executorch import version
-            from executorch.runtime import Runtime
-
-            runtime = Runtime.get()
+        from executorch import version
+        from executorch.extension.pybindings import _C as bindings  # noqa: N811
     except ModuleNotFoundError as error:
         raise _AbsentError(f"{(error.name or '').partition('.')[0]} is not installed") from None
     # relu(x @ w) lowered to XNNPACK, in base64: lowering it here would take the exporter, and half a minute when busy.
     program = base64.b64decode(Path(__file__).with_name("doctor_executorch.txt").read_bytes())
-    method = runtime.load_program(program).load_method("forward")
-    assert method is not None
-    _check(method.execute([torch.from_numpy(_X)])[0].numpy())
+    module = bindings._load_for_executorch_from_buffer(program)
+    _check(module.forward([torch.from_numpy(_X)])[0].numpy())
     return f"executorch {version.__version__} ran on XnnpackBackend"
 
 

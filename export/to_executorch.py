@@ -219,7 +219,7 @@ def _check_written(request: ExportRequest) -> None:
     batches = sorted({low.get("batch", 1), min(2, signature.max_batch), signature.max_batch})
     for sizes in [*({**high, "batch": batch} for batch in batches), low]:
         try:
-            results = method.execute(list(_example(signature, {"batch": 1, **sizes})))
+            results = method(list(_example(signature, {"batch": 1, **sizes})))
         except RuntimeError as error:
             raise GateError(f"{title}: the written file does not run at {_said(sizes)}: {error}") from error
         for spec, result in zip(signature.outputs, results, strict=True):

@@ -159,7 +159,7 @@ def test_a_signal_ends_training_with_its_status_and_without_a_traceback(
     command = [*DLOPS, "train", "cnn", "--set", "epochs=1000", "--set", "patience=1000", "--run-dir", "run"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        next(line for line in process.stderr if line.startswith("training "))
+        next(line for line in process.stderr if "1000 epochs of" in line)
         process.send_signal(number)
         errors = process.stderr.read()
         process.wait(timeout=60)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+# The compiled module itself: the Python around it imports the whole exporter for the sake of one warning, eight seconds
+# of every process that loads a model. The version is pinned, and what is used of it is tested.
+from executorch.extension.pybindings import _C as bindings  # noqa: N811
 
 from dlops.artifact import Artifact
 from dlops.environment import available_cores
@@ -18,16 +21,8 @@ from dlops.model_file import format_of
 from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_cpu
 from dlops.signature import Feed, Signature
 
-with warnings.catch_warnings():
-    # It says that its interface is experimental: the version is pinned, and what is used of it is tested. The rest is
-    # about its own imports.
-    warnings.filterwarnings("ignore", message="This API is experimental", category=Warning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    from executorch.extension.pybindings import portable_lib
-    from executorch.runtime import Runtime
-
 if TYPE_CHECKING:
-    from executorch.runtime import Method, Program
+    from executorch.extension.pybindings.pybindings import ExecuTorchMethod, ExecuTorchProgram
 
 METHOD = "forward"
 DELEGATE = "XnnpackBackend"
@@ -41,7 +36,7 @@ class ExecuTorchSession:
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         check_cpu(options, title=artifact.title, runtime="ExecuTorch's XNNPACK")
         # One pool a process, as torch's: what it says afterwards is what it has.
-        portable_lib._unsafe_reset_threadpool(options.threads or available_cores())
+        bindings._unsafe_reset_threadpool(options.threads or available_cores())
         self._program = load_program(artifact.path("model"), title=artifact.title)
         self._method = load_method(self._program, title=artifact.title)
         self._lock = threading.Lock()
@@ -53,14 +48,14 @@ class ExecuTorchSession:
             device="cpu",
             provider=PORTABLE if nodes and DELEGATE not in nodes else DELEGATE,
             precision=artifact.variant.precision,
-            threads=int(portable_lib._threadpool_get_thread_count()),
+            threads=int(bindings._threadpool_get_thread_count()),
             nodes=nodes,
         )
 
     def run(self, feed: Feed) -> Feed:
         tensors = [torch.from_numpy(_contiguous(feed[spec.name])) for spec in self.signature.inputs]
         with self._lock:
-            results = self._method.execute(tensors)
+            results = self._method(tensors)
         return {spec.name: one.numpy() for spec, one in zip(self.signature.outputs, results, strict=True)}
 
     def bind(self, feed: Feed) -> ExecuTorchBound:
@@ -101,34 +96,35 @@ def open_session(artifact: Artifact, options: SessionOptions) -> ExecuTorchSessi
     return ExecuTorchSession(artifact, options)
 
 
-def load_program(path: Path, *, title: str) -> Program:
+def load_program(path: Path, *, title: str) -> ExecuTorchProgram:
     """Raises CorruptError for a file that is none of ExecuTorch's, or cut short."""
     if format_of(path) != "executorch":
         raise CorruptError(f"{title}: {path} is not an ExecuTorch program", hint="export it again")
     try:
-        return Runtime.get().load_program(path)
+        return bindings._load_program(
+            str(path), enable_etdump=False, debug_buffer_size=0,
+            program_verification=bindings.Verification.InternalConsistency,
+        )  # fmt: skip
     except RuntimeError as error:
         raise CorruptError(f"{title}: ExecuTorch cannot load it: {first_line(error)}") from error
 
 
-def load_method(program: Program, *, title: str) -> Method:
+def load_method(program: ExecuTorchProgram, *, title: str) -> ExecuTorchMethod:
     """Raises CorruptError where it has no such method, MachineError where this build lacks what the method needs."""
-    if METHOD not in program.method_names:
+    if METHOD not in [program.get_method_name(number) for number in range(program.num_methods())]:
         raise CorruptError(f"{title}: it has no method {METHOD!r}", hint="export it again")
     try:
-        method = program.load_method(METHOD)
+        return program.load_method(METHOD)
     except RuntimeError as error:
         raise MachineError(
             f"{title}: this ExecuTorch cannot run it: {first_line(error)}",
             hint="it lacks an operator or a delegate that the file needs: use the version that exported it",
         ) from error
-    assert method is not None
-    return method
 
 
-def check_ports(method: Method, signature: Signature, *, title: str) -> None:
+def check_ports(method: ExecuTorchMethod, signature: Signature, *, title: str) -> None:
     """Raise CorruptError unless it takes and gives as many tensors as the signature, in those sizes at most."""
-    meta = method.metadata
+    meta = method.method_meta()
     for kind, specs, count, of in (
         ("inputs", signature.inputs, meta.num_inputs(), meta.input_tensor_meta),
         ("outputs", signature.outputs, meta.num_outputs(), meta.output_tensor_meta),
