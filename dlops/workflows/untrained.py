@@ -55,13 +55,14 @@ def scale_weights(module: nn.Module, feed: Feed) -> None:
         if layer in seen:
             return None
         seen.add(layer)
-        deviation = float(output.std())
-        if not np.isfinite(deviation) or deviation == 0:
-            return None
         assert isinstance(layer.weight, torch.Tensor)
         shift = layer.bias if isinstance(layer.bias, torch.Tensor) else torch.zeros(())
         if isinstance(layer, nn.Conv2d) and shift.ndim:
             shift = shift[:, None, None]
+        # The bias stays: beside small weights it would be what deviates.
+        deviation = float((output - shift).std())
+        if not np.isfinite(deviation) or deviation == 0:
+            return None
         layer.weight.div_(deviation)
         return (output - shift) / deviation + shift
 
