@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-import numpy as np
-
 from dlops.errors import DlopsError
-from dlops.timing import Turn
 
 Message = tuple[dict[str, Any], bytes]
 
@@ -45,19 +42,6 @@ class Channel:
         header: dict[str, Any] = json.loads(line)
         payload = self.reader.read(header["bytes"])
         return (header, payload) if len(payload) == header["bytes"] else None
-
-
-def turn_message(turn: Turn) -> Message:
-    return {"parts": list(turn.parts_ns)}, np.stack(
-        [turn.starts_ns, turn.latencies_ns, *turn.parts_ns.values()]
-    ).tobytes()
-
-
-def read_turn(message: Message) -> Turn:
-    header, payload = message
-    names = header["parts"]
-    starts, latencies, *parts = np.frombuffer(payload, np.int64).reshape(2 + len(names), -1)
-    return Turn(starts_ns=starts, latencies_ns=latencies, parts_ns=dict(zip(names, parts, strict=True)))
 
 
 @contextmanager

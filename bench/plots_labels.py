@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 LINE = 16.0
 _TEXT_HEIGHT = 13.0
@@ -151,6 +152,8 @@ def place_labels(points: Sequence[Point], lines: Sequence[Segment], area: Box) -
     return [by_point[id(point)] for point in points]
 
 
+# The same few names are tried in thousands of places.
+@lru_cache(maxsize=1024)
 def text_width(text: str) -> float:
     """An upper bound in pixels for nearly every font at 12 pixels."""
     return sum(

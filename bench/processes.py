@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 
-from dlops.bench.channel import read_turn
 from dlops.bench.child import Child
 from dlops.bench.fifo import Integers, Kept
+from dlops.bench.turns import read_turn
 from dlops.bench.worker import Job, Ready
 from dlops.timing import Turn, WarmUp
 

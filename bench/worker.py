@@ -20,11 +20,12 @@ import numpy as np
 from dlops import catalog
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench.boundcall import bound_arm
-from dlops.bench.channel import Channel, telling, turn_message
+from dlops.bench.channel import Channel, telling
 from dlops.bench.fifo import PipeTicker, keep_schedule
 from dlops.bench.nvml import memory_growth
 from dlops.bench.payload import artifact_feeds, random_feed, raw_batches
 from dlops.bench.together import Together
+from dlops.bench.turns import turn_message
 from dlops.checkpoint import Checkpoint, import_model_source, load_checkpoint
 from dlops.cudart import pci_address
 from dlops.errors import MachineError, UsageError, missing_package

@@ -16,7 +16,6 @@ from dlops import cudart
 from dlops.bench.analysis import analyse_turns, launch_bound
 from dlops.bench.attended import Attended
 from dlops.bench.boundcall import bound_arm
-from dlops.bench.channel import read_turn, turn_message
 from dlops.bench.inprocess import Conditions, Started, Subject
 from dlops.bench.pilot import length
 from dlops.bench.rows import Rows
@@ -24,6 +23,7 @@ from dlops.bench.run import Measured, measure, merge, save_report
 from dlops.bench.session_rows import keep_turns
 from dlops.bench.table import table_text, to_csv
 from dlops.bench.telemetry import Recorder
+from dlops.bench.turns import read_turn, turn_message
 from dlops.bench.worker import gpu_of
 from dlops.cli import run
 from dlops.errors import CorruptError, MachineError, UsageError
