@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from dlops.checkpoint import ModuleSource
 
 EAGER, COMPILED = "eager", "torch.compile"
+# The longest that a target is warmed up, where its row does not last longer itself.
+WARMUP_S = 2.0
 _NOTE = (
     "is measured in the process of the run, which alone has the module that was passed in: its peak memory and cold "
     "start are not known"
@@ -201,8 +203,8 @@ def time_targets(
         )
 
     return interleave(
-        runs, budget_s=lasting.first_s * len(runs), max_warmup_s=max(2.0, lasting.first_s), on_progress=on_progress,
-        longer=longer if lasting.is_piloted else None,
+        runs, budget_s=lasting.first_s * len(runs), max_warmup_s=max(WARMUP_S, lasting.first_s),
+        on_progress=on_progress, longer=longer if lasting.is_piloted else None,
     )  # fmt: skip
 
 

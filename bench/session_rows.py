@@ -102,7 +102,7 @@ def _time_one(
 ) -> None:  # fmt: skip
     from dlops.bench.inprocess_rates import measure_queue, process_of
 
-    warmth = process_of(one).warm_up(max(2.0, rows.lasting.first_s))
+    warmth = process_of(one).warm_up(max(inprocess.WARMUP_S, rows.lasting.first_s))
     if engine == "loadgen":
         _drive(rows, one, conditions, rate, artifacts, warmth)
         return

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+import os
+import select
+import shutil
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +25,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dlops.artifact import Accuracy, Artifact, Parity, Provenance, Tolerance, Variant
+from dlops.bench.render import render_html
 from dlops.bench.results import Measured, choose_fastest
 from dlops.bench.stats import rate_interval, ratio_interval, summarize
 from dlops.directory import DirectoryWriter
@@ -28,6 +35,7 @@ from dlops.samples import Samples
 from dlops.signature import DimRange, Signature, TensorSpec
 
 FEATURES, CLASSES, MAX_BATCH = 16, 10, 64
+_BROWSER_ANSWERS_S = 60.0
 MakeArtifact = Callable[..., Artifact]
 
 
@@ -54,6 +62,20 @@ def onnx_mlp(hidden: int, *, seed: int = 0) -> bytes:
 
 def run_onnx(model: bytes, inputs: np.ndarray) -> np.ndarray:
     return np.asarray(ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"input": inputs})[0])
+
+
+@pytest.fixture(autouse=True)
+def brief_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a service until three looks at it 50 ms apart show no drift, of a target in process at most a third of a
+    second: on a busy machine a tiny model seldom settles."""
+    monkeypatch.setattr("dlops.bench.load._WINDOW_S", 0.05)
+    monkeypatch.setattr("dlops.bench.inprocess.WARMUP_S", 0.3)
+
+
+@pytest.fixture
+def soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed loop takes a server for gone when its calls have failed for half a second."""
+    monkeypatch.setattr("dlops.bench.load._DEAD_AFTER_S", 0.5)
 
 
 @pytest.fixture
@@ -366,3 +388,109 @@ def example(calibration: Calibration) -> Callable[..., Measured]:
         return Measured(report=report, samples=measured.samples)
 
     return make
+
+
+class Browser:
+    """A headless browser that takes orders over its debugging pipe; `profile` is an empty folder for it."""
+
+    def __init__(self, program: str, profile: Path) -> None:
+        orders_in, self._orders = os.pipe()
+        self._answers, answers_out = os.pipe()
+        # The browser reads orders at descriptor 3 and answers at 4, each message ended by a zero byte.
+        command = (
+            f'exec "$0" --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync '
+            f"--disable-background-networking --remote-debugging-pipe '--user-data-dir={profile}' about:blank "
+            f"3<&{orders_in} 4>&{answers_out}"
+        )
+        self._browser = subprocess.Popen(
+            ["bash", "-c", command, program], pass_fds=(orders_in, answers_out), stderr=subprocess.DEVNULL
+        )
+        os.close(orders_in)
+        os.close(answers_out)
+        self._unread, self._asked = b"", 0
+
+    def close(self) -> None:
+        self._browser.kill()
+        self._browser.wait(10)
+        os.close(self._orders)
+        os.close(self._answers)
+
+    def ask(self, method: str, parameters: Mapping[str, Any], *, session: str | None = None) -> dict[str, Any]:
+        """The answer to an order of the Chrome DevTools Protocol; session: of the tab that it is for."""
+        self._asked += 1
+        order = {"id": self._asked, "method": method, "params": parameters}
+        os.write(self._orders, json.dumps(order | ({"sessionId": session} if session else {})).encode() + b"\0")
+        while True:
+            while b"\0" not in self._unread:
+                assert select.select([self._answers], [], [], _BROWSER_ANSWERS_S)[0], f"no answer to {method}"
+                read = os.read(self._answers, 1 << 16)
+                assert read, f"the browser ended at {method}"
+                self._unread += read
+            message, _, self._unread = self._unread.partition(b"\0")
+            answer = json.loads(message)
+            if answer.get("id") == self._asked:
+                assert "error" not in answer, answer["error"]
+                result: dict[str, Any] = answer["result"]
+                return result
+
+
+class Tab:
+    """A page of its own in a browser."""
+
+    def __init__(self, browser: Browser, page: str) -> None:
+        self._browser = browser
+        self._target = browser.ask("Target.createTarget", {"url": "about:blank"})["targetId"]
+        attached = browser.ask("Target.attachToTarget", {"targetId": self._target, "flatten": True})
+        self._session = attached["sessionId"]
+        frame = self.ask("Page.getFrameTree")["frameTree"]["frame"]["id"]
+        self.ask("Page.setDocumentContent", frameId=frame, html=page)
+
+    def close(self) -> None:
+        self._browser.ask("Target.closeTarget", {"targetId": self._target})
+
+    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """The answer to an order of the Chrome DevTools Protocol."""
+        return self._browser.ask(method, parameters, session=self._session)
+
+    def be(self, *, width: int, paper: bool = False, dark: bool = False) -> None:
+        """So wide in pixels, with the style for paper or for a screen, for a reader who prefers dark or light."""
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.ask("Emulation.setEmulatedMedia", media="print" if paper else "screen", features=[scheme])
+
+    def tell(self, script: str) -> Any:
+        """What an expression is there."""
+        answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def pdf(self) -> bytes:
+        """The page as it goes to an A4 printer that leaves backgrounds out, as browsers' dialogs have it at first."""
+        printed = self.ask("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, preferCSSPageSize=True)
+        return base64.b64decode(printed["data"])
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One for all tests, which takes longer to start than to show a page."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((path for name in names if (path := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("no chromium or chrome is installed")
+    started = Browser(program, tmp_path_factory.mktemp("browser"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def open_tab(browser: Browser) -> Iterator[Callable[[Measured], Tab]]:
+    """open_tab(measured) shows the measured report's page in a browser."""
+    tabs: list[Tab] = []
+
+    def show(measured: Measured) -> Tab:
+        tabs.append(Tab(browser, render_html(measured.report, measured.samples)))
+        return tabs[-1]
+
+    yield show
+    for tab in tabs:
+        tab.close()

@@ -56,7 +56,7 @@ def test_the_samples_take_turns_and_each_call_is_waited_for(make_artifact) -> No
 
 
 def test_the_device_is_a_boundary_and_comes_out_the_same_again(make_artifact, tmp_path: Path) -> None:
-    measured = measure([make_artifact()], boundary=("device", "host"), batch=(4,), duration_s=0.2, threads=1)
+    measured = measure([make_artifact()], boundary=("device", "host"), batch=(4,), duration_s=0.1, threads=1)
     assert [row.boundary for row in measured.measurements] == ["device", "host"]
     save_report(measured, tmp_path / "kept")
     report = read_report(tmp_path / "kept")
@@ -77,6 +77,6 @@ def test_a_checkpoints_module_has_the_boundary_too(digits_artifact: Artifact, tm
 def test_the_command_names_the_boundary(make_artifact, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = str(make_artifact().directory)
-    status = run(["bench", folder, "--boundary", "device", "--duration", "0.2", "--threads", "1", "--device", "cpu"])
+    status = run(["bench", folder, "--boundary", "device", "--duration", "0.1", "--threads", "1", "--device", "cpu"])
     assert status in (0, 3)
     assert "on the device, batch 1" in capsys.readouterr().out

@@ -172,7 +172,7 @@ def on_cuda(make_artifact) -> Measured:
         names = list(CLOCKS) if boundary == "host" else [DEVICE, ENQUEUE]
         local = Local("it", lambda: None, parts=lambda names=names: dict.fromkeys(names, int(draw.integers(90, 110))))
         arm = Attended(local)
-        timed = interleave({artifact.title: arm}, budget_s=0.05, turn_s=0.002, max_warmup_s=0.1)
+        timed = interleave({artifact.title: arm}, budget_s=0.2, turn_s=0.002, max_warmup_s=0.1)
         subject = Subject(target=artifact.title, kind="artifact", source=artifact)
         conditions = Conditions(batch=1, boundary=boundary, options=SessionOptions())
         with Recorder() as recorder:

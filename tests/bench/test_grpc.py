@@ -141,7 +141,7 @@ def test_a_service_is_measured_checked_and_says_where_its_time_goes(digits_artif
     server = serve_grpc(digits_artifact)
     offered = Offered(rates=(60.0,))
     measured = measure(
-        [server.url], payload=digits_artifact, batch=(2,), concurrency=(1,), offered=offered, duration_s=0.5
+        [server.url], payload=digits_artifact, batch=(2,), concurrency=(1,), offered=offered, duration_s=0.3
     )
     assert measured.report.notes == ()
     flight, rate = measured.measurements
@@ -187,13 +187,14 @@ def test_another_clients_requests_are_noticed(digits_artifact, serve_grpc) -> No
     requests, over = requests_for(server), threading.Event()
 
     def other() -> None:
-        while not over.is_set():
+        # Without pause it would be the measuring itself that waits: the server is of this process.
+        while not over.wait(0.005):
             GrpcTransport().ask("127.0.0.1", server.port, requests[0], timeout_s=10)
 
     thread = threading.Thread(target=other)
     thread.start()
     try:
-        measured = measure([server.url], payload=digits_artifact, duration_s=0.5)
+        measured = measure([server.url], payload=digits_artifact, duration_s=0.3)
     finally:
         over.set()
         thread.join()
@@ -217,6 +218,7 @@ def test_errors_are_counted_by_status(digits_artifact, serve_grpc) -> None:
     assert np.all(loaded.arrived_ns[loaded.succeeded] > loaded.sent_ns[loaded.succeeded])
 
 
+@pytest.mark.usefixtures("soon_given_up")
 def test_a_flood_of_unavailable_is_one_clear_error(digits_artifact, serve_grpc) -> None:
     server = serve_grpc(digits_artifact)
     server.behave = lambda count: Status.UNAVAILABLE if count > 20 else None
@@ -235,6 +237,7 @@ def test_a_call_that_hangs_meets_its_deadline_and_the_rest_goes_on(digits_artifa
     assert loaded.succeeded.sum() == 19
 
 
+@pytest.mark.usefixtures("soon_given_up")
 def test_a_server_that_dies_under_calls_in_flight_is_noticed(digits_artifact, serve_grpc) -> None:
     server = serve_grpc(digits_artifact)
     requests = requests_for(server)

@@ -132,6 +132,7 @@ def test_errors_are_counted_by_kind_and_are_in_no_latency(make_artifact, serve) 
     assert len(loaded.latencies_ns) == row.latency.samples
 
 
+@pytest.mark.usefixtures("soon_given_up")
 def test_a_flood_of_errors_is_one_clear_error(make_artifact, serve) -> None:
     artifact = make_artifact()
     server = serve(artifact)
@@ -142,23 +143,25 @@ def test_a_flood_of_errors_is_one_clear_error(make_artifact, serve) -> None:
         measure_endpoint(endpoint, payload, batch=1, concurrency=2, duration_s=0.3, key="row00")
 
 
+@pytest.mark.usefixtures("soon_given_up")
 def test_a_slow_server_with_one_failure_is_not_gone(make_artifact, serve) -> None:
     artifact = make_artifact()
     server = serve(artifact)
 
     def slow(count: int):
-        time.sleep(1.3)
+        time.sleep(0.6)  # longer than it takes to give a server up
         return (503, b"{}") if count == asked + 1 else None
 
     endpoint = find_endpoint(server.url, model=artifact.name)
     requests = encoded(endpoint, prepare(endpoint, artifact, batch=1))
     asked = server.requests
     server.behave = slow
-    loaded = closed_loop("127.0.0.1", server.port, requests, concurrency=1, duration_s=3.0, max_warmup_s=0.5)
+    loaded = closed_loop("127.0.0.1", server.port, requests, concurrency=1, duration_s=1.5, max_warmup_s=0.3)
     assert loaded.stopped is None
     assert len(loaded.latencies_ns) >= 2
 
 
+@pytest.mark.usefixtures("soon_given_up")
 def test_a_server_that_dies_half_way_keeps_what_was_measured(make_artifact, serve) -> None:
     artifact = make_artifact()
     server = serve(artifact)

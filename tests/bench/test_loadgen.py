@@ -92,7 +92,7 @@ def test_a_missing_package_is_one_clear_line(make_artifact, monkeypatch: pytest.
 @installed
 def test_rows_of_loadgen_are_a_reports_and_say_what_they_are(make_artifact, serve, tmp_path) -> None:
     artifact = make_artifact()
-    url, offered = serve(artifact).url, Offered(rates=(200.0,))
+    url, offered = serve(artifact).url, Offered(rates=(1000.0,))
     options = {"duration_s": 0.2, "engine": "loadgen"}
     inside = measure([artifact], scenarios=("single_stream", "server"), offered=offered, threads=1, **options)
     outside = measure([url], payload=artifact, scenarios=("multi_stream", "offline"), batch=(4,), **options)

@@ -62,7 +62,7 @@ def test_the_mean_wait_of_a_queue_with_equal_service_times_is_the_known_one(load
     service_ns = 2 * MS
     expected = load * service_ns / (2 * (1 - load))
     waits = []
-    for seed in range(20):
+    for seed in range(12):
         loaded = simulate(poisson(load * S / service_ns, duration_s=60, seed=seed), one_at_a_time(service_ns))
         waits.append(float(np.mean(loaded.response_ns - service_ns)))
     error = float(np.std(waits, ddof=1)) / np.sqrt(len(waits))

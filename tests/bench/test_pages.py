@@ -213,10 +213,8 @@ class _Pages(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-# Sizes are read after layout, and written into the document that --dump-dom prints.
-_PROBE = """<script>
-window.problems = []; window.onerror = (text) => window.problems.push(text);
-addEventListener("load", () => {
+# What is on the page, in pixels: read after layout.
+_SEEN = """() => {
   const seen = (query) => [...document.querySelectorAll(query)].filter((node) => node.getClientRects().length);
   const sizes = (query) => seen(query).map((node) => {
     const box = node.getBoundingClientRect(); return [Math.round(box.width), Math.round(box.height)]; });
@@ -226,18 +224,24 @@ addEventListener("load", () => {
   const plots = seen("svg").map((svg) => ({ name: svg.getAttribute("aria-label"), labels: labels(svg),
     view: svg.getAttribute("viewBox").split(" ").map(Number), texts: texts(svg), size: svg.className.baseVal }));
   const tables = [...document.querySelectorAll(".scroll")].map((node) => node.scrollWidth - node.clientWidth);
-  const result = { svg: sizes("svg"), dots: sizes("svg .dot"), bars: sizes("svg rect.fill"), plots,
+  return { svg: sizes("svg"), dots: sizes("svg .dot"), bars: sizes("svg rect.fill"), plots,
     curves: sizes("svg .curve"), overflow: tables, front: seen("svg .front").length,
-    page: document.documentElement.scrollWidth - innerWidth, problems: window.problems,
+    page: document.documentElement.scrollWidth - innerWidth,
     dark: matchMedia("(prefers-color-scheme: dark)").matches, ground: getComputedStyle(document.body).backgroundColor };
+}"""
+# Written into the document that --dump-dom prints.
+_PROBE = f"""<script>
+window.problems = []; window.onerror = (text) => window.problems.push(text);
+addEventListener("load", () => {{
+  const result = {{ ...({_SEEN})(), problems: window.problems }};
   const out = document.createElement("pre"); out.id = "probe"; out.textContent = JSON.stringify(result);
   document.body.append(out);
-});</script>"""
+}});</script>"""
 _BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome is installed")
 
 
-def _look(folder: Path, *options: str, width: int = 1200) -> dict[str, Any]:
-    """What a browser that is `width` pixels wide makes of the folder's report.html."""
+def _load(folder: Path, *options: str) -> dict[str, Any]:
+    """What a browser of its own makes of the folder's report.html, which it asks a server for."""
     page = folder / "report.html"
     page.write_text(page.read_text().replace("</head>", _PROBE + "</head>"))
     handler = type("Handler", (_Pages,), {"asked": []})
@@ -248,7 +252,7 @@ def _look(folder: Path, *options: str, width: int = 1200) -> dict[str, Any]:
         command = [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+            "--window-size=1200,900", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
             "--dump-dom", *options, f"http://127.0.0.1:{server.server_address[1]}/report.html",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=90)
@@ -269,7 +273,7 @@ def _look(folder: Path, *options: str, width: int = 1200) -> dict[str, Any]:
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_real_browser_draws_every_plot_and_asks_for_nothing_else(example, tmp_path, dark) -> None:
     save_report(example(), tmp_path / "r")
-    seen = _look(tmp_path / "r", *(["--force-dark-mode"] if dark else []))
+    seen = _load(tmp_path / "r", *(["--force-dark-mode"] if dark else []))
     assert len(seen["svg"]) == 5  # curves, Pareto and throughput in process; curves and throughput over HTTP
     assert all(width > 400 and height > 60 for width, height in seen["svg"])
     assert len(seen["curves"]) == 5
@@ -311,12 +315,17 @@ def crowded_report(measured: Measured, medians_ms: Sequence[float], accuracies: 
     return Measured(report=report, samples=measured.samples)
 
 
+def _look(tab: Any, width: int) -> dict[str, Any]:
+    """What is on the page where the browser is `width` pixels wide."""
+    tab.be(width=width)
+    seen: dict[str, Any] = tab.tell(f"({_SEEN})()")
+    return seen
+
+
 def _overlaps(one: Sequence[float], two: Sequence[float]) -> bool:
     return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
 
 
-@_BROWSER
-@pytest.mark.parametrize("width", [1200, 500])
 @pytest.mark.parametrize(
     ("medians_ms", "accuracies"),
     [
@@ -326,29 +335,32 @@ def _overlaps(one: Sequence[float], two: Sequence[float]) -> bool:
         pytest.param([0.019, 0.25], [0.99, 0.99], id="two at the far ends"),
     ],
 )
-def test_no_text_of_a_plot_is_cut_or_lies_on_another(example, tmp_path, width, medians_ms, accuracies) -> None:
-    save_report(crowded_report(example(), medians_ms, accuracies), tmp_path / "r")
-    seen = _look(tmp_path / "r", width=width)
-    assert [plot["name"] for plot in seen["plots"]] == [
-        "Latency distributions", "Accuracy against latency", "Throughput",
-    ]  # fmt: skip
-    assert {plot["size"] for plot in seen["plots"]} == {"wide" if width > 760 else "narrow"}
-    assert len(seen["plots"][1]["labels"]) == len(medians_ms)
-    for plot in seen["plots"]:
-        left, top, wide, high = plot["view"]
-        for text, *box in plot["texts"]:
-            inside = box[0] >= left and box[1] >= top and box[2] <= left + wide and box[3] <= top + high
-            assert inside, f"{plot['name']}: {text} at {box} leaves {plot['view']}"
-        on_another = [
-            (one[0], two[0]) for one, two in itertools.combinations(plot["texts"], 2) if _overlaps(one[1:], two[1:])
-        ]
-        assert on_another == [], plot["name"]
-    assert seen["page"] <= 0
+def test_no_text_of_a_plot_is_cut_or_lies_on_another(example, open_tab, medians_ms, accuracies) -> None:
+    tab = open_tab(crowded_report(example(), medians_ms, accuracies))
+    for width, size in ((1200, "wide"), (500, "narrow")):
+        seen = _look(tab, width)
+        assert [plot["name"] for plot in seen["plots"]] == [
+            "Latency distributions", "Accuracy against latency", "Throughput",
+        ]  # fmt: skip
+        assert {plot["size"] for plot in seen["plots"]} == {size}
+        assert len(seen["plots"][1]["labels"]) == len(medians_ms)
+        for plot in seen["plots"]:
+            _check_texts(plot)
+        assert seen["page"] <= 0
 
 
-@_BROWSER
+def _check_texts(plot: dict[str, Any]) -> None:
+    """Each lies inside the plot, and none on another."""
+    left, top, wide, high = plot["view"]
+    for text, *box in plot["texts"]:
+        inside = box[0] >= left and box[1] >= top and box[2] <= left + wide and box[3] <= top + high
+        assert inside, f"{plot['name']}: {text} at {box} leaves {plot['view']}"
+    pairs = itertools.combinations(plot["texts"], 2)
+    assert [(one[0], two[0]) for one, two in pairs if _overlaps(one[1:], two[1:])] == [], plot["name"]
+
+
 @pytest.mark.parametrize("width", [1000, 1200])
-def test_the_tables_fit_a_page_of_1000_pixels(example, tmp_path, width) -> None:
+def test_the_tables_fit_a_page_of_1000_pixels(example, open_tab, width) -> None:
     measured = example()
     slow = [
         row.model_copy(update={"provider": "CPUExecutionProvider", "accuracy_samples": 10_000, "flips": 1234})
@@ -357,13 +369,11 @@ def test_the_tables_fit_a_page_of_1000_pixels(example, tmp_path, width) -> None:
     measured = Measured(
         report=measured.report.model_copy(update={"measurements": tuple(slow)}), samples=measured.samples
     )
-    save_report(measured, tmp_path / "r")
-    assert max(_look(tmp_path / "r", width=width)["overflow"]) <= 0
+    assert max(_look(open_tab(measured), width)["overflow"]) <= 0
 
 
-@_BROWSER
 @pytest.mark.parametrize("width", [500, 1200])
-def test_where_the_time_goes_fits_the_page_whatever_the_names(example, tmp_path, width) -> None:
+def test_where_the_time_goes_fits_the_page_whatever_the_names(example, open_tab, width) -> None:
     name = "void at::native::(anonymous namespace)::a_kernel<4, std::array<char*, 3ul>>(int)" * 3
     operator = ProfiledOperator(name=name, op_type="<b>Conv</b>" * 8, provider="cuda", calls=7, total_ns=9, share=0.6)
     profile = Profile(
@@ -378,11 +388,10 @@ def test_where_the_time_goes_fits_the_page_whatever_the_names(example, tmp_path,
     )  # fmt: skip
     measured = example()
     report = measured.report.model_copy(update={"profiles": (profile, profile.model_copy(update={"batch": 32}))})
-    save_report(Measured(report=report, samples=measured.samples, traces={"trace00": b"x"}), tmp_path / "r")
-    page = (tmp_path / "r" / "report.html").read_text()
+    page = render_html(report, measured.samples)
     assert "<b>Conv" not in page
     assert page.count('class="track"') == 2
-    seen = _look(tmp_path / "r", width=width)
+    seen = _look(open_tab(Measured(report=report, samples=measured.samples)), width)
     assert seen["page"] <= 0
     assert max(seen["overflow"][-2:]) <= 0
 
@@ -420,14 +429,13 @@ def watched(measured: Measured, *, gpus: int = 2) -> Measured:
     return Measured(report=report, samples=measured.samples | arrays)
 
 
-@_BROWSER
 @pytest.mark.parametrize(("width", "gpus"), [(1200, 2), (500, 8)])
-def test_the_timeline_of_the_machine_fits_the_page_and_cuts_no_text(example, tmp_path, width, gpus) -> None:
-    save_report(watched(example(), gpus=gpus), tmp_path / "r")
-    page = (tmp_path / "r" / "report.html").read_text()
+def test_the_timeline_of_the_machine_fits_the_page_and_cuts_no_text(example, open_tab, width, gpus) -> None:
+    measured = watched(example(), gpus=gpus)
+    page = render_html(measured.report, measured.samples)
     assert "<b>energy" not in page
     assert "12.0 GB throughout" in page
-    seen = _look(tmp_path / "r", width=width)
+    seen = _look(open_tab(measured), width)
     (plot,) = [plot for plot in seen["plots"] if plot["name"] == "The machine during the run"]
     texts = [text for text, *_ in plot["texts"]]
     for title in (
@@ -436,12 +444,7 @@ def test_the_timeline_of_the_machine_fits_the_page_and_cuts_no_text(example, tmp
     ):  # fmt: skip
         assert title in texts, title
     assert "GPU memory in use, GB" not in texts, "what never moves is said, not drawn"
-    left, top, wide, high = plot["view"]
-    for text, *box in plot["texts"]:
-        inside = box[0] >= left and box[1] >= top and box[2] <= left + wide and box[3] <= top + high
-        assert inside, f"{text} at {box} leaves {plot['view']}"
-    pairs = itertools.combinations(plot["texts"], 2)
-    assert [(one[0], two[0]) for one, two in pairs if _overlaps(one[1:], two[1:])] == []
+    _check_texts(plot)
     assert seen["page"] <= 0
 
 

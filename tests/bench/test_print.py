@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 import re
-import select
-import shutil
-import subprocess
 import zlib
-from pathlib import Path
-from typing import Any
 
-import pytest
-
-from dlops.bench.render import render_html
 from dlops.bench.results import Measured
 from dlops.report import Profile, ProfiledOperator, ProviderUse
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome is installed")
-_ANSWER_S = 60.0
 # Between the margins of A4 at 96 pixels an inch.
 PAPER_WIDTH = 703
 # Of small text, by the Web Content Accessibility Guidelines.
@@ -49,72 +33,6 @@ CONTRASTS = """(() => {
     found.push([(Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05), text]);
   }
   return found; })()"""
-
-
-class Tab:
-    """One page of a browser of its own; `profile` is an empty folder for it."""
-
-    def __init__(self, page: Path, profile: Path) -> None:
-        orders_in, self._orders = os.pipe()
-        self._answers, answers_out = os.pipe()
-        # The browser reads orders at descriptor 3 and answers at 4, each message ended by a zero byte.
-        command = (
-            f'exec "$0" --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync '
-            f"--disable-background-networking --remote-debugging-pipe '--user-data-dir={profile}' about:blank "
-            f"3<&{orders_in} 4>&{answers_out}"
-        )
-        assert CHROMIUM is not None
-        self._browser = subprocess.Popen(
-            ["bash", "-c", command, CHROMIUM], pass_fds=(orders_in, answers_out), stderr=subprocess.DEVNULL
-        )
-        os.close(orders_in)
-        os.close(answers_out)
-        self._unread, self._asked, self._session = b"", 0, {}
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        frame = self.ask("Page.getFrameTree")["frameTree"]["frame"]["id"]
-        self.ask("Page.setDocumentContent", frameId=frame, html=page.read_text())
-
-    def close(self) -> None:
-        self._browser.kill()
-        self._browser.wait(10)
-        os.close(self._orders)
-        os.close(self._answers)
-
-    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The browser's answer to an order of the Chrome DevTools Protocol."""
-        self._asked += 1
-        order = {"id": self._asked, "method": method, "params": parameters, **self._session}
-        os.write(self._orders, json.dumps(order).encode() + b"\0")
-        while True:
-            while b"\0" not in self._unread:
-                assert select.select([self._answers], [], [], _ANSWER_S)[0], f"no answer to {method}"
-                read = os.read(self._answers, 1 << 16)
-                assert read, f"the browser ended at {method}"
-                self._unread += read
-            message, _, self._unread = self._unread.partition(b"\0")
-            answer = json.loads(message)
-            if answer.get("id") == self._asked:
-                assert "error" not in answer, answer["error"]
-                result: dict[str, Any] = answer["result"]
-                return result
-
-    def be(self, *, width: int, paper: bool = False, dark: bool = False) -> None:
-        """So wide in pixels, with the style for paper or for a screen, for a reader who prefers dark or light."""
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", media="print" if paper else "screen", features=[scheme])
-
-    def tell(self, script: str) -> Any:
-        """What an expression is there."""
-        answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def pdf(self) -> bytes:
-        """The page as it goes to an A4 printer that leaves backgrounds out, as browsers' dialogs have it at first."""
-        printed = self.ask("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, preferCSSPageSize=True)
-        return base64.b64decode(printed["data"])
 
 
 def _with_a_profile(measured: Measured) -> Measured:
@@ -143,22 +61,6 @@ def _with_every_column(measured: Measured, *, rows: int) -> Measured:
     ]
     report = measured.report.model_copy(update={"measurements": tuple(made), "chosen": None, "chosen_because": None})
     return Measured(report=report, samples=measured.samples)
-
-
-@pytest.fixture
-def open_tab(tmp_path: Path):
-    """open_tab(measured) shows the measured report's page in a browser."""
-    tabs: list[Tab] = []
-
-    def show(measured: Measured) -> Tab:
-        page = tmp_path / "report.html"
-        page.write_text(render_html(measured.report, measured.samples))
-        tabs.append(Tab(page, tmp_path / "profile"))
-        return tabs[-1]
-
-    yield show
-    for tab in tabs:
-        tab.close()
 
 
 def test_all_text_stands_out_on_light_and_dark_screens_and_paper_is_white_for_all(example, open_tab) -> None:

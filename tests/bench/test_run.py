@@ -22,10 +22,10 @@ from dlops.timing import interleave
 
 
 def test_in_process_rows_and_network_rows_end_in_one_report(make_artifact, serve, tmp_path) -> None:
-    fast, slow = make_artifact("onnx-int8", hidden=8, drop=0.3), make_artifact("onnx-fp32", hidden=100_000)
+    fast, slow = make_artifact("onnx-int8", hidden=8, drop=0.3), make_artifact("onnx-fp32", hidden=50_000)
     server = serve(fast)
-    host = measure([slow, fast], batch=(1, 32), duration_s=0.4, threads=1, title="toy", command=("dlops", "bench"))
-    network = measure([server.url], payload=fast, concurrency=(1, 2), duration_s=0.4)
+    host = measure([slow, fast], batch=(1, 32), duration_s=0.2, threads=1, title="toy", command=("dlops", "bench"))
+    network = measure([server.url], payload=fast, concurrency=(1, 2), duration_s=0.2)
     both = choose_fastest(merge(host, network), max_drop=1.0)
     report = save_report(both, tmp_path / "report")
 
@@ -76,7 +76,7 @@ def test_rows_that_ctrl_c_cut_short_cannot_be_quoted(make_artifact, monkeypatch)
 
     monkeypatch.setattr("dlops.bench.inprocess.interleave", interrupted)
     with pytest.raises(MeasureInterrupted) as caught:
-        measure([first, second], duration_s=5.0, threads=1)
+        measure([first, second], duration_s=0.1, threads=1)  # six rounds at least
     assert caught.value.measured.partial
     rows = caught.value.measured.measurements
     assert len(rows) == 2
@@ -109,7 +109,7 @@ def test_a_target_that_dies_in_the_middle_leaves_the_whole_rounds_of_all(make_ar
 
     monkeypatch.setattr("dlops.bench.inprocess.Process", start)
     monkeypatch.setattr("dlops.bench.inprocess.interleave", killing)
-    measured = measure([first, second], duration_s=5.0, threads=1)
+    measured = measure([first, second], duration_s=0.1, threads=1)  # six rounds at least
     assert measured.partial
     assert len(measured.measurements) == 2
     for row in measured.measurements:

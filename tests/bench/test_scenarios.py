@@ -123,7 +123,7 @@ def test_a_backlog_is_given_up_and_ctrl_c_ends_it() -> None:
 @pytest.fixture(scope="module")
 def options() -> list[str]:
     every = [word for scenario in METRICS for word in ("--scenario", scenario)]
-    return [*every, "--rate", "100", "--batch", "4", "--samples-per-query", "2", "--duration", "0.3", "--threads", "1"]
+    return [*every, "--rate", "100", "--batch", "4", "--samples-per-query", "2", "--duration", "0.2", "--threads", "1"]
 
 
 def test_the_command_runs_every_scenario_in_process(make_artifact, options, tmp_path, capsys) -> None:
@@ -175,7 +175,7 @@ def test_a_rate_that_is_too_high_leaves_requests_that_were_not_run(make_artifact
     # The backlog is given up before it begins.
     monkeypatch.setattr("dlops.bench.inprocess_rates._GIVE_UP", 0.7)
     artifact = make_artifact()
-    (row,) = measure([artifact], scenarios=("server",), offered=RATE, duration_s=0.5, threads=1).measurements
+    (row,) = measure([artifact], scenarios=("server",), offered=RATE, duration_s=0.2, threads=1).measurements
     assert set(row.errors) == {"not run: the backlog took longer than the run itself"}
     assert not row.verdict.steady
     assert row.latency.max_ns >= 30e9
@@ -183,7 +183,7 @@ def test_a_rate_that_is_too_high_leaves_requests_that_were_not_run(make_artifact
 
 def test_rows_at_a_rate_are_not_chosen_from(make_artifact) -> None:
     artifact = make_artifact()
-    measured = measure([artifact], scenarios=("server",), offered=RATE, duration_s=0.3, threads=1)
+    measured = measure([artifact], scenarios=("server",), offered=RATE, duration_s=0.2, threads=1)
     assert choose_fastest(measured, max_drop=1.0).report.chosen is None
 
 

@@ -570,3 +570,9 @@ def test_the_observer_takes_idle_time_only_in_a_session_of_its_own_too() -> None
     ).stdout.split()
     assert said[0] == "True"
     assert said[1] in ("19", "none")
+
+
+def test_the_observer_imports_neither_numpy_nor_a_runtime() -> None:
+    code = "import sys, dlops.bench.observer; print([one for one in ('numpy', 'onnxruntime') if one in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

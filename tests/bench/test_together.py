@@ -75,7 +75,7 @@ def test_what_one_call_raises_goes_through() -> None:
 
 def test_concurrency_is_an_axis_in_process(make_artifact, tmp_path: Path) -> None:
     slow, fast = make_artifact("onnx-fp32", hidden=20_000), make_artifact("onnx-int8")
-    measured = measure([slow, fast], concurrency=(1, 3), threads=1, duration_s=0.4)
+    measured = measure([slow, fast], concurrency=(1, 3), threads=1, duration_s=0.1)
     rows = measured.measurements
     assert [(row.artifact, row.load.concurrency) for row in rows] == [
         ("onnx-fp32", 1), ("onnx-int8", 1), ("onnx-fp32", 3), ("onnx-int8", 3)
