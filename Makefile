@@ -9,9 +9,9 @@ INSTALLED := .venv/.installed
 quickstart: $(INSTALLED)
 	$(BIN)/dlops quickstart
 
-# Two files at a time, each on its share of the cores, in the order of tests/conftest.py: the longest first.
+# Two groups at a time, each on its share of the cores, in the order of tests/conftest.py: the longest first.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -80,7 +80,7 @@ _EXTRAS = {
     "bentoml": "serve",
     "executorch": "executorch",
     "httpx": "bench",
-    "lightning": "train",
+    "lightning_fabric": "train",
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
@@ -92,7 +92,6 @@ _EXTRAS = {
     "torch": "export",
     "torch_pruning": "export",
     "torchao": "executorch",
-    "torchmetrics": "train",
     "torchvision": "export",
     "tritonclient": "triton",
 }

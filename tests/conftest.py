@@ -41,17 +41,27 @@ from dlops.signature import DimRange, Signature, TensorSpec  # noqa: E402
 
 MakeArtifact = Callable[..., Artifact]
 
-# The files that take longest, longest first: begun last, one of them would keep one process waiting for the other.
+# The groups that take longest, longest first: begun last, one of them would keep one process waiting for the other.
 LONGEST = (
-    "workflows/test_quickstart.py", "train/test_training.py", "serve/test_launch.py", "deploy/test_bento.py",
-    "export/test_pipeline.py", "export/test_unchanged.py", "export/test_reproduce.py", "workflows/test_sources.py",
-    "test_docs.py", "test_cli.py", "bench/test_openloop.py",
+    "export", "working_folder", "workflows/test_quickstart.py", "train/test_training.py", "serve/test_launch.py",
+    "bench/test_openloop.py", "bench/test_processes.py", "test_doctor.py", "deploy/test_libtorch.py",
+    "bench/test_run.py", "workflows/test_sources.py", "deploy/test_bento.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+    """A group is run by one process: a file, or the files that share what takes half a minute to make."""
+    here = Path(__file__).parent
+    working = {item.path for item in items if "working_folder" in getattr(item, "fixturenames", ())}
+    places = {name: place for place, name in enumerate(LONGEST)}
+
+    def group(item: pytest.Item) -> str:
+        name = item.path.relative_to(here).as_posix()
+        return "export" if name.startswith("export/") else "working_folder" if item.path in working else name
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: places.get(group(item), len(LONGEST)))
 
 
 def around(value: float) -> Interval:

@@ -9,7 +9,7 @@ import pytest
 
 import dlops
 
-HEAVY = ("torch", "bentoml", "onnxruntime", "onnx", "lightning", "matplotlib", "torchvision", "sklearn")
+HEAVY = ("torch", "bentoml", "onnxruntime", "onnx", "lightning_fabric", "matplotlib", "torchvision", "sklearn")
 
 
 @pytest.mark.parametrize("name", dlops.__all__)

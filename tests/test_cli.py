@@ -47,7 +47,7 @@ def test_no_arguments_show_the_help(tmp_path: Path) -> None:
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys; from dlops.cli import run; status = run(['--help'])\n"
-        "heavy = {'torch', 'bentoml', 'onnxruntime', 'numpy', 'pydantic', 'lightning'} & set(sys.modules)\n"
+        "heavy = {'torch', 'bentoml', 'onnxruntime', 'numpy', 'pydantic', 'lightning_fabric'} & set(sys.modules)\n"
         "assert not heavy, heavy; sys.exit(status)"
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -20,7 +20,7 @@ from dlops.train.defaults import Plan
 from dlops.train.images import Pixels, normalized
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 T = TypeVar("T", covariant=True)

@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from dlops.errors import DlopsError, MachineError, UsageError
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]
@@ -27,8 +27,8 @@ _PRECISIONS: dict[Precision, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-tr
 
 def make_fabric(*, accelerator: Accelerator, devices: int, precision: Precision) -> Fabric:
     """Fabric on `devices` devices, one process each. Raises MachineError where the machine has not got them."""
-    # Here and not on top: it brings all of torchmetrics along, and a mistake in a config should be told in a second.
-    from lightning.fabric import Fabric
+    # Here and not on top: a mistake in a config should be told in a second.
+    from lightning_fabric import Fabric
 
     chosen = _accelerator() if accelerator == "auto" else accelerator
     present = {"cpu": devices, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[chosen]

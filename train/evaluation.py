@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from dlops.train.batches import Batch, evaluation_batches
 from dlops.train.images import Images
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 BATCH_SIZE = 256
 
@@ -42,41 +42,23 @@ class Scores:
 def evaluate(module: nn.Module, batches: Iterable[Batch], *, classes: int, device: torch.device) -> Scores:
     """Scores of `module` in fp32, which is what export starts from; its mode is left as it was.
 
-    For one process at a time: nothing is exchanged between processes.
+    For one process at a time: nothing is exchanged between processes. A class that is never found has a precision of 0,
+    one that has no samples a recall of 0.
     """
-    # Here and not on top: it takes seconds to import, and a mistake in a config should be told in one.
-    from torchmetrics import MetricCollection, classification
+    # Here and not on top: it takes a second to import, and a mistake in a config should be told in one.
+    from sklearn.metrics import precision_recall_fscore_support
 
-    local: dict[str, Any] = {"sync_on_compute": False}
-    metrics = MetricCollection(
-        {
-            "accuracy": classification.MulticlassAccuracy(classes, average="micro", **local),
-            "precision": classification.MulticlassPrecision(classes, average="none", zero_division=0, **local),
-            "recall": classification.MulticlassRecall(classes, average="none", zero_division=0, **local),
-            "f1": classification.MulticlassF1Score(classes, average="none", zero_division=0, **local),
-        }
-    ).to(device)
-    loss, samples = 0.0, 0
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.inference_mode():
-            for images, targets in batches:
-                inputs, expected = images.to(device), targets.to(device)
-                logits = module(inputs)
-                loss += float(F.cross_entropy(logits, expected, reduction="sum"))
-                samples += len(targets)
-                metrics.update(logits, expected)
-    finally:
-        module.train(was_training)
-    found = metrics.compute()
+    loss, found, expected = _answers(module, batches, device=device)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        expected.numpy(), found.numpy(), labels=range(classes), zero_division=0
+    )
     return Scores(
-        loss=loss / samples,
-        accuracy=float(found["accuracy"]),
-        precision=tuple(found["precision"].tolist()),
-        recall=tuple(found["recall"].tolist()),
-        f1=tuple(found["f1"].tolist()),
-        samples=samples,
+        loss=loss,
+        accuracy=_accuracy(found, expected),
+        precision=tuple(precision.tolist()),
+        recall=tuple(recall.tolist()),
+        f1=tuple(f1.tolist()),
+        samples=len(expected),
     )
 
 
@@ -85,10 +67,36 @@ def validate(fabric: Fabric, network: nn.Module, images: Images) -> tuple[float,
 
     The first process does it alone, on the plain network: so the result does not depend on how many there are.
     """
-    found = (0.0, 0.0)
+    scores = (0.0, 0.0)
     if fabric.is_global_zero:
         batches = evaluation_batches(images.validation, preprocess=images.preprocess, batch_size=BATCH_SIZE)
-        scores = evaluate(network, batches, classes=images.classes, device=fabric.device)
-        found = (scores.accuracy, scores.loss)
-    accuracy, loss = fabric.broadcast(found)
+        loss, found, expected = _answers(network, batches, device=fabric.device)
+        scores = (_accuracy(found, expected), loss)
+    accuracy, loss = fabric.broadcast(scores)
     return accuracy, loss
+
+
+def _answers(
+    module: nn.Module, batches: Iterable[Batch], *, device: torch.device
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """The mean loss, the class found for each sample (n,), and the right one (n,)."""
+    loss = 0.0
+    found: list[torch.Tensor] = []
+    right: list[torch.Tensor] = []
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            for images, targets in batches:
+                logits = module(images.to(device))
+                loss += float(F.cross_entropy(logits, targets.to(device), reduction="sum"))
+                found.append(logits.argmax(1).cpu())
+                right.append(targets.cpu())
+    finally:
+        module.train(was_training)
+    expected = torch.cat(right)
+    return loss / len(expected), torch.cat(found), expected
+
+
+def _accuracy(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return int((found == expected).sum()) / len(expected)

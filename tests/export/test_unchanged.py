@@ -126,7 +126,7 @@ def test_another_version_or_machine_makes_it_again(
     def elsewhere(**changes: object) -> None:
         monkeypatch.setattr(record, "describe_environment", lambda: here.model_copy(update=changes))
 
-    elsewhere(cpu="Another CPU", cores=99, packages={**here.packages, "lightning": "0.0"})
+    elsewhere(cpu="Another CPU", cores=99, packages={**here.packages, "lightning-fabric": "0.0"})
     assert again().created == exported_dense["torchscript-fp32"].created
     elsewhere(instruction_sets=(), packages={**here.packages, "onnx": "0.0"})
     made = again()

@@ -30,7 +30,7 @@ from dlops.train.run import Run
 from dlops.train.schedules import warmup_cosine
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 Network = Literal["cnn", "resnet20", "resnet18"]
 # Below it the last stage of resnet18, a 32nd of the size, would be a single pixel and its batch norm without a spread.

@@ -25,7 +25,7 @@ from dlops.train.run import Run
 from dlops.train.schedules import warmup_cosine
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 class Config(BaseModel):
