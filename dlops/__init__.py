@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dlops.bench.run import measure
     from dlops.checkpoint import Checkpoint, load_checkpoint
     from dlops.errors import DlopsError
-    from dlops.export.pipeline import export_variants
+    from dlops.export.pipeline import export_variants, prune_to_latency, rank_variant
     from dlops.export.verify import verify_artifact
     from dlops.preprocess import Preprocess
     from dlops.report import Report, read_report
@@ -38,6 +38,8 @@ _HOMES = {
     "newest_artifact": "dlops.artifact",
     "open_artifact": "dlops.artifact",
     "open_session": "dlops.runtimes",
+    "prune_to_latency": "dlops.export.pipeline",
+    "rank_variant": "dlops.export.pipeline",
     "read_report": "dlops.report",
     "reanalyse": "dlops.bench.reanalysis",
     "save_checkpoint": "dlops.saving",
@@ -61,6 +63,8 @@ __all__ = [
     "newest_artifact",
     "open_artifact",
     "open_session",
+    "prune_to_latency",
+    "rank_variant",
     "read_report",
     "reanalyse",
     "save_checkpoint",
