@@ -11,7 +11,7 @@ quickstart: $(INSTALLED)
 
 # Two groups at a time, each on its share of the cores, in the order of tests/conftest.py: the longest first.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

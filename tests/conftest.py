@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import signal
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 
 def _own_cores() -> None:
@@ -49,19 +51,31 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A group is run by one process: a file, or the files that share what takes half a minute to make."""
+@functools.cache
+def _group(path: str) -> str:
+    """What one process runs as a whole: a file, or the files that share what takes half a minute to make."""
     here = Path(__file__).parent
-    working = {item.path for item in items if "working_folder" in getattr(item, "fixturenames", ())}
+    name = Path(path).relative_to(here.name).as_posix()
+    if name.startswith("export/"):
+        return "export"
+    return "working_folder" if "working_folder" in (here / name).read_text() else name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(_group(item.nodeid.split("::")[0]), len(LONGEST)))
 
-    def group(item: pytest.Item) -> str:
-        name = item.path.relative_to(here).as_posix()
-        return "export" if name.startswith("export/") else "working_folder" if item.path in working else name
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: places.get(group(item), len(LONGEST)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    # Its own --dist loadgroup does nothing: it marks node ids in a way that pytest 9.2 no longer knows.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid.split("::")[0])
+
+    return ByGroup(config, log)
 
 
 def around(value: float) -> Interval:
