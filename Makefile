@@ -43,6 +43,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[all,dev]'; \
 	else \
 		$(PYTHON) -m venv .venv && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip && \
 		$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'; \
 	fi
 	@touch $@

@@ -58,6 +58,9 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
     page: Path, working_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(working_folder)
+    # As short as it can be: how well pruned models recover is tested elsewhere.
+    monkeypatch.setattr("dlops.export.recover.EPOCHS", 6)
+    monkeypatch.setattr("dlops.export.recover.MIN_STEPS", 0)
     scope: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(blocks(page, RUN_MARK), start=1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), scope)

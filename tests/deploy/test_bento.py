@@ -121,16 +121,19 @@ def test_the_bento_serves_from_a_fresh_environment(bento: BentoInfo, home: Path,
         subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, str(environment)], check=True)
         subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(python), *wanted], check=True)
     else:
-        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(python)]
+        # What is imported is compiled by the first process that imports it.
+        subprocess.run([*pip, "install", "--quiet", "--no-compile", *wanted], check=True)
     assert subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False).returncode == 1
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(environment / "bin" / "bentoml"), "serve", "digits:latest", "--port", str(port)]
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+        server = subprocess.Popen(command, cwd=tmp_path, env=settings, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -18,6 +20,8 @@ from torch import nn
 
 from dlops.artifact import Artifact
 from dlops.checkpoint import Checkpoint
+from dlops.export import to_onnx
+from dlops.export.formats import ExportRequest
 from dlops.export.pipeline import export_variants
 from dlops.preprocess import Decode, Normalize, Preprocess, Scale
 from dlops.runtimes import SessionOptions, open_session
@@ -114,6 +118,37 @@ def one_table_of_operators() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_2_11, "get_torchlib_ops", functools.cache(torch_2_11.get_torchlib_ops))
         yield
+
+
+_capture = to_onnx._to_fp32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_graph_of_each_network() -> Iterator[None]:
+    """SmallNet with the same weights and signature is captured once for all tests, 36 times otherwise."""
+    captured: dict[object, bytes] = {}
+
+    def once(request: ExportRequest) -> onnx.ModelProto:
+        module = request.module
+        if type(module) is not SmallNet:
+            return _capture(request)
+        weights = hashlib.sha256()
+        for name, tensor in module.state_dict().items():
+            weights.update(name.encode() + tensor.numpy().tobytes())
+        key = (weights.hexdigest(), str(module), request.signature.model_dump_json())
+        if key not in captured:
+            captured[key] = _capture(request).SerializeToString(deterministic=True)
+        return onnx.load_from_string(captured[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "_to_fp32", once)
+        yield
+
+
+@pytest.fixture
+def captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that compare an export with an earlier one."""
+    monkeypatch.setattr(to_onnx, "_to_fp32", _capture)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from dlops.artifact import Artifact, Variant, open_artifact
 from dlops.checkpoint import Checkpoint
 from dlops.embedded import read_embedded
 from dlops.errors import CorruptError, GateError, MachineError, UsageError
-from dlops.export import to_executorch
 from dlops.export.formats import ExportRequest
 from dlops.export.pipeline import export_variants, rank_variant
 from dlops.manifest import Payload
@@ -139,6 +138,9 @@ class Several(nn.Module):
 
 
 def test_several_inputs_and_outputs_stand_in_the_signatures_order(made: Mapping[str, Artifact], tmp_path: Path) -> None:
+    # Here and below: to import it takes four seconds, in every process that collects this file.
+    from dlops.export import to_executorch
+
     torch.manual_seed(0)
     rng, module = np.random.default_rng(0), Several().eval()
     signature = signature_of(
@@ -174,11 +176,15 @@ ONE = signature_of((TensorSpec(name="y", dtype="float32", shape=("batch", 1)),))
 
 
 def test_an_operator_that_executorch_lacks_is_named(tmp_path: Path) -> None:
+    from dlops.export import to_executorch
+
     with pytest.raises(UsageError, match=r"ExecuTorch has no form of the operator aten\._linalg_det"):
         to_executorch.export(request(Determinant(), tmp_path, ONE))
 
 
 def test_weights_that_int8_does_not_reach_are_refused_by_operator(tmp_path: Path) -> None:
+    from dlops.export import to_executorch
+
     module = nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.Flatten(1))
 
     def unquantized(module: nn.Module, request: ExportRequest) -> tuple[nn.Module, int]:
@@ -194,6 +200,8 @@ def test_weights_that_int8_does_not_reach_are_refused_by_operator(tmp_path: Path
 
 
 def test_a_file_without_room_for_the_largest_batch_is_refused(made: Mapping[str, Artifact], tmp_path: Path) -> None:
+    from dlops.export import to_executorch
+
     artifact = made["fp32"]
     larger = artifact.signature.model_copy(update={"dims": {"batch": DimRange(max=64)}})
     asked = replace(request(network(), tmp_path, larger), into=artifact.path("model"))

@@ -75,6 +75,7 @@ def test_it_runs_wherever_both_are_copied_and_nowhere_without_the_weights(in_two
         open_artifact(copied.directory)
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_it_is_kept_unchanged_and_made_again_byte_for_byte(
     in_two: Artifact, checkpoint: Checkpoint, small_net: type[nn.Module], limit: None
 ) -> None:

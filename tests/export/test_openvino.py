@@ -235,6 +235,7 @@ def test_int8_that_loses_too_much_is_repaired_by_the_ranking_of_the_same_ranges(
     assert kinds == {(32, 1, 3, 3): "f32", (64, 32, 3, 3): "f32", (64, 64, 3, 3): "i8"}
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_it_is_made_again_byte_for_byte_and_other_weights_are_told(
     exported_dense: dict[str, Artifact], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

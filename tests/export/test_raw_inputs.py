@@ -152,6 +152,7 @@ def test_every_precision_takes_pixels_and_gives_labels_as_the_plain_variant_does
         assert "takes raw inputs" in describe(artifact.directory).facts["Model"]["variant"]
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_it_is_verified_with_its_checkpoint_and_made_again_byte_for_byte(
     made: dict[str, Artifact], checkpoint: Checkpoint, small_net: type[nn.Module]
 ) -> None:

@@ -143,6 +143,7 @@ def test_the_layers_are_fp32_in_the_file_and_the_others_int8(repaired: Artifact,
     assert repaired.model_bytes < 0.75 * unequal.files["weights"].bytes
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_a_repaired_artifact_is_kept_while_nothing_changed_and_comes_out_again_byte_for_byte(
     repaired: Artifact, unequal: Checkpoint, small_net: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_record_of_a_newer_version_says_which(exported_dense: dict[str, Artifa
     assert "upgrade" in str(caught.value.hint)
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_onnx_comes_out_byte_for_byte_and_nothing_is_left(
     exported_dense: dict[str, Artifact], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ SLUGS = (
 @pytest.fixture(scope="module")
 def sparse(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "EPOCHS", 12)
+        patch.setattr(recovery, "EPOCHS", 6)
         patch.setattr(recovery, "MIN_STEPS", 0)
         made = export_variants(
             checkpoint, variants=SLUGS, out=tmp_path_factory.mktemp("artifacts"), model=SmallNet, max_drop=2.0

@@ -16,7 +16,7 @@ from dlops.workflows.quickstart import VARIANTS
 
 COMMAND = [
     sys.executable, "-m", "dlops", "quickstart",
-    "--duration", "0.3", "--device", "cpu", "--set", "epochs=16",
+    "--duration", "0.3", "--device", "cpu", "--set", "epochs=16", "--set", "widths=[24, 48, 96]",
 ]  # fmt: skip
 
 
