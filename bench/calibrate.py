@@ -60,7 +60,7 @@ QUICK = Effort(timing_s=0.2, closed_s=0.2, warmup_s=0.2, lag_s=0.35, sleeps=50, 
 
 
 def calibrate(*, quick: bool = False, network: bool = True) -> Calibration:
-    """Measure timing, with `network` sending too, and the machine's peaks. quick: without those and the client's rates.
+    """Measure timing, with `network` sending too, and the machine's peaks. quick: without peaks and a sender's rate.
 
     Raises MachineError where the null server or a sender does not start.
     """
@@ -142,7 +142,7 @@ def sending_cost(effort: Effort) -> tuple[SendingCost, list[str]]:
     """
     with null_server() as port:
         one = _closed(port, 1, effort)
-        many = None if effort.probe_s is None else _closed(port, CLOSED_CONCURRENCY, effort)
+        many = _closed(port, CLOSED_CONCURRENCY, effort)
         lagged = _scheduled(port, constant(LAG_RATE, duration_s=effort.lag_s))
         found = None if effort.probe_s is None else _search(port, effort.probe_s)
     lag_p50, lag_p99 = (stats.quantile_interval(lagged.lag_ns, q, turns=_turns(lagged)) for q in (0.5, 0.99))
@@ -152,7 +152,7 @@ def sending_cost(effort: Effort) -> tuple[SendingCost, list[str]]:
             one.latencies_ns, 0.5, turns=stats.stretches(one.starts_ns, one.duration_ns)
         ),
         closed_concurrency=CLOSED_CONCURRENCY,
-        closed_rate=None if many is None else _rate(many),
+        closed_rate=_rate(many),
         capacity=None if found is None else found.met,
         missed=None if found is None else found.missed,
         lag_rate=LAG_RATE,
@@ -161,7 +161,7 @@ def sending_cost(effort: Effort) -> tuple[SendingCost, list[str]]:
         oversleep_p50_ns=stats.quantile_interval(late_ns, 0.5),
         oversleep_p99_ns=stats.quantile_interval(late_ns, 0.99),
     )  # fmt: skip
-    return cost, _against_sending(cost, effort, settled=one.warmed_up and (many is None or many.warmed_up))
+    return cost, _against_sending(cost, effort, settled=one.warmed_up and many.warmed_up)
 
 
 def _against_timing(cost: TimingCost) -> list[str]:

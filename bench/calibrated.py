@@ -40,9 +40,11 @@ def _judged(row: Measurement, calibration: Calibration, senders: int | None) -> 
         said = []
     elif row.boundary != "network":
         said = [*_short_call(row, calibration.timing), *_of_peak(row)]
-    elif calibration.network is None or over_grpc(row):
-        # The null server speaks HTTP.
+    elif calibration.network is None:
         said = []
+    elif over_grpc(row):
+        many = row.load.rate is not None or row.load.concurrency > 1
+        said = ["whether the client bounded it is not known: the calibration speaks HTTP"] if many else []
     else:
         network, rate = calibration.network, row.load.rate
         said = _too_many_calls(row, network) if rate is None else _too_high_rate(row, rate, network, senders)

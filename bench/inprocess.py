@@ -292,12 +292,22 @@ def _moved(artifact: Artifact | None, batch: int) -> int | None:
     return total
 
 
+# What most of a model's time goes into: shapes and indices may well be computed on the CPU beside a GPU.
+_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "LSTM", "GRU"})
+
+
 def misplaced(options: SessionOptions, placement: Placement) -> tuple[str, ...]:
     """What stands against a session that does not run where it was asked to, should its runtime not have refused."""
     asked, ran = options.device, placement.device.partition(":")[0]
-    if asked == "auto" or asked == ran:
-        return ()
-    return (f"wrong provider: asked for {asked}, ran on {placement.provider} ({placement.device})",)
+    if asked not in ("auto", ran):
+        return (f"wrong provider: asked for {asked}, ran on {placement.provider} ({placement.device})",)
+    own = placement.provider.partition(",")[0]
+    elsewhere = [
+        f"{count} {operator} on {provider}"
+        for provider, operators in placement.nodes.items() if provider != own and own in placement.nodes
+        for operator, count in operators.items() if operator in _PRODUCTS
+    ]  # fmt: skip
+    return (f"wrong provider: on {own}, but for {', '.join(elsewhere)}",) if elsewhere else ()
 
 
 def accuracy_fields(artifact: Artifact) -> dict[str, float | int]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dlops.bench import pacing
 from dlops.bench.http import HttpTransport
 from dlops.bench.transport import Connection, Transport
+from dlops.errors import MachineError
 from dlops.timing import steady
 
 TIMEOUT_S = 30.0
@@ -188,8 +189,14 @@ async def _drive(
         recorder.ended_ns = time.perf_counter_ns()
         stop.set()
         # Calls that are in flight began within the run: they are waited for and counted.
-        for worker in asyncio.as_completed(workers, timeout=caller.timeout_s + 1):
-            await worker
+        try:
+            for worker in asyncio.as_completed(workers, timeout=caller.timeout_s + 1):
+                await worker
+        except TimeoutError:
+            raise MachineError(
+                f"calls went on for over {caller.timeout_s:g} s, which is the time-out of each",
+                hint="the machine may be short of processor time: end what else runs, and measure again",
+            ) from None
 
 
 async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorder, stop: asyncio.Event) -> None:

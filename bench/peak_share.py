@@ -1,4 +1,7 @@
-"""How much of the machine's measured peaks a row reaches, and of which rows that cannot be said."""
+"""How much of the machine's measured peaks a row reaches, and of which rows that cannot be said.
+
+Calls that run at once on a CPU have threads of their own each: their row is held against a peak with as many in all.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +50,8 @@ def _peak(row: Measurement, peaks: Peaks) -> float | str:
         return peaks.gpus[number].flops[kind]
     if row.precision != "fp32":
         return f"the peak is of fp32, not of {row.precision}"
-    found = next((one.flops for one in peaks.cpu if one.threads == row.threads), None)
-    return f"no peak with {row.threads} threads was measured" if found is None else found
+    found = next((one.flops for one in peaks.cpu if one.threads == _threads(row)), None)
+    return f"no peak with {_threads(row)} threads was measured" if found is None else found
 
 
 def _bandwidth(row: Measurement, peaks: Peaks) -> float | None:
@@ -56,4 +59,9 @@ def _bandwidth(row: Measurement, peaks: Peaks) -> float | None:
     if row.device.startswith("cuda"):
         number = int(row.device.partition(":")[2] or 0)
         return peaks.gpus[number].bytes_per_s if number < len(peaks.gpus) else None
-    return next((one.bytes_per_s for one in peaks.cpu if one.threads == row.threads), None)
+    return next((one.bytes_per_s for one in peaks.cpu if one.threads == _threads(row)), None)
+
+
+def _threads(row: Measurement) -> int | None:
+    """Of all calls that run at once; None where the row does not say."""
+    return None if row.threads is None else row.threads * row.load.concurrency

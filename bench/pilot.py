@@ -63,7 +63,7 @@ def length(duration_s: float | None, longest_s: float = LONGEST_S) -> Length:
 
 
 def half_width(samples: Integers, q: float, *, turns: Integers) -> float | None:
-    """Half the q-quantile's interval as a share of it; None where it is not certified. samples, turns: (n,)."""
+    """Half the q-quantile's interval as a share of it; None where it has none. samples, turns: (n,)."""
     interval = stats.quantile_interval(samples, q, turns=turns)
     if interval is None or interval.low is None or interval.high is None or interval.value <= 0:
         return None
@@ -71,18 +71,19 @@ def half_width(samples: Integers, q: float, *, turns: Integers) -> float | None:
 
 
 def seconds_wanted(samples: Integers, *, turns: Integers, spent_s: float) -> float:
-    """How long a row must last in all for p50 to be known to 1 % and p99 to 5 %, by the `spent_s` measured so far.
+    """How long a row must last in all, by the `spent_s` measured so far, for p50 to be known to 1 % and p99 to 5 %,
+    and both certified.
 
     samples, turns: (n,). It is spent_s itself where they are. An interval's width falls with the square root of the
     time, as long as what comes resembles what was.
     """
     factor = 1.0
     for q, wanted in WANTED.items():
-        known = half_width(samples, q, turns=turns)
-        if known is None:
-            have = stats.effective_samples(samples, q, turns=turns)
-            factor = max(factor, _CERTIFYING * stats.fewest_samples(q) / have)
-        elif known > wanted:
+        known, needs = half_width(samples, q, turns=turns), stats.certifying_samples(q)
+        have = stats.effective_samples(samples, q, turns=turns)
+        if known is None or have < needs:
+            factor = max(factor, _CERTIFYING * needs / have)
+        if known is not None and known > wanted:
             factor = max(factor, (known / wanted) ** 2)
     return spent_s if factor == 1.0 else _MARGIN * factor * spent_s
 

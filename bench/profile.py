@@ -61,7 +61,8 @@ def add_profiles(
 ) -> Measured:
     """The same with a profile of every target that was measured in process, at every batch and under all options.
 
-    model, compiled: as for `measure`. A target that fails is noted, and the report is partial. On Ctrl-C raises
+    model, compiled: as for `measure`. What has no profiler is noted. A target that fails is too, and the report is
+    partial. On Ctrl-C raises
     MeasureInterrupted with the profiles made until then.
     """
     batches = sorted({row.load.batch for row in measured.measurements if row.boundary != "network"})
@@ -74,6 +75,10 @@ def add_profiles(
         are = "is" if len(local) == 1 else "are"
         notes.append(f"{' and '.join(local)} {are} not profiled: a fresh process cannot build a module passed in")
     chosen = [one for one in chosen if not one.is_local]
+    for subject in chosen:
+        if _form(subject) not in _RECORDERS:
+            notes.append(f"{subject.target} is not profiled: there is no profiler for {_form(subject)} here")
+    chosen = [one for one in chosen if _form(one) in _RECORDERS]
 
     def result(*, partial: bool) -> Measured:
         report = measured.report.model_copy(
@@ -120,9 +125,10 @@ def profile_each(
 
 def _profile(subject: Subject, *, feed: Artifact | None, batch: int, options: SessionOptions) -> Profiled | DlopsError:
     where = subject.source.directory
-    form = subject.artifact.variant.format if subject.artifact else subject.kind
-    if form not in _RECORDERS:
-        return UsageError(f"{subject.target}: no profiler for {form} here", hint="onnx and torchscript have one")
+    if _form(subject) not in _RECORDERS:
+        return UsageError(
+            f"{subject.target}: no profiler for {_form(subject)} here", hint=f"{', '.join(_RECORDERS)} have one"
+        )
     with tempfile.TemporaryDirectory(prefix="dlops-profile-") as folder:
         trace = Path(folder) / "trace.json.gz"
         job = subject.job(samples=feed, batch=batch, boundary="host", options=options)
@@ -201,8 +207,14 @@ def _record_torch(job: Job, trace: Path) -> tuple[traces.Recording, Placement]:
 
 # Kinds of jobs, and formats of artifacts.
 _RECORDERS = {
-    "eager": _record_torch, "compiled": _record_torch, "torchscript": _record_torch, "onnx": _record_onnx,
+    "eager": _record_torch, "compiled": _record_torch, "torchscript": _record_torch, "torchexport": _record_torch,
+    "onnx": _record_onnx,
 }  # fmt: skip
+
+
+def _form(subject: Subject) -> str:
+    """By which it is recorded."""
+    return subject.artifact.variant.format if subject.artifact else subject.kind
 
 
 def _feeds(job: Job, signature: Signature) -> list[Feed]:

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from dlops.bench.render import render_html
 from dlops.directory import DirectoryWriter, write_json
 from dlops.environment import Environment
-from dlops.errors import UsageError
+from dlops.errors import UsageError, from_os_error
 from dlops.report import SUFFIXES, Measurement, Objective, Profile, Report, Telemetry
 
 HTML_NAME = "report.html"
@@ -140,11 +140,26 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
         because = f"the fastest of {len(kept)} variants at batch {smallest}, and all of them lose {_at_most(max_drop)}"
     if best.latency.p50_ns is None:
         because += "; too few calls were made to be sure of its median"
+    elif alike := [row.target for row in kept if row is not best and _overlap(row, best)]:
+        because += f"; by the intervals of their p50 it is not told from {', '.join(alike)}"
+    if not best.verdict.steady:
+        because += "; its row is not to be quoted, for the reasons beside it"
     return _with_choice(measured, max_drop, best.target, because)
 
 
+def _overlap(one: Measurement, other: Measurement) -> bool:
+    """Whether the intervals of their medians have a latency in common, as far as is known."""
+    first, second = one.latency.p50_ns, other.latency.p50_ns
+    if first is None or second is None:
+        return True
+    bounds = (first.low, first.high, second.low, second.high)
+    return None in bounds or (first.low <= second.high and second.low <= first.high)  # type: ignore[operator]
+
+
 def save_report(measured: Measured, directory: Path | str | None = None) -> Report:
-    """Write report.json, samples and traces beside it and report.html; a kill leaves the old report or the new one.
+    """Write report.json, samples and traces beside it and report.html.
+
+    A kill leaves the old report or the new one, at worst without its page, and never a page of another report.
 
     directory: by default reports/<time> in the working folder. Raises MachineError where it cannot be written.
     """
@@ -153,9 +168,19 @@ def save_report(measured: Measured, directory: Path | str | None = None) -> Repo
         files = {"samples": writer.add("samples.safetensors", save(measured.samples))}
         for profile in measured.report.profiles:
             files[profile.trace] = writer.add(_trace_name(profile), measured.traces[profile.trace])
-        report = writer.commit(measured.report.model_copy(update={"files": files}))
-    write_json(directory / HTML_NAME, render_html(report, measured.samples))
+        report = measured.report.model_copy(update={"files": files})
+        page = render_html(report, measured.samples)
+        _remove_page(directory)
+        report = writer.commit(report)
+    write_json(directory / HTML_NAME, page)
     return report
+
+
+def _remove_page(directory: Path) -> None:
+    try:
+        (directory / HTML_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise from_os_error(error, doing=f"replacing {directory / HTML_NAME}") from error
 
 
 def row_key(number: int) -> str:

@@ -109,6 +109,13 @@ def measure(
         what = "a CUDA graph" if cuda_graph else "--boundary device"
         raise UsageError(f"{what} has one call at a time: its buffers are one caller's", hint="--concurrency 1")
     alone = [step for step in planned if engine == "loadgen" or step.scenario == "server"]
+    if chosen and alone and one_at_a_time:
+        what = "a CUDA graph replays" if cuda_graph else "--boundary device times"
+        maker = "LoadGen" if engine == "loadgen" else "the server scenario"
+        raise UsageError(
+            f"{what} calls on bound buffers, and {maker} gives each call arrays of its own",
+            hint="leave --cuda-graph out" if cuda_graph else "--boundary host",
+        )
     inprocess.check(
         chosen, batches=sorted({step.batch for step in planned}), boundaries=boundary, own_process=bool(alone)
     )

@@ -144,5 +144,6 @@ def _drive(
 def _add(
     rows: Rows, row: Measurement, samples: Samples, one: Started, conditions: Conditions, *, began_ns: int
 ) -> None:
-    items = row.latency.samples * conditions.batch
+    # Those that were never run took no energy.
+    items = (row.latency.samples - sum(row.errors.values())) * conditions.batch
     rows.add(row, samples, Seen(begin_ns=began_ns, end_ns=time.perf_counter_ns(), items=items, gpu=one.gpu))

@@ -57,7 +57,8 @@ class Placement:
 
 
 class Session(Protocol):
-    """Open until `close`. `run` may be called from any one thread at a time."""
+    """Open until `close`. `run` may be called by several threads at once; where a runtime cannot (ExecuTorch), the
+    calls wait for one another."""
 
     @property
     def signature(self) -> Signature: ...

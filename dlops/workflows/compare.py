@@ -49,8 +49,8 @@ def compare(
     """Print NEW against BASE; markdown, json: where copies go ("-" prints that instead of the table).
 
     Two artifacts are measured now and their report is written; of two reports the samples are compared. Returns 1 where
-    anything regressed, else 3 where anything is inconclusive, else 0; 4 where a target failed after others were
-    measured; 130 after Ctrl-C, with what was measured until then compared and marked partial. Raises UsageError before
+    anything regressed, else 4 where a target failed after others were measured, else 3 where anything is inconclusive,
+    else 0; 130 after Ctrl-C, with what was measured until then compared and marked partial. Raises UsageError before
     anything is measured where the arguments are wrong.
     """
     if markdown == "-" and json == "-":
@@ -84,15 +84,18 @@ def compare(
         # The comparison is between turns of one run: whatever the harness adds, it adds to both.
         measured = calibrated(measured, may_measure=False)
         comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
-        # First, so that a full disk does not take it along.
+        # First what no full disk can take along, then what cannot be measured again.
         _show(comparison, markdown=markdown, json=json)
         report = save_or_rescue(measured, out_dir)
         say(f"report: {report.directory / HTML_NAME}")
+        _write_copies(comparison, markdown=markdown, json=json)
         if status is None and measured.partial:
             say("incomplete: a target failed, and what it should have been measured on is not compared")
-            return max(MachineError.exit_status, exit_status(comparison))
+            found = exit_status(comparison)
+            return found if found == _REGRESSED else MachineError.exit_status
         return exit_status(comparison) if status is None else status
     _show(comparison, markdown=markdown, json=json)
+    _write_copies(comparison, markdown=markdown, json=json)
     return exit_status(comparison)
 
 
@@ -197,13 +200,22 @@ def _measure(
 
 
 def _show(comparison: Comparison, *, markdown: str | None, json: str | None) -> None:
-    for name, text in (
-        (markdown, comparison_markdown(comparison)),
-        (json, comparison.model_dump_json(indent=2) + "\n"),
-    ):
-        if name == "-":
-            sys.stdout.write(text)
-        elif name is not None:
-            write_json(Path(name), text)
-    if "-" not in (markdown, json):
+    """Print the table, or the copy that is for stdout."""
+    if markdown == "-":
+        sys.stdout.write(comparison_markdown(comparison))
+    elif json == "-":
+        sys.stdout.write(_to_json(comparison))
+    else:
         out.print(render_comparison(comparison))
+
+
+def _write_copies(comparison: Comparison, *, markdown: str | None, json: str | None) -> None:
+    """Raises MachineError where one cannot be written."""
+    if markdown not in (None, "-"):
+        write_json(Path(markdown), comparison_markdown(comparison))
+    if json not in (None, "-"):
+        write_json(Path(json), _to_json(comparison))
+
+
+def _to_json(comparison: Comparison) -> str:
+    return comparison.model_dump_json(indent=2) + "\n"

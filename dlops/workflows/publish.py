@@ -61,9 +61,10 @@ class Outputs:
 
 
 def publish(measured: Measured, outputs: Outputs) -> Report:
-    """Write the report and its copies, print the table or the one copy that is for stdout, and say where it lies.
+    """Write the report, print the table or the one copy that is for stdout, say where it lies, and write the copies.
 
-    Raises MachineError where the report cannot be written, the table printed all the same: see save_or_rescue.
+    Raises MachineError where the report or a copy cannot be written, the table printed all the same: see
+    save_or_rescue.
     """
     try:
         report = save_or_rescue(measured, outputs.directory)
@@ -71,17 +72,18 @@ def publish(measured: Measured, outputs: Outputs) -> Report:
         out.print(render_table(measured.report))
         raise
     texts = ((outputs.json, Report.to_json), (outputs.markdown, to_markdown), (outputs.csv, to_csv))
+    printed = [write for name, write in texts if name == "-"]
+    if printed:
+        sys.stdout.write(printed[0](report))
+    else:
+        out.print(render_table(report))
+    say(f"report: {report.directory / HTML_NAME}")
     for name, write in texts:
-        if name == "-":
-            sys.stdout.write(write(report))
-        elif name is not None:
+        if name not in (None, "-"):
             write_json(Path(name), write(report))
     if outputs.html is not None:
         outputs.html.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(report.directory / HTML_NAME, outputs.html)
-    if all(name != "-" for name, _ in texts):
-        out.print(render_table(report))
-    say(f"report: {report.directory / HTML_NAME}")
     return report
 
 

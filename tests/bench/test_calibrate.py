@@ -184,7 +184,9 @@ def test_a_quick_calibration_is_whole_and_says_what_it_leaves_out() -> None:
     assert found.machine == this_machine()
     assert found.timing.added_ns.low is not None
     assert found.network is not None
-    assert found.network.capacity is found.network.closed_rate is None
+    assert found.network.capacity is None
+    assert found.network.closed_rate is not None
+    assert found.network.closed_rate.value > 500
     assert "what a sender keeps was not looked for" in found.reasons[-1]
     assert Calibration.model_validate_json(found.model_dump_json()) == found
 
@@ -323,6 +325,17 @@ def test_a_closed_loop_near_what_the_client_can_do_is_client_bound(example, cali
     steady, said = reasons(example, with_rate(12_000.0, 1), calibration)
     assert steady
     assert "more than the 10,000 of the calibration" in said
+
+
+def test_over_grpc_it_is_said_that_the_client_may_be_what_bounds_the_row(example, calibration) -> None:
+    row = row_of(example, "network")
+    assert row.load.concurrency == 8
+    over_grpc = row.model_copy(update={"target": "oip+grpc://127.0.0.1:8001"})
+    steady, said = reasons(example, over_grpc, calibration)
+    assert steady
+    assert said == "whether the client bounded it is not known: the calibration speaks HTTP"
+    alone = over_grpc.model_copy(update={"load": row.load.model_copy(update={"concurrency": 1})})
+    assert reasons(example, alone, calibration) == (True, "")
 
 
 def test_without_a_network_part_nothing_is_held_against_a_service(example, calibration) -> None:

@@ -73,6 +73,35 @@ def test_a_full_disk_still_prints_the_table_and_leaves_nothing(example, tmp_path
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_a_kill_while_a_report_is_replaced_leaves_no_page_of_another(example, tmp_path, monkeypatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    first = save_report(example(), tmp_path / "r")
+    monkeypatch.setattr("dlops.bench.results.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_report(example(title="another"), tmp_path / "r")
+    assert read_report(tmp_path / "r").title != first.title
+    assert not (tmp_path / "r" / "report.html").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("dlops.bench.results.DirectoryWriter.commit", killed)
+    save_before = read_report(tmp_path / "r").to_json()
+    with pytest.raises(KeyboardInterrupt):
+        save_report(example(), tmp_path / "r")
+    assert read_report(tmp_path / "r").to_json() == save_before
+
+
+def test_a_copy_that_has_no_room_costs_neither_the_table_nor_the_report(example, tmp_path, monkeypatch, capsys) -> None:
+    def full(path: Path, text: str) -> None:
+        raise MachineError(f"writing {path}: the disk is full")
+
+    monkeypatch.setattr(publishing, "write_json", full)
+    with pytest.raises(MachineError, match=r"writing .*copy\.json: the disk is full"):
+        publish(example(), Outputs(directory=tmp_path / "r", json=str(tmp_path / "copy.json")))
+    assert "onnx-int8-pruned50" in capsys.readouterr().out
+    assert len(read_report(tmp_path / "r").raw_samples()) > 0
+
+
 def test_what_a_full_disk_did_not_take_goes_to_the_temporary_folder(example, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 

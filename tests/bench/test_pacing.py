@@ -70,18 +70,6 @@ def test_the_mean_wait_of_a_queue_with_equal_service_times_is_the_known_one(load
     assert error < 0.05 * expected
 
 
-def test_the_calls_in_flight_are_the_rate_times_the_response_time() -> None:
-    loaded = simulate(poisson(400, duration_s=60, seed=1), one_at_a_time(2 * MS))
-    times = np.concatenate([loaded.due_ns, loaded.arrived_ns])
-    steps = np.concatenate([np.ones(len(loaded.due_ns)), -np.ones(len(loaded.arrived_ns))])
-    order = np.argsort(times, kind="stable")
-    in_flight = np.cumsum(steps[order])[:-1]
-    duration = float(times.max() - times.min())
-    mean = float(np.sum(in_flight * np.diff(times[order]))) / duration
-    rate = len(loaded.due_ns) / (duration / 1e9)
-    assert mean == pytest.approx(rate * float(np.mean(loaded.response_ns)) / 1e9, rel=0.02)
-
-
 def test_the_calls_inside_the_server_by_its_own_count_are_the_rate_times_the_response_time() -> None:
     # The server looks every millisecond at how many it has, as one who scrapes its gauge does; the client knows what
     # was offered to it and how long the answers took, over the time after the queue had filled.

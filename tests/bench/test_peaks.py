@@ -16,7 +16,7 @@ from dlops.bench.calibration_text import facts
 from dlops.bench.macs import UncountedError, count_onnx_macs
 from dlops.bench.peaks import copy_size, measure_peaks, thread_counts
 from dlops.bench.run import measure
-from dlops.report import CpuPeak, GpuPeak, Peaks
+from dlops.report import CpuPeak, GpuPeak, Load, Peaks
 
 
 def cpu(threads: int, flops: float = 1e9, **changes: float) -> CpuPeak:
@@ -160,6 +160,17 @@ def of_peaks(example, calibration, peaks: Peaks, **changes: object):
     return judged.measurements[0], judged.report.notes
 
 
+def at_once(calls: int) -> Load:
+    return Load(scenario="multi_stream", batch=1, concurrency=calls)
+
+
+def test_calls_that_run_at_once_are_held_against_the_peak_with_all_their_threads(example, calibration) -> None:
+    rate = example().measurements[1].throughput.value
+    peaks = Peaks(cpu=(cpu(1, 1e10), cpu(2, 1e11)))
+    row, _ = of_peaks(example, calibration, peaks, threads=1, load=at_once(2))
+    assert row.peak_share == pytest.approx(2e6 * rate / 1e11)
+
+
 def test_a_share_is_of_the_peak_with_as_many_threads_or_of_the_gpu(example, calibration) -> None:
     rate = example().measurements[1].throughput.value
     peaks = Peaks(
@@ -175,6 +186,8 @@ def test_a_share_is_of_the_peak_with_as_many_threads_or_of_the_gpu(example, cali
         ({"precision": "int8"}, "the peak is of fp32, not of int8"),
         ({"threads": 3}, "no peak with 3 threads was measured"),
         ({"device": "cuda:1"}, "no peak of fp32 on cuda:1 was measured"),
+        # Two calls at once of two threads each.
+        ({"load": at_once(2)}, "no peak with 4 threads was measured"),
         ({"macs": None, "uncounted": "its LSTM is not counted"}, "its MACs are not known: its LSTM is not counted"),
     ):
         row, notes = of_peaks(example, calibration, peaks, **changes)

@@ -18,6 +18,7 @@ from dlops.bench import breakdown, profile
 from dlops.bench.inprocess import subjects
 from dlops.bench.profile import add_profiles, profile_each, record_enough
 from dlops.bench.results import MeasureInterrupted, merge, save_report
+from dlops.bench.run import measure
 from dlops.bench.table import table_text, to_markdown
 from dlops.bench.traces import Recording
 from dlops.bench.worker import Job
@@ -278,6 +279,15 @@ def test_markdown_has_a_table_a_target_with_bars_escaped(example) -> None:
     text = to_markdown(with_profiles(example(), made_up()).report)
     assert "| node_2 | Gemm\\|x | 1 | 10.0% |" in text
     assert "where the time goes" not in to_markdown(example().report)
+
+
+def test_a_target_without_a_profiler_is_measured_and_noted_and_the_report_is_whole(openvino_artifact) -> None:
+    measured = measure([openvino_artifact], duration_s=0.1)
+    assert [row.runtime for row in measured.measurements] == ["openvino"]
+    report = add_profiles(measured, [openvino_artifact], checkpoint=None, options=ONE_THREAD).report
+    assert not report.partial
+    assert report.notes == ("digits/openvino-fp32 is not profiled: there is no profiler for openvino here",)
+    assert report.profiles == ()
 
 
 def test_a_format_that_has_no_profiler_is_named_and_no_process_is_started(openvino_artifact) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import dlops
 from dlops.bench import cells
+from dlops.bench.arrivals import Offered
 from dlops.bench.run import measure, save_report
 from dlops.bench.together import Together
 from dlops.bench.worker import Job, open_job
@@ -102,6 +103,18 @@ def test_bound_buffers_are_one_callers(make_artifact, options, said) -> None:
         return
     with pytest.raises(UsageError, match=said):
         measure([make_artifact()], concurrency=(2,), duration_s=0.1, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scenarios": ("server",), "offered": Offered(rates=(50.0,))}, "the server scenario gives each call arrays"),
+        ({"engine": "loadgen", "scenarios": ("single_stream",)}, "LoadGen gives each call arrays of its own"),
+    ],
+)
+def test_calls_that_are_not_on_bound_buffers_have_no_boundary_at_the_device(make_artifact, changes, said) -> None:
+    with pytest.raises(UsageError, match=f"--boundary device times calls on bound buffers, and {said}"):
+        measure([make_artifact()], boundary=("device",), duration_s=0.1, **changes)
 
 
 @pytest.mark.parametrize("callers", [1, 3])

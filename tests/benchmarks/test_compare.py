@@ -113,7 +113,8 @@ def judge(runs: Sequence[tuple[Comparison, Comparison, Comparison]], write_page:
         says=(
             f"{PAIRS} runs, each of three loops in turns: `numpy.sin` over 1,000 numbers {PASSES} times, the same once "
             f"more, and {PASSES * 21 // 20} times, which is 5 % more work. {SECONDS_A_ROW:g} s a row, as "
-            "`dlops compare` takes by default. The first line has next to no margin, so that chance alone decides; "
+            "`dlops compare` takes by default; in one process, on the same arrays: two processes of one artifact may "
+            "differ by 1 % more. The first line has next to no margin, so that chance alone decides; "
             f"it may say {FALSE_ALARMS:.0%}. The median was found {np.median(per_cents):.1f} % slower, in nine of ten "
             f"runs {low:.1f} % to {high:.1f} %."
         ),

@@ -15,6 +15,7 @@ from torch import nn
 
 from dlops import catalog
 from dlops.artifact import Artifact, Variant, open_artifact
+from dlops.bench.run import measure
 from dlops.checkpoint import Checkpoint
 from dlops.embedded import read_embedded
 from dlops.errors import CorruptError, GateError, MachineError, UsageError
@@ -81,6 +82,11 @@ def test_the_gates_pass_and_int8_is_smaller(made: Mapping[str, Artifact]) -> Non
     notes = int8.provenance.notes
     assert (notes["calibration_samples"], notes["calibration_method"]) == (400, "minmax")
     assert int8.requires == ("executorch", "torch")
+
+
+def test_bench_measures_it_in_a_process_of_its_own(made: Mapping[str, Artifact]) -> None:
+    (row,) = measure([made["int8"]], duration_s=0.1, device="cpu", threads=1).measurements
+    assert (row.runtime, row.provider) == ("executorch", "XnnpackBackend")
 
 
 def test_every_batch_that_is_allowed_runs_and_no_larger_one(made: Mapping[str, Artifact], small: Checkpoint) -> None:

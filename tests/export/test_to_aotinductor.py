@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dlops.artifact import Artifact, open_artifact
+from dlops.bench.run import measure
 from dlops.embedded import read_embedded
 from dlops.environment import describe_environment
 from dlops.errors import MachineError, UsageError
@@ -60,6 +61,11 @@ def test_it_runs_at_every_batch_and_says_what_it_is(compiled: Artifact) -> None:
     session.close()
     form, said = read_embedded(compiled.path("model"))
     assert (form, said.variant) == ("aotinductor", "aotinductor-fp32")
+
+
+def test_bench_measures_it_in_a_process_of_its_own(compiled: Artifact) -> None:
+    (row,) = measure([compiled], duration_s=0.1, device="cpu", threads=1).measurements
+    assert (row.runtime, row.device) == ("aotinductor", "cpu")
 
 
 def test_the_package_holds_no_source_and_no_path_of_this_machine(compiled: Artifact) -> None:

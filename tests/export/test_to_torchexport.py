@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from dlops.artifact import Artifact
+from dlops.bench.profile import add_profiles
+from dlops.bench.run import measure
 from dlops.embedded import read_embedded
 from dlops.errors import CorruptError, GateError, UsageError
 from dlops.export.pipeline import export_variants
@@ -307,3 +309,12 @@ def test_the_dims_of_a_program_are_never_evaluated() -> None:
     tree = ast.parse(Path(read_program.__code__.co_filename).read_text())
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not called & {"eval", "exec", "compile", "__import__"}
+
+
+def test_bench_measures_and_profiles_it_in_processes_of_their_own(exported: dict[str, Artifact]) -> None:
+    artifact = exported["torchexport-fp32"]
+    measured = measure([artifact], duration_s=0.1, device="cpu", threads=1)
+    assert [row.runtime for row in measured.measurements] == ["torch.export"]
+    options = SessionOptions(device="cpu", threads=1)
+    (profile,) = add_profiles(measured, [artifact], checkpoint=None, options=options).report.profiles
+    assert any(operator.op_type.startswith("aten::") for operator in profile.operators)

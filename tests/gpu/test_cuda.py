@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -109,6 +110,28 @@ def test_nvml_reads_every_sensor_and_energy_grows_as_power_says() -> None:
     # Power is an average over some hundred milliseconds, which lags behind.
     assert joules / seconds == pytest.approx(sum(powers) / len(powers), rel=0.5)
     assert after["gpu0_memory_bytes"] >= work.nbytes
+
+
+def test_power_clocks_and_temperature_are_those_that_nvidia_smi_tells() -> None:
+    sensors = Sensors()
+    (place,) = [number for number, gpu in enumerate(find_gpus(sensors)) if same_gpu(gpu.pci, pci_address(0))]
+    asked = "power.draw,clocks.sm,clocks.mem,temperature.gpu"
+    command = ["nvidia-smi", f"--id={pci_address(0)}", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
+    work, told, read = torch.randn(4096, 4096, device="cuda"), [], []
+    for number in range(6):
+        # Under load, where the clocks have settled.
+        end = time.perf_counter() + 1.0
+        while time.perf_counter() < end:
+            work = torch.mm(work, work).clamp(-1, 1)
+            torch.cuda.synchronize()
+        if number:
+            told.append([float(value) for value in subprocess.check_output(command, text=True).split(",")])
+            now = sensors.read()
+            names = ("power_mw", "sm_clock_khz", "memory_clock_khz", "temperature_mc")
+            read.append([now[f"gpu{place}_{name}"] / 1000 for name in names])
+    vendors, ours = np.median(told, axis=0), np.median(read, axis=0)
+    # Nothing runs while nvidia-smi starts, so power has begun to fall for both.
+    np.testing.assert_allclose(ours, vendors, rtol=[0.25, 0.1, 0.05, 0.1])
 
 
 def test_a_run_on_cuda_keeps_what_the_gpu_did(trained: Checkpoint, tmp_path: Path) -> None:
