@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from dlops.artifact import Artifact
+from dlops.console import say
 from dlops.cudart import Stream
 from dlops.environment import available_cores
 from dlops.errors import CorruptError, MachineError, first_line
@@ -24,6 +26,12 @@ _NO_GRAPH = -1
 _CAPTURE_RUNS = 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    session: ort.InferenceSession
+    stream: Stream | None
+
+
 class OnnxSession:
     """One InferenceSession and the names of its outputs."""
 
@@ -31,32 +39,21 @@ class OnnxSession:
         self, model: str | bytes, *, signature: Signature, precision: str, options: SessionOptions, title: str
     ) -> None:
         threads = options.threads or available_cores()
-        device = _choose_device(options)
+        device = choose_device(options)
         check_graph(options, device)
-        provider = _PROVIDERS[device]
-        # Without a stream that it is given, ONNX Runtime takes another for each run that is under way at once.
-        self._stream = Stream() if device == "cuda" and options.own_stream else None
+        settings = _session_options(threads, options, precision)
         try:
-            self._session = ort.InferenceSession(
-                model,
-                sess_options=_session_options(threads, options, precision),
-                providers=_chain(provider, options, self._stream),
-            )
-        except Exception as error:  # ORT raises a class of its own a status code, all direct children of Exception
-            if self._stream is not None:
-                self._stream.close()
-            if options.cuda_graph:
-                raise MachineError(
-                    f"{title}: ONNX Runtime cannot run it as a CUDA graph: {first_line(error)}",
-                    hint="leave --cuda-graph out",
-                ) from error
-            raise CorruptError(f"{title}: ONNX Runtime cannot load it: {first_line(error)}") from error
-        used = self._session.get_providers()[0]
-        if used != provider:
-            raise MachineError(
-                f"{title}: asked for {provider}, ONNX Runtime gave {used}",
-                hint="dlops doctor shows which providers work here; --device cpu runs on the CPU",
-            )
+            opened = _open(model, settings, device, options, title)
+        except (MachineError, CorruptError) as error:
+            # A graph is CUDA's alone, whatever else was left open.
+            if device == "cpu" or options.device != "auto" or options.cuda_graph:
+                raise
+            # A file that cannot be loaded at all says so here, too.
+            opened = _open(model, settings, "cpu", options, title)
+            device = "cpu"
+            reason = error.message.removeprefix(f"{title}: ")
+            say(f"{title}: runs on the CPU, because it does not on CUDA: {reason} (dlops doctor shows what works)")
+        self._session, self._stream = opened.session, opened.stream
         self.signature = signature
         self._device = device
         self._graphs = itertools.count() if options.cuda_graph else None
@@ -64,8 +61,8 @@ class OnnxSession:
         self._outputs = [spec.name for spec in signature.outputs]
         self.placement = Placement(
             runtime="onnxruntime", device="cuda:0" if device == "cuda" else "cpu",
-            provider=graph_provider(used, options), precision=_computed(precision, device), threads=threads,
-            nodes=_assigned(self._session),
+            provider=graph_provider(_PROVIDERS[device], options), precision=_computed(precision, device),
+            threads=threads, nodes=_assigned(self._session),
         )  # fmt: skip
 
     def run(self, feed: Feed) -> Feed:
@@ -174,7 +171,8 @@ def cuda_works() -> bool:
     return True
 
 
-def _choose_device(options: SessionOptions) -> str:
+def choose_device(options: SessionOptions) -> str:
+    """Where to try, "cpu" or "cuda". Raises MachineError where CUDA is asked for without a GPU or a build for one."""
     if options.device == "auto":
         return "cuda" if cuda_works() else "cpu"
     if options.device == "cuda" and not cuda_works():
@@ -183,6 +181,41 @@ def _choose_device(options: SessionOptions) -> str:
             hint="dlops doctor shows what works; --device cpu runs on the CPU",
         )
     return options.device
+
+
+def _open(
+    model: str | bytes, settings: ort.SessionOptions, device: str, options: SessionOptions, title: str
+) -> _Opened:
+    """A session on that device. Raises MachineError where another provider is given, CorruptError where none is."""
+    provider = _PROVIDERS[device]
+    # Without a stream that it is given, ONNX Runtime takes another for each run that is under way at once.
+    stream = Stream() if device == "cuda" and options.own_stream else None
+    try:
+        session = ort.InferenceSession(
+            model,
+            sess_options=settings,
+            providers=_chain(provider, options, stream),
+            # Its own fallback prints to stdout, and tells nobody where a run then takes place.
+            enable_fallback=0,
+        )
+    except Exception as error:  # ORT raises a class of its own a status code, all direct children of Exception
+        if stream is not None:
+            stream.close()
+        if options.cuda_graph:
+            raise MachineError(
+                f"{title}: ONNX Runtime cannot run it as a CUDA graph: {first_line(error)}",
+                hint="leave --cuda-graph out",
+            ) from error
+        raise CorruptError(f"{title}: ONNX Runtime cannot load it: {first_line(error)}") from error
+    used = session.get_providers()[0]
+    if used != provider:
+        if stream is not None:
+            stream.close()
+        raise MachineError(
+            f"{title}: asked for {provider}, ONNX Runtime gave {used}",
+            hint="dlops doctor shows which providers work here; --device cpu runs on the CPU",
+        )
+    return _Opened(session=session, stream=stream)
 
 
 def _session_options(threads: int, options: SessionOptions, precision: str) -> ort.SessionOptions:
