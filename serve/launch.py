@@ -30,6 +30,12 @@ _POLL_S = 0.05
 _LOG_TAIL_LINES = 30
 
 
+def check_installed() -> None:
+    """Raise MachineError where BentoML is not installed; nothing is imported."""
+    if importlib.util.find_spec("bentoml") is None:
+        raise missing_package("bentoml", extra="serve", needed_for="serving")
+
+
 def serve_artifact(
     artifact: Artifact, *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
     threads: int | None = None, workers: int = 1, trust: bool = False,
@@ -163,8 +169,7 @@ class ServerProcess:
 def _start(
     settings: Settings, address: str, port: int, *, failure_file: Path, env: Mapping[str, str] | None, log: int
 ) -> subprocess.Popen[bytes]:
-    if importlib.util.find_spec("bentoml") is None:
-        raise missing_package("bentoml", extra="serve", needed_for="serving")
+    check_installed()
     command = [sys.executable, "-m", "bentoml", "serve", _SERVICE, "--host", address, "--port", str(port)]
     child_env = {**os.environ, **settings.to_environment(), **(env or {})}
     # A server within a server's environment would take that one's places for its own.

@@ -10,10 +10,15 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from dlops.errors import MachineError
+from dlops.artifact import Artifact
+from dlops.errors import GateError, MachineError
 from dlops.manifest import Record
+from dlops.parity import run_batched
+from dlops.runtimes import SessionOptions, open_session
+from dlops.runtimes.session import Device
 from dlops.samples import Samples
 from dlops.signature import Array
+from dlops.tasks import open_task
 
 _TIMEOUT_S = 30.0
 
@@ -44,6 +49,34 @@ def ask_service(url: str, samples: Samples, *, labels: Sequence[str]) -> Answers
     expected = tuple(str(labels[int(target)]) for target in samples.targets)
     correct = sum(said == meant for said, meant in zip(predicted, expected, strict=True))
     return Answers(asked=len(samples), correct=correct, predicted=tuple(predicted), expected=expected)
+
+
+def ask_artifact(artifact: Artifact, samples: Samples, *, device: Device = "auto") -> tuple[str, ...]:
+    """The labels that the artifact itself gives to the same samples, in this process."""
+    inputs = samples.inputs
+    if artifact.preprocess is not None:
+        inputs = {artifact.signature.inputs[0].name: artifact.preprocess.batch(samples.raw)}
+    session = open_session(artifact, SessionOptions(device=device))
+    try:
+        # One at a time, as the service is asked: dynamic int8 takes its ranges from all that it is given at once.
+        outputs = run_batched(session, inputs, 1)
+    finally:
+        session.close()
+    return tuple(
+        str(answer["label"]) for answer in open_task(artifact.task).answer(outputs, labels=artifact.labels, top=1)
+    )
+
+
+def check_answers(answers: Answers, own: Sequence[str], *, title: str) -> None:
+    """Raise GateError where the service gave other labels than the artifact itself gives, `own`."""
+    differing = [i for i, (said, meant) in enumerate(zip(answers.predicted, own, strict=True)) if said != meant]
+    if differing:
+        first = differing[0]
+        raise GateError(
+            f"{title}: the service labels {len(differing)} of {answers.asked} samples otherwise than the artifact does "
+            f"in process: sample {first} is {answers.predicted[first]!r} there and {own[first]!r} here",
+            hint="dlops verify checks the artifact alone; where that passes, serving it is at fault",
+        )
 
 
 def as_request(raw: bytes | Array) -> tuple[bytes, str]:

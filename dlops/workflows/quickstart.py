@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dlops.artifact import Artifact
+import numpy as np
+
+from dlops import catalog
+from dlops.artifact import Artifact, Variant
 from dlops.bench.results import Measured, choose_fastest, merge
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.table import render_table
 from dlops.checkpoint import Checkpoint
 from dlops.console import out, say
-from dlops.errors import DlopsError, GateError
+from dlops.errors import DlopsError, GateError, UsageError
 from dlops.export.pipeline import export_each
+from dlops.export.quantize import spread
 from dlops.export.verify import verify_artifact
 from dlops.report import Report
-from dlops.runtimes import SessionOptions
+from dlops.runtimes import SessionOptions, eager
 from dlops.runtimes.session import Device
-from dlops.serve.launch import ServerProcess
+from dlops.samples import Samples
+from dlops.serve.launch import ServerProcess, check_installed
 from dlops.train.launch import configure, train_recipe
-from dlops.workflows.ask import Answers, ask_service
+from dlops.workflows.ask import Answers, ask_artifact, ask_service, check_answers
 from dlops.workflows.calibration import calibrated
 from dlops.workflows.publish import save_or_rescue
 
@@ -73,8 +79,10 @@ def quickstart(
 
     preset: of the recipe; for digits the one of that name. max_drop: points of the task's metric that a variant may
     lose. duration_s: of each timed row. A variant that a gate refuses is named and left out; GateError is raised only
-    where none passes.
+    where none passes, and after the report where the service answers otherwise than the artifact that it serves. What
+    cannot work in a later stage is refused before the first, as that stage would.
     """
+    check_first(variants, max_drop=max_drop, device=device)
     _headline(1, f"train the {recipe} recipe on {data}")
     if preset is None and data in _QUICK_PRESETS:
         preset = data
@@ -105,12 +113,15 @@ def quickstart(
         raise
     measured = choose_fastest(measured, max_drop=max_drop)
     chosen = _chosen(measured, artifacts)
+    asked = samples_to_ask(checkpoint)
 
     _headline(5, f"serve {chosen.title} with BentoML, ask it about real samples, and load it")
     try:
+        own = ask_artifact(chosen, asked, device=device)
         with ServerProcess(chosen, device=device) as server:
             say(f"serving on {server.url}")
-            answers = _ask(server.url, checkpoint)
+            answers = ask_service(server.url, asked, labels=checkpoint.spec.labels)
+            say(f"POST /predict with {answers.asked} held-out samples: {answers.correct} right")
             network = measure(
                 [server.url], payload=chosen, concurrency=CONCURRENCY, duration_s=duration_s, command=command
             )
@@ -128,7 +139,25 @@ def quickstart(
         raise
     report = save_or_rescue(measured, None)
     _conclude(report, chosen, checkpoint, answers, refused)
+    check_answers(answers, own, title=chosen.title)
     return Outcome(checkpoint=checkpoint, artifacts=tuple(artifacts), refused=refused, answers=answers, report=report)
+
+
+def check_first(variants: Sequence[str], *, max_drop: float, device: Device) -> None:
+    """Raise before minutes of training what a later stage would: for a bad option, a package or GPU that is missing."""
+    if not (math.isfinite(max_drop) and 0 <= max_drop <= 100):
+        raise UsageError(f"max_drop is {max_drop}: percentage points from 0 to 100 are wanted")
+    formats = dict.fromkeys(Variant.parse(slug).format for slug in variants)
+    for form in formats:
+        catalog.resolve(catalog.FORMATS, "format", form)
+        catalog.resolve(catalog.RUNTIMES, "runtime", form)
+    # Eager PyTorch is timed beside whatever is exported.
+    eager.choose_device(SessionOptions(device=device))
+    if "onnx" in formats:
+        from dlops.runtimes import onnxruntime
+
+        onnxruntime.choose_device(SessionOptions(device=device))
+    check_installed()
 
 
 def _export(
@@ -158,12 +187,11 @@ def _chosen(measured: Measured, artifacts: Sequence[Artifact]) -> Artifact:
     return next(artifact for artifact in artifacts if artifact.title == report.chosen)
 
 
-def _ask(url: str, checkpoint: Checkpoint) -> Answers:
+def samples_to_ask(checkpoint: Checkpoint) -> Samples:
+    """As many as the service is asked about, evenly over the evaluation samples, which folders give class by class."""
     evaluation = checkpoint.samples("evaluation")
     assert evaluation is not None
-    answers = ask_service(url, evaluation.take(slice(0, ASKED)), labels=checkpoint.spec.labels)
-    say(f"POST /predict with {answers.asked} held-out samples: {answers.correct} right")
-    return answers
+    return evaluation.take([int(place) for place in spread({"place": np.arange(len(evaluation))}, ASKED)["place"]])
 
 
 def _conclude(
