@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     ModuleSource = nn.Module | Callable[[], nn.Module]
 
+# What says in a run's folder how it was begun; the train stage writes it.
+RUN_FILE = "run.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -120,6 +122,16 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 def newest_checkpoint(root: Path | str = "runs") -> Checkpoint:
     """The checkpoint under `root` with the latest `created`, its digests checked."""
     return newest_manifest(Path(root), Checkpoint, make_one="train one: dlops train cnn, or dlops quickstart")
+
+
+def check_vacant(directory: Path) -> None:
+    """Raise UsageError where a checkpoint lies, or a run that is to become one: writing there would replace it."""
+    # The first is written by training before there is a checkpoint.
+    for name in (RUN_FILE, Checkpoint.file_name):
+        if (directory / name).exists():
+            raise UsageError(
+                f"{directory}: a run or checkpoint is there ({name}), and would be replaced", hint="name a new folder"
+            )
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -21,11 +21,13 @@ def prune(
 
     Fine-tune that with dlops train RECIPE --init FOLDER, then export it as its prunedNN variant.
     """
-    # Before PyTorch is imported, which takes seconds: a missing checkpoint is said at once.
+    # Before PyTorch is imported, which takes seconds: a missing checkpoint, or a folder that has one, is said at once.
     found = find_checkpoint(checkpoint)
-    from dlops.checkpoint import import_model_source
-    from dlops.export.prune_checkpoint import prune_checkpoint
+    from dlops.checkpoint import check_vacant, import_model_source
 
     folder = out or Path("runs") / "pruned" / datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    check_vacant(folder)
+    from dlops.export.prune_checkpoint import prune_checkpoint
+
     source = import_model_source(model) if model else None
     print_result(prune_checkpoint(found, folder, sparsity=sparsity, model=source).directory)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dlops.artifact import Variant
-from dlops.checkpoint import Checkpoint, DenseOrigin, load_checkpoint
+from dlops.checkpoint import Checkpoint, DenseOrigin, check_vacant, load_checkpoint
 from dlops.console import say
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
@@ -36,9 +36,11 @@ def prune_checkpoint(
 
     Batch norms take their statistics anew from the calibration samples; nothing is trained. Its evaluation samples
     carry what the dense model answers to them, so that exports of it, and of what is fine-tuned from it, are judged
-    against the dense model. Raises UsageError for a sparsity that is not prunedNN, and for a checkpoint that is pruned
-    already or has no calibration samples; GateError where the fraction cannot be met.
+    against the dense model. Raises UsageError where `directory` holds a checkpoint or a run, for a sparsity that is not
+    prunedNN, and for a checkpoint that is pruned already or has no calibration samples; GateError where the fraction
+    cannot be met.
     """
+    check_vacant(Path(directory))
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     (variant,) = plan_variants([Variant(format="onnx", sparsity=sparsity)], checkpoint, max_drop=100.0, strict=False)

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
-from dlops.checkpoint import Checkpoint
+from dlops.checkpoint import RUN_FILE, Checkpoint
 from dlops.directory import write_json
 from dlops.environment import available_cores
 from dlops.errors import CorruptError, MachineError, UsageError, from_os_error
@@ -40,7 +40,7 @@ _LOCK_FILE = ".lock"
 class RunRecord(Manifest):
     """run.json. threads: of torch on the CPU, all processes together; another number sums in another order."""
 
-    file_name: ClassVar[str] = "run.json"
+    file_name: ClassVar[str] = RUN_FILE
 
     kind: Literal["run"] = "run"
     schema_version: int = Field(1, alias="schema", ge=1)

@@ -11,6 +11,7 @@ import torch
 
 from dlops.artifact import Variant
 from dlops.checkpoint import Checkpoint, load_checkpoint
+from dlops.cli import run
 from dlops.errors import UsageError
 from dlops.export.formats import ExportRequest
 from dlops.export.pipeline import export_variants
@@ -80,6 +81,36 @@ def test_a_pruned_checkpoint_fine_tuned_by_its_recipe_is_exported_as_a_variant_o
         prune_checkpoint(tuned, tmp_path / "twice", sparsity="pruned30")
     with pytest.raises(UsageError, match="sparse50 cannot be cut"):
         prune_checkpoint(dense, tmp_path / "other", sparsity="sparse50")
+
+
+def test_pruning_never_writes_over_a_checkpoint_or_a_run(
+    dense: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in dense.directory.iterdir() if path.is_file()}
+    with pytest.raises(UsageError, match=r"a run or checkpoint is there \(run\.json\)"):
+        prune_checkpoint(dense, dense.directory, sparsity="pruned50")
+    assert run(["prune", str(dense.directory), "--out", str(dense.directory)]) == 2
+    assert "would be replaced" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in dense.directory.iterdir() if path.is_file()} == before
+    # One that was saved from Python has no run.
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "checkpoint.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"\(checkpoint\.json\)"):
+        prune_checkpoint(dense, tmp_path / "saved", sparsity="pruned50")
+    assert (tmp_path / "saved" / "checkpoint.json").read_text() == "{}"
+
+
+def test_ctrl_c_in_pruning_leaves_no_half_a_checkpoint(
+    dense: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        assert list((tmp_path / "pruned").glob("weights-*")), "the weights are written by now"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dlops.export.prune_checkpoint.describe_environment", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(dense, tmp_path / "pruned", sparsity="pruned50")
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_fine_tuning_starts_from_the_weights_that_are_named_and_on_data_that_fit_them(
