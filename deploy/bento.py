@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import yaml
 from dlops.artifact import Artifact
 from dlops.deploy.requirements import serving_requirements
 from dlops.deploy.wheel import write_wheel
-from dlops.errors import MachineError, missing_package
+from dlops.errors import MachineError, first_line, from_os_error, missing_package
 
 _SERVICE = '''"""Serves the artifact that this Bento carries. Written by `dlops deploy bento`."""
 
@@ -33,6 +34,11 @@ from dlops.serve.service import Service  # noqa: E402
 
 __all__ = ["Service"]
 '''
+
+
+# BentoML's limit for a tag's name, and for its version.
+_TAG_CHARS = 63
+_DIGEST_CHARS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +60,25 @@ def build_bento(artifact: Artifact, *, out: Path | None = None) -> BentoInfo:
         import bentoml
     except ModuleNotFoundError:
         raise missing_package("bentoml", extra="serve", needed_for="building a Bento") from None
-    model = _store_model(artifact)
-    with tempfile.TemporaryDirectory(prefix="dlops-bento-") as folder:
-        _write_context(Path(folder), artifact, model)
-        tag = _run_build(Path(folder))
-    bento = bentoml.bentos.get(tag)
-    archive = None
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        archive = Path(bento.export(str(out)))
+    from bentoml.exceptions import BentoMLException
+
+    try:
+        model = _store_model(artifact)
+        with tempfile.TemporaryDirectory(prefix="dlops-bento-") as folder:
+            _write_context(Path(folder), artifact, model)
+            tag = _run_build(Path(folder))
+        bento = bentoml.bentos.get(tag)
+        archive = None
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            archive = Path(bento.export(str(out)))
+    except BentoMLException as error:
+        raise MachineError(
+            f"{artifact.title}: BentoML cannot package it: {first_line(error)}",
+            hint="`bentoml models list` and `bentoml list` show what its store holds",
+        ) from error
+    except OSError as error:
+        raise from_os_error(error, doing=f"building a Bento of {artifact.title}") from error
     return BentoInfo(tag=tag, path=Path(bento.path), archive=archive)
 
 
@@ -72,8 +88,9 @@ def _store_model(artifact: Artifact) -> str:
     from bentoml.exceptions import NotFound
 
     # The manifest holds every payload's digest, so its own names the whole.
-    digest = hashlib.sha256(artifact.to_json().encode()).hexdigest()[:12]
-    tag = f"{_tag_part(artifact.name)}:{_tag_part(artifact.version)}-{artifact.slug}-{digest}"
+    digest = hashlib.sha256(artifact.to_json().encode()).hexdigest()[:_DIGEST_CHARS]
+    which = f"{artifact.slug}-{digest}"
+    tag = f"{_tag_part(artifact.name)}:{_tag_part(artifact.version, most=_TAG_CHARS - len(which) - 1)}-{which}"
     try:
         bentoml.models.get(tag)
     except NotFound:
@@ -120,6 +137,14 @@ def _run_build(folder: Path) -> str:
     return lines[-1].removeprefix(prefix)
 
 
-def _tag_part(text: str) -> str:
-    """In BentoML's alphabet: lower case, and a letter or digit at the end."""
-    return text.lower().rstrip("._-")
+def _tag_part(text: str, *, most: int = _TAG_CHARS) -> str:
+    """In BentoML's alphabet: lower case, a letter or digit at both ends, and at most so many characters.
+
+    Where more has to be changed than that, it ends in a digest of `text`: what was told apart before is so after.
+    """
+    part = text.lower().rstrip("._-")
+    if len(part) <= most and re.fullmatch(r"[a-z0-9][a-z0-9._-]*", part):
+        return part
+    digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARS]
+    begin = re.sub(r"[^a-z0-9._-]", "-", part)[: most - len(digest) - 1].strip("._-")
+    return f"{begin}-{digest}" if begin else digest

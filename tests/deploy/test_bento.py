@@ -16,7 +16,7 @@ import yaml
 
 from dlops.artifact import open_artifact
 from dlops.catalog import REQUIREMENTS
-from dlops.deploy.bento import BentoInfo, build_bento
+from dlops.deploy.bento import BentoInfo, _store_model, _tag_part, build_bento
 from dlops.deploy.requirements import serving_requirements
 from dlops.errors import MachineError, UsageError
 
@@ -81,6 +81,65 @@ def test_what_bentoml_says_reaches_the_user(home: Path, digits_artifact, monkeyp
     monkeypatch.setattr("dlops.deploy.bento._SERVICE", "raise RuntimeError('no such service, {model}')")
     with pytest.raises(MachineError, match=r"bentoml build failed: .*no such service"):
         build_bento(digits_artifact)
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("a" * 100, "1"),
+        ("Digits_", "2024-11-22T10:30+01:00 \u2013 second try, after the cameras were moved" * 3),
+        ("d", "\u2026"),
+    ],
+)
+def test_every_name_and_version_makes_a_tag_that_bentoml_takes(
+    name: str, version: str, home: Path, make_digits_artifact, tmp_path: Path
+) -> None:
+    import bentoml
+
+    artifact = make_digits_artifact(tmp_path / "it", name=name).model_copy(update={"version": version})
+    tag = _store_model(artifact)
+    assert bentoml.models.get(tag).tag == bentoml.Tag.from_str(tag)
+    other = _store_model(artifact.model_copy(update={"version": f"{version}."}))
+    assert other != tag
+    assert artifact.slug in tag
+
+
+def test_names_that_are_told_apart_stay_so_where_they_are_shortened() -> None:
+    long = "digits-of-the-cameras-in-hall-" * 3
+    parts = [_tag_part(long + end) for end in ("one", "two")]
+    assert len(set(parts)) == 2
+    assert all(len(part) <= 63 and part.startswith("digits-of-the-cameras") for part in parts)
+    assert _tag_part("Digits-cnn_v1.2") == "digits-cnn_v1.2"
+
+
+def test_what_bentoml_raises_is_one_line(digits_artifact, monkeypatch) -> None:
+    from bentoml.exceptions import BentoMLException
+
+    def refuse(artifact: object) -> str:
+        raise BentoMLException("the store is of another version\nand more")
+
+    monkeypatch.setattr("dlops.deploy.bento._store_model", refuse)
+    with pytest.raises(MachineError, match=r"^digits/onnx-fp32: BentoML cannot .*of another version \(`bentoml models"):
+        build_bento(digits_artifact)
+
+
+def test_ctrl_c_leaves_no_half_a_model_in_the_store(
+    home: Path, make_digits_artifact, tmp_path: Path, monkeypatch
+) -> None:
+    artifact = make_digits_artifact(tmp_path / "it", name="interrupted")
+    copied: list[Path] = []
+
+    def interrupt(source: Path, target: Path) -> None:
+        if copied:
+            raise KeyboardInterrupt
+        copied.append(target)
+        target.write_bytes(source.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dlops.deploy.bento.shutil.copyfile", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_bento(artifact)
+    assert not (home / "models" / "interrupted").exists()
 
 
 def _version(name: str) -> str | None:
