@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import zipfile
@@ -11,7 +12,7 @@ import pytest
 
 from dlops.artifact import open_artifact
 from dlops.deploy.docker import write_docker_context
-from dlops.errors import UsageError
+from dlops.errors import MachineError, UsageError
 
 DEVICES = ("cpu", "cuda")
 
@@ -86,3 +87,32 @@ def test_a_folder_that_holds_something_is_left_alone(digits_artifact, tmp_path: 
     with pytest.raises(UsageError, match="not empty"):
         write_docker_context(digits_artifact, out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new", "empty"])
+@pytest.mark.parametrize(
+    ("stopped_by", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "full"), MachineError)]
+)
+def test_ctrl_c_and_a_full_disk_leave_nothing_and_the_next_run_writes_it_all(
+    stopped_by: BaseException, raised: type[BaseException], given: bool, digits_artifact, tmp_path: Path, monkeypatch
+) -> None:
+    def stop(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half.whl").write_bytes(b"half")
+        raise stopped_by
+
+    out = tmp_path / "image"
+    if given:
+        out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("dlops.deploy.docker.context.write_wheel", stop)
+        with pytest.raises(raised):
+            write_docker_context(digits_artifact, out=out)
+    assert [path.name for path in tmp_path.rglob("*")] == (["image"] if given else [])
+    folder = out.stat().st_ino if given else None
+    assert write_docker_context(digits_artifact, out=out) == out
+    assert {path.name for path in out.iterdir()} == {
+        ".dockerignore", "Dockerfile", "artifact", "requirements.txt", "wheels"
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == [out]
+    assert folder in (None, out.stat().st_ino)
