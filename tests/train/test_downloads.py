@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import socketserver
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -62,6 +65,43 @@ def test_without_a_network_the_error_says_where_to_put_the_file(tmp_path: Path) 
     assert list(into.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "answer", [b"220 mail.example ESMTP\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"]
+)
+def test_an_answer_that_is_no_http_is_told_in_one_line(answer: bytes, tmp_path: Path) -> None:
+    into = tmp_path / "data" / "it.bin"
+    with (
+        answering(answer) as url,
+        pytest.raises(MachineError, match=r"could not download it\.bin: .*not an answer in HTTP"),
+    ):
+        download.fetch([url], into, algorithm="md5", digest="0" * 32)
+    assert list(into.parent.iterdir()) == []
+
+
+def test_a_length_that_is_no_number_is_passed_over(tmp_path: Path) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: many\r\nConnection: close\r\n\r\nwhole"
+    with answering(answer) as url:
+        digest = hashlib.sha256(b"whole").hexdigest()
+        assert download.fetch([url], tmp_path / "it.bin", algorithm="sha256", digest=digest).read_bytes() == b"whole"
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of a server that sends those bytes to whoever asks."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/it.bin"
+        server.shutdown()
+        thread.join()
+
+
 def written_cifar(
     path: Path, distribution: cifar.Distribution, *, classes: int, per_file: int, cut: int = 0
 ) -> np.ndarray:
@@ -96,6 +136,20 @@ def test_cifar_records_become_images_with_their_labels(
     assert data.test.targets.tolist() == list(range(classes)) * 3
     np.testing.assert_array_equal(np.stack(data.test.raw), pixels)
     assert len(data.train) + len(data.validation) == classes * 3 * len(distribution.train)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR100", 100)])
+def test_cifar_is_fetched_checked_and_read(
+    server: tuple[Path, str], name: str, classes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, url = server
+    monkeypatch.chdir(tmp_path)
+    published = getattr(cifar, name)
+    pixels = written_cifar(folder / "cifar.tar.gz", published, classes=classes, per_file=classes * 2)
+    digest = hashlib.md5((folder / "cifar.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar, name, replace(published, url=f"{url}/cifar.tar.gz", md5=digest))
+    data = getattr(cifar, f"load_{published.name}")(split_seed=0)
+    np.testing.assert_array_equal(np.stack(data.test.raw), pixels)
 
 
 def test_a_cifar_archive_that_is_cut_or_another_one_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dlops.console import Bar, progress_bar, say
-from dlops.errors import CorruptError, MachineError, from_os_error
+from dlops.errors import CorruptError, MachineError, first_line, from_os_error
 
 DATA_DIR = Path("data")
 _CHUNK_BYTES = 1 << 20
@@ -37,8 +38,8 @@ def fetch(urls: Sequence[str], into: Path, *, algorithm: Algorithm, digest: str)
         for url in urls:
             try:
                 _download(url, partial)
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                reasons.append(f"{url}: {getattr(error, 'reason', error)}")
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+                reasons.append(f"{url}: {_reason(error)}")
                 continue
             found = file_digest(partial, algorithm)
             if found != digest:
@@ -62,10 +63,18 @@ def file_digest(path: Path, algorithm: Algorithm) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, http.client.HTTPException):
+        return f"not an answer in HTTP ({type(error).__name__}: {first_line(error)})"
+    return str(getattr(error, "reason", error))
+
+
 def _download(url: str, into: Path) -> None:
     # S310: the addresses are constants of ours, and the digest decides what is kept.
     with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, into.open("wb") as file:  # noqa: S310
-        total = int(answer.headers.get("Content-Length") or 0)
+        length = answer.headers.get("Content-Length") or ""
+        # Not every server sends a number; the digest decides then, as it does where none is sent.
+        total = int(length) if length.isdecimal() else 0
         with progress_bar(f"downloading {into.name.strip('.').split('.', 1)[0]}", total=total >> 20) as bar:
             _copy(answer.read, file.write, bar)
         file.flush()
