@@ -186,7 +186,7 @@ class Export:
             artifact = candidate.artifact
             if self.asked.worth:
                 artifact = artifact.model_copy(update={"worth": self._weigh(artifact, structure, Path(name, "parent"))})
-            return self._write(artifact, structure, candidate.exported, self._place(variant))
+            return self._write(artifact, structure, candidate.exported, self.place(variant))
 
     def _weigh(self, artifact: Artifact, structure: Structure, folder: Path) -> Worth | None:
         """Whether it is faster or smaller than its parent; null, with the reason said, where that cannot be told."""
@@ -205,7 +205,7 @@ class Export:
 
     def _parent(self, variant: Variant, folder: Path) -> Artifact:
         """The one of this checkpoint that lies there, else one made in `folder` for this alone, past no gate."""
-        place = self._place(variant)
+        place = self.place(variant)
         if (place / Artifact.file_name).is_file():
             try:
                 found = open_artifact(place)
@@ -246,13 +246,13 @@ class Export:
     def _kept(self, variant: Variant) -> Artifact | None:
         if self.asked.force:
             return None
-        directory = self._place(variant)
+        directory = self.place(variant)
         artifact = unchanged_artifact(directory, wanted=self._record(variant), options=self.options)
         if artifact is not None:
             say(f"{variant.slug}: already exported, unchanged: {directory}")
         return artifact
 
-    def _place(self, variant: Variant) -> Path:
+    def place(self, variant: Variant) -> Path:
         return self.out / self.checkpoint.name / variant.slug
 
     def _face(self, variant: Variant) -> Face:

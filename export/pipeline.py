@@ -108,6 +108,8 @@ def export_each(
         try:
             result: Artifact | GateError | UsageError = export.make(variant)
         except (GateError, UsageError) as error:
+            if (place := export.place(variant) / Artifact.file_name).is_file():
+                error.message += f" (the artifact made before stays in {place.parent})"
             say(f"{variant.slug}: not exported: {error.message}")
             result = error
         yield variant, result
