@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,9 +23,6 @@ from dlops.cli_export import export
 from dlops.cli_optimize import optimize
 from dlops.cli_prune import prune
 from dlops.explain import complain, explain
-
-if TYPE_CHECKING:
-    pass
 
 # typer carries its own copy of click since 0.20 and names the base of its usage errors nowhere public.
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

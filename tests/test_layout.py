@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("dlops", *STAGES):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
     return tree
+
+
+# What lies in dlops/ and may import stages, or nothing: the command line, what needs several stages, and the package's
+# own door, which names stage code as text and imports it where a name is first used.
+_NOT_CORE = {"__init__", "__main__", "workflows", *STAGES}
 
 
 def package_files(tree: Path) -> set[str]:
@@ -76,3 +82,16 @@ def test_the_source_distribution_holds_the_package(source: Path) -> None:
     with tarfile.open(build(source, "sdist")) as archive:
         built = {name.partition("/")[2] for name in archive.getnames()}
     assert expected - built == set()
+
+
+def test_every_module_of_core_is_held_to_importing_core_alone() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (contract,) = [one for one in contracts if one["name"] == "Core imports only core"]
+    here = {
+        path.stem for path in (ROOT / "dlops").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    command_line = {name for name in here if name == "cli" or name.startswith("cli_")}
+    assert len(command_line) > 4
+    core = here - command_line - _NOT_CORE
+    assert {name.removeprefix("dlops.") for name in contract["source_modules"]} == core
+    assert {name.removeprefix("dlops.") for name in contract["forbidden_modules"]} == here - core - {"__init__"}
