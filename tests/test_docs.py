@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -64,6 +65,18 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
     scope: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(blocks(page, RUN_MARK), start=1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), scope)
+
+
+def test_every_command_has_a_function_in_python_that_is_there() -> None:
+    rows = re.findall(r"^\| (`dlops .*?) \| (.*) \|$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE)
+    commands = {word for first, _ in rows for word in re.findall(r"`(?:dlops )?(\w+)", first)}
+    assert commands == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    for _, functions in rows:
+        module = "dlops"
+        for name in re.findall(r"`([\w.]+)`", functions):
+            given, _, attribute = name.rpartition(".")
+            module = given or module
+            assert callable(getattr(importlib.import_module(module), attribute)), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
