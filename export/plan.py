@@ -65,6 +65,12 @@ MIN_RECOVERY_SAMPLES = 16
 MIN_PRUNED, MAX_PRUNED = 0.05, 0.95
 
 
+def check_max_drop(points: float) -> None:
+    """Raise UsageError for what is no accuracy that can be lost."""
+    if not (math.isfinite(points) and 0 <= points <= 100):
+        raise UsageError(f"max_drop is {points}: percentage points from 0 to 100 are wanted")
+
+
 def plan_variants(
     requested: Sequence[Variant | str], checkpoint: Checkpoint, *, max_drop: float, strict: bool,
     calibration_method: str = "minmax", recovery_budget_s: float = BUDGET_S,
@@ -72,8 +78,7 @@ def plan_variants(
     """The variants in order, each once. Raises UsageError naming every one that cannot be made, and why."""
     if not requested:
         raise UsageError("no variant was asked for", hint=f"for example onnx-fp32; available: {available()}")
-    if not (math.isfinite(max_drop) and 0 <= max_drop <= 100):
-        raise UsageError(f"max_drop is {max_drop}: percentage points from 0 to 100 are wanted")
+    check_max_drop(max_drop)
     if not (math.isfinite(recovery_budget_s) and recovery_budget_s > 0):
         raise UsageError(f"the recovery budget is {recovery_budget_s}: seconds above 0 are wanted")
     variants, problems = _parsed(requested)

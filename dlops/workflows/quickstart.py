@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.table import render_table
 from dlops.checkpoint import Checkpoint
 from dlops.console import out, say
-from dlops.errors import DlopsError, GateError, UsageError
+from dlops.errors import DlopsError, GateError
 from dlops.export.pipeline import export_each
+from dlops.export.plan import check_max_drop
 from dlops.export.quantize import spread
 from dlops.export.verify import verify_artifact
 from dlops.report import Report
@@ -145,8 +145,7 @@ def quickstart(
 
 def check_first(variants: Sequence[str], *, max_drop: float, device: Device) -> None:
     """Raise before minutes of training what a later stage would: for a bad option, a package or GPU that is missing."""
-    if not (math.isfinite(max_drop) and 0 <= max_drop <= 100):
-        raise UsageError(f"max_drop is {max_drop}: percentage points from 0 to 100 are wanted")
+    check_max_drop(max_drop)
     formats = dict.fromkeys(Variant.parse(slug).format for slug in variants)
     for form in formats:
         catalog.resolve(catalog.FORMATS, "format", form)
