@@ -22,6 +22,7 @@ from dlops.__main__ import main
 from dlops.workflows import quickstart
 
 folder = Path({folder!r})
+quickstart.BATCHES = (1,)
 quickstart.train_recipe = lambda *_: dlops.load_checkpoint(folder / "runs" / "cnn" / "short")
 quickstart._export = lambda *_, **__: ([dlops.open_artifact(folder / "artifacts" / "digits-cnn" / "onnx-fp32")], {{}})
 dlops.cli.run = lambda arguments: quickstart.quickstart(duration_s={duration}, max_drop=5, device="cpu")
