@@ -301,13 +301,11 @@ def misplaced(options: SessionOptions, placement: Placement) -> tuple[str, ...]:
     asked, ran = options.device, placement.device.partition(":")[0]
     if asked not in ("auto", ran):
         return (f"wrong provider: asked for {asked}, ran on {placement.provider} ({placement.device})",)
-    own = placement.provider.partition(",")[0]
-    elsewhere = [
-        f"{count} {operator} on {provider}"
-        for provider, operators in placement.nodes.items() if provider != own and own in placement.nodes
-        for operator, count in operators.items() if operator in _PRODUCTS
-    ]  # fmt: skip
-    return (f"wrong provider: on {own}, but for {', '.join(elsewhere)}",) if elsewhere else ()
+    if ran != "cuda":
+        return ()
+    on_cpu = placement.nodes.get("CPUExecutionProvider", {})
+    products = [f"{count} {operator}" for operator, count in on_cpu.items() if operator in _PRODUCTS]
+    return (f"wrong provider: on {placement.device}, and {', '.join(products)} on the CPU",) if products else ()
 
 
 def accuracy_fields(artifact: Artifact) -> dict[str, float | int]:

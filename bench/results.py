@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from dlops.bench.render import render_html
 from dlops.directory import DirectoryWriter, write_json
 from dlops.environment import Environment
 from dlops.errors import UsageError, from_os_error
-from dlops.report import SUFFIXES, Measurement, Objective, Profile, Report, Telemetry
+from dlops.report import SUFFIXES, Interval, Measurement, Objective, Profile, Report, Telemetry
 
 HTML_NAME = "report.html"
 
@@ -149,11 +150,14 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
 
 def _overlap(one: Measurement, other: Measurement) -> bool:
     """Whether the intervals of their medians have a latency in common, as far as is known."""
-    first, second = one.latency.p50_ns, other.latency.p50_ns
-    if first is None or second is None:
-        return True
-    bounds = (first.low, first.high, second.low, second.high)
-    return None in bounds or (first.low <= second.high and second.low <= first.high)  # type: ignore[operator]
+    (low, high), (other_low, other_high) = _ends(one.latency.p50_ns), _ends(other.latency.p50_ns)
+    return low <= other_high and other_low <= high
+
+
+def _ends(interval: Interval | None) -> tuple[float, float]:
+    """An end that is not known is as far away as can be."""
+    low, high = (None, None) if interval is None else (interval.low, interval.high)
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def save_report(measured: Measured, directory: Path | str | None = None) -> Report:

@@ -91,17 +91,19 @@ def compare(
         _write_copies(comparison, markdown=markdown, json=json)
         if status is None and measured.partial:
             say("incomplete: a target failed, and what it should have been measured on is not compared")
-            found = exit_status(comparison)
-            return found if found == _REGRESSED else MachineError.exit_status
+            return exit_status(comparison, failed=True)
         return exit_status(comparison) if status is None else status
     _show(comparison, markdown=markdown, json=json)
     _write_copies(comparison, markdown=markdown, json=json)
     return exit_status(comparison)
 
 
-def exit_status(comparison: Comparison) -> int:
-    """1 where anything regressed, else 3 where anything is inconclusive or a report is partial, else 0."""
+def exit_status(comparison: Comparison, *, failed: bool = False) -> int:
+    """1 where anything regressed, else 4 where a target failed, else 3 where anything is inconclusive or a report is
+    partial, else 0."""
     found = {"REGRESSED": _REGRESSED, "INCONCLUSIVE": _NO_VERDICT}.get(comparison.verdict, _SAME)
+    if failed and found != _REGRESSED:
+        return MachineError.exit_status
     return _NO_VERDICT if found == _SAME and comparison.partial else found
 
 

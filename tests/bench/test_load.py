@@ -74,6 +74,31 @@ def test_a_connection_that_is_not_there_by_the_end_is_not_waited_for(make_artifa
     assert loaded.errors == {}
 
 
+class WithoutEnd(HttpTransport):
+    """Its connections never answer and keep no time-out."""
+
+    async def connect(self, host: str, port: int):
+        return _Endless()
+
+
+class _Endless:
+    is_open = True
+
+    async def send(self, request: bytes, *, timeout_s: float):
+        await asyncio.sleep(60)
+
+    def close(self) -> None:
+        pass
+
+
+def test_calls_that_outlast_their_time_out_end_the_run_with_a_line() -> None:
+    with pytest.raises(MachineError, match=r"calls went on for over 0\.2 s, which is the time-out of each"):
+        closed_loop(
+            "127.0.0.1", 1, [b"x"], concurrency=2, duration_s=0.1, max_warmup_s=0.1, timeout_s=0.2,
+            transport=WithoutEnd(),
+        )  # fmt: skip
+
+
 def test_every_call_is_answered_and_measured(make_artifact, serve) -> None:
     artifact = make_artifact()
     server = serve(artifact)

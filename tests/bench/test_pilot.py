@@ -54,7 +54,17 @@ def test_the_time_a_pilot_asks_for_is_enough_and_not_far_too_much(spread: float,
 def test_a_pilot_that_certifies_no_p99_asks_for_enough_to_do_so() -> None:
     samples, turns = drawn(300, spread=0.01)
     takes_s = seconds_wanted(samples, turns=turns, spent_s=3.0)
-    assert takes_s > 3.0 * 2 * stats.fewest_samples(0.99) / 300
+    assert takes_s > 3.0 * 2 * stats.certifying_samples(0.99) / 300
+
+
+def test_a_pilot_whose_p99_has_an_interval_and_is_not_certified_goes_on() -> None:
+    # Next to no spread, and every turn sees all of it: the intervals are as narrow as is asked for.
+    order = np.arange(600)
+    samples, turns = 1_000_000 + 37 * order % 600, order // 120
+    assert stats.fewest_samples(0.99) < 600 < stats.certifying_samples(0.99)
+    known = [half_width(samples, q, turns=turns) for q in (0.5, 0.99)]
+    assert all(width is not None and width < 0.01 for width in known)
+    assert seconds_wanted(samples, turns=turns, spent_s=1.0) > stats.certifying_samples(0.99) / 600
 
 
 def test_intervals_still_hold_where_a_pilot_ends_the_run() -> None:

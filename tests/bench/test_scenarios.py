@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import dlops
-from dlops.bench import cells, inprocess
+from dlops.bench import cells, inprocess, session_rows
 from dlops.bench.arrivals import Offered
 from dlops.bench.fifo import keep_schedule
 from dlops.bench.inprocess import Subject
@@ -192,3 +193,11 @@ def test_a_module_that_only_this_process_can_build_is_refused(make_artifact) -> 
     inprocess.check([local], batches=[1], boundaries=["host"])
     with pytest.raises(UsageError, match="a process that builds the module itself"):
         inprocess.check([local], batches=[1], boundaries=["host"], own_process=True)
+
+
+def test_requests_that_were_never_run_took_no_energy(example) -> None:
+    items: list[float] = []
+    rows = SimpleNamespace(add=lambda row, samples, seen: items.append(seen.items))
+    row = example().measurements[1].model_copy(update={"errors": {"not run": 3}})
+    session_rows._add(rows, row, {}, SimpleNamespace(gpu=None), SimpleNamespace(batch=4), began_ns=0)
+    assert items == [(row.latency.samples - 3) * 4]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -464,6 +465,20 @@ def test_a_session_that_does_not_run_where_it_was_asked_to_is_told_of() -> None:
         "wrong provider: asked for cuda, ran on CPUExecutionProvider (cpu)",
     )
     assert misplaced(SessionOptions(device="cpu"), cpu) == misplaced(SessionOptions(device="auto"), cpu) == ()
+
+
+def test_products_on_the_cpu_beside_a_gpu_are_told_of_and_shapes_are_not() -> None:
+    gpu = Placement(runtime="r", device="cuda:0", provider="CUDAExecutionProvider", precision="fp32", threads=1)
+    shapes = {"CUDAExecutionProvider": {"Conv": 3}, "CPUExecutionProvider": {"Gather": 2, "Shape": 1}}
+    assert misplaced(SessionOptions(device="cuda"), replace(gpu, nodes=shapes)) == ()
+    for own in ({"CUDAExecutionProvider": {"Conv": 3}}, {}):
+        nodes = {**own, "CPUExecutionProvider": {"Conv": 2, "Shape": 1, "MatMul": 1}}
+        for device in ("cuda", "auto"):
+            assert misplaced(SessionOptions(device=device), replace(gpu, nodes=nodes)) == (
+                "wrong provider: on cuda:0, and 2 Conv, 1 MatMul on the CPU",
+            )
+    on_cpu = replace(gpu, device="cpu", provider="CPUExecutionProvider", nodes={"CPUExecutionProvider": {"Conv": 1}})
+    assert misplaced(SessionOptions(device="cpu"), on_cpu) == ()
 
 
 def test_a_long_timeline_is_kept_in_few_points_that_lose_no_time_and_no_event() -> None:

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 import dlops as dlops_api
+from dlops.bench.compare import compare_reports
 from dlops.bench.results import Measured, save_report
 from dlops.cli import run
-from dlops.errors import UsageError
-from dlops.workflows.compare import read_gate, read_margin
+from dlops.errors import MachineError, UsageError
+from dlops.workflows.compare import exit_status, read_gate, read_margin
 
 DLOPS = [sys.executable, "-m", "dlops"]
 FP32, INT8 = "artifacts/digits-cnn/onnx-fp32", "artifacts/digits-cnn/onnx-int8"
@@ -134,6 +135,28 @@ def test_the_status_of_two_reports(
     for word in words:
         assert word in answer.stdout
     assert "only the spread within each run" in " ".join(answer.stdout.split())
+
+
+def test_a_target_that_failed_goes_before_no_verdict_and_after_a_regression(times: Copy) -> None:
+    reports = [dlops_api.read_report(times(factor)) for factor in (1, 1.001, 1.2)]
+    base, same, slower = (Measured(report=report, samples=report.raw_samples()) for report in reports)
+    assert exit_status(compare_reports(base, same), failed=True) == 4
+    assert exit_status(compare_reports(base, slower), failed=True) == 1
+
+
+def test_a_copy_that_has_no_room_costs_neither_the_table_nor_the_report(
+    working_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise MachineError(f"writing {path}: the disk is full")
+
+    monkeypatch.setattr("dlops.workflows.compare.write_json", full)
+    words = [FP32, FP32, "--duration", 0.5, "--device", "cpu", "--out", tmp_path / "report"]
+    answer = dlops("compare", *words, "--json", tmp_path / "copy.json", cwd=working_folder)
+    assert answer.returncode == 4, answer.stderr
+    assert "copy.json: the disk is full" in answer.stderr
+    assert "p50" in answer.stdout
+    assert len(dlops_api.read_report(tmp_path / "report").raw_samples()) > 0
 
 
 def test_too_few_calls_are_no_verdict_but_a_regression_goes_first(times: Copy, tmp_path: Path) -> None:
