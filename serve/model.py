@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dlops.artifact import Artifact, newest_artifact, open_artifact
 from dlops.environment import available_cores
@@ -15,6 +15,7 @@ from dlops.parity import self_test
 from dlops.runtimes import Placement, SessionOptions, open_session
 from dlops.runtimes.session import Session
 from dlops.serve.decoding import Decoder
+from dlops.serve.instance import Instance, bucket_sizes, zeros
 from dlops.serve.queue import BatchDone, InferenceQueue
 from dlops.serve.settings import Settings
 from dlops.serve.statistics import Statistics
@@ -22,22 +23,31 @@ from dlops.signature import Feed, Signature
 from dlops.tasks import open_task
 
 _STORE = "bentoml:"
+# A run of so little holds up the other requests for no longer than handing it to a thread and back would.
+_INLINE_NS = 300_000
+_TIMED = 7
 # What Triton calls the platforms whose files we serve; others go by our own name.
 _PLATFORMS = {"onnx": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
 
 
 class ServedModel:
-    """An artifact behind a queue. Made by `load_model`; `close` answers what waits and frees the session."""
+    """An artifact behind a queue. Made by `load_model`; `close` answers what waits and frees the sessions.
+
+    sessions: of this artifact, one an instance. inline: the one instance runs on the event loop.
+    """
 
     def __init__(
-        self, artifact: Artifact, session: Session, settings: Settings, on_batch: Callable[[BatchDone], None]
-    ) -> None:
+        self, artifact: Artifact, sessions: Sequence[Session], settings: Settings,
+        on_batch: Callable[[BatchDone], None], *, inline: bool = False,
+    ) -> None:  # fmt: skip
         self.artifact = artifact
         self.signature: Signature = artifact.signature
-        self.placement: Placement = session.placement
+        self.placement: Placement = sessions[0].placement
         self.statistics = Statistics()
         self.max_batch = min(settings.max_batch, artifact.signature.max_batch)
-        self._session = session
+        self.inline = inline
+        buckets = bucket_sizes(self.max_batch) if settings.cuda_graphs else ()
+        self.instances = [Instance(session, buckets=buckets) for session in sessions]
         self._task = open_task(artifact.task)
 
         def count(done: BatchDone) -> None:
@@ -45,9 +55,12 @@ class ServedModel:
             on_batch(done)
 
         self.queue = InferenceQueue(
-            session,
+            self.instances,
             max_rows=settings.max_queue_rows,
+            max_bytes=settings.max_queue_bytes,
             max_batch=self.max_batch,
+            delay_ns=settings.queue_delay_us * 1000,
+            inline=inline,
             # Dynamic int8 takes its scale over the whole batch: a loud neighbour would move a sample's answer.
             batching=artifact.variant.precision != "int8dyn",
             on_batch=count,
@@ -84,10 +97,11 @@ class ServedModel:
         }
 
     def close(self) -> None:
-        """Answer what waits, then free the session. Blocks until then."""
+        """Answer what waits, then free the sessions. Blocks until then; not on the event loop."""
         self.queue.close()
         self.decoder.close()
-        self._session.close()
+        for instance in self.instances:
+            instance.close()
 
 
 def choose_artifact(settings: Settings) -> Artifact:
@@ -109,32 +123,56 @@ def choose_artifact(settings: Settings) -> Artifact:
 def load_model(
     artifact: Artifact, settings: Settings, *, on_batch: Callable[[BatchDone], None] = lambda done: None
 ) -> ServedModel:
-    """Open a session, run the artifact's own samples through it, and warm it up. Blocks; takes seconds.
+    """Open a session an instance, run the artifact's own samples through each, and warm it up. Blocks; takes seconds.
 
     Raises GateError where the samples give other outputs here than they should, MachineError where the device or
     package is missing.
     """
-    threads = settings.threads or max(1, available_cores() // settings.workers)
-    # Threads that spin while no request is there take the cores from whatever else the machine does.
-    session = open_session(
-        artifact, SessionOptions(device=settings.device, threads=threads, spin=False, trust=settings.trust)
-    )
+    sessions: list[Session] = []
     try:
-        self_test(artifact, session)
-        _warm_up(session, min(settings.max_batch, artifact.signature.max_batch))
+        sessions.append(_open(artifact, settings, count=settings.instances or 1))
+        # Two on a GPU, so that one copies while the other computes.
+        count = settings.instances or (2 if sessions[0].placement.device.startswith("cuda") else 1)
+        while len(sessions) < count:
+            sessions.append(_open(artifact, settings, count=count))
+        max_batch = min(settings.max_batch, artifact.signature.max_batch)
+        for session in sessions:
+            self_test(artifact, session)
+            _warm_up(session, max_batch)
+        inline = count == 1 and settings.queue_delay_us == 0 and _is_quick(sessions[0], max_batch)
+        return ServedModel(artifact, sessions, settings, on_batch, inline=inline)
     except BaseException:
-        session.close()
+        for session in sessions:
+            session.close()
         raise
-    return ServedModel(artifact, session, settings, on_batch)
+
+
+def _open(artifact: Artifact, settings: Settings, *, count: int) -> Session:
+    threads = settings.threads or max(1, available_cores() // (settings.workers * count))
+    # Threads that spin while no request is there take the cores from whatever else the machine does.
+    options = SessionOptions(
+        device=settings.device, threads=threads, spin=False, trust=settings.trust, cuda_graph=settings.cuda_graphs
+    )
+    return open_session(artifact, options)
 
 
 def _warm_up(session: Session, max_batch: int) -> None:
     """Run the smallest and the largest batch, so that no request pays for the runtime's first allocation."""
     for rows in sorted({1, max_batch}):
-        sizes = {name: limits.min for name, limits in session.signature.dims.items()} | {"batch": rows}
-        session.run(
-            {
-                spec.name: np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape], spec.dtype)
-                for spec in session.signature.inputs
-            }
-        )
+        session.run(zeros(session.signature, rows))
+
+
+def _is_quick(session: Session, max_batch: int) -> bool:
+    """Whether the largest batch is done before a thread would have begun it: then it may run on the event loop.
+
+    Not where the rows may grow: their longest is not what was timed.
+    """
+    if session.placement.device != "cpu" or any(name != "batch" for name in session.signature.dims):
+        return False
+    feed = zeros(session.signature, max_batch)
+    taken = []
+    for _ in range(_TIMED):
+        began_ns = time.perf_counter_ns()
+        session.run(feed)
+        taken.append(time.perf_counter_ns() - began_ns)
+    return statistics.median(taken) <= _INLINE_NS

@@ -1,7 +1,8 @@
-"""A bounded queue in front of one session: rows wait here, one thread takes them in batches.
+"""A bounded queue in front of the instances of one model: requests wait here until an instance takes them in batches.
 
-The thread takes whatever waits when it frees, up to a number of rows, so batches grow with load and an idle server
-answers at once. Rows are counted, not requests. What its client no longer wants is dropped before it costs anything.
+An instance takes whatever waits when it frees, up to a number of rows, so batches grow with load and an idle server
+answers at once. Rows are counted, not requests, and bytes beside them. What its client no longer wants is dropped
+before it costs anything.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from functools import partial
+from typing import Literal
 
 from dlops.errors import DlopsError, MachineError
-from dlops.runtimes.session import Session
-from dlops.signature import Array, Feed
+from dlops.serve.instance import Instance
+from dlops.signature import Feed, Signature
+
+# Why a batch was taken when it was: it had all the rows that a run may have, the next request did not fit, nothing
+# else waited (or not of that shape), or the queue is closing.
+Reason = Literal["full", "next_too_large", "nothing_more", "closing"]
 
 
 class OverloadedError(MachineError):
@@ -32,59 +37,124 @@ class ClosedError(MachineError):
     """The queue takes no more requests."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Answer:
-    """outputs: this request's rows. queue_ns, compute_ns: waiting, running. batch_rows: of the run it was part of."""
+    """outputs: this request's rows. queue_ns, copy_ns, compute_ns: waiting, joining, running. batch_rows: of the run
+    it was part of."""
 
     outputs: Feed
     queue_ns: int
+    copy_ns: int
     compute_ns: int
     batch_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchDone:
-    """One run of the session: its rows and how long it took."""
+    """One run of an instance: its rows, how long it took, and why it began with no more of them."""
 
     rows: int
+    padded_rows: int
+    copy_ns: int
     compute_ns: int
+    reason: Reason
+    instance: int
 
 
-@dataclass(slots=True, kw_only=True)
-class _Entry:
-    feed: Feed
-    rows: int
-    deadline_ns: int | None
-    submitted_ns: int
-    future: asyncio.Future[Answer]
-    key: tuple[object, ...]
+Deliver = Callable[[Answer | Exception], None]
+
+
+class Ticket:
+    """A request in the queue."""
+
+    __slots__ = (
+        "bytes",
+        "cancelled",
+        "deadline_ns",
+        "deliver",
+        "feed",
+        "future",
+        "key",
+        "loop",
+        "rows",
+        "submitted_ns",
+    )
+
+    def __init__(
+        self, feed: Feed, rows: int, size: int, deadline_ns: int | None, deliver: Deliver, key: tuple[object, ...],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
+        self.feed = feed
+        self.rows = rows
+        self.bytes = size
+        self.deadline_ns = deadline_ns
+        self.deliver = deliver
+        self.key = key
+        self.loop = loop
+        self.submitted_ns = time.perf_counter_ns()
+        self.cancelled = False
+        self.future: asyncio.Future[Answer] | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody waits for the answer. A cancelled future says so at once, its callbacks a turn later."""
+        return not (self.cancelled or (self.future is not None and self.future.cancelled()))
+
+    def cancel(self) -> None:
+        """Drop the request where it has not run; its answer goes nowhere."""
+        self.cancelled = True
+
+
+Results = list[tuple[Ticket, Answer | Exception]]
 
 
 class InferenceQueue:
-    """One session, one thread. Feeds must fit the session's signature: check them before they come here.
+    """Feeds must fit the instances' signature: check them before they come here.
 
-    batching: join requests of equal shape along the first axis. on_batch is called on the event loop after each run.
+    Every instance has a thread of its own; or, `inline`, the one instance runs on the event loop, at the end of the
+    turn in which requests came: for a model that is done before a thread would have begun. batching: join requests of
+    equal shape along the first axis. max_bytes: of the tensors that wait. delay_ns: that an instance waits for more
+    rows after the first. on_batch is called on the event loop after each run.
     """
 
     def __init__(
-        self, session: Session, *, max_rows: int, max_batch: int, batching: bool = True,
-        on_batch: Callable[[BatchDone], None] = lambda done: None, name: str = "dlops-instance-0",
+        self, instances: Sequence[Instance], *, max_rows: int, max_batch: int, max_bytes: int = 2**62,
+        batching: bool = True, delay_ns: int = 0, inline: bool = False,
+        on_batch: Callable[[BatchDone], None] = lambda done: None, name: str = "dlops",
     ) -> None:  # fmt: skip
-        self._session = session
+        if inline and (len(instances) > 1 or delay_ns):
+            raise ValueError("on the event loop there is one instance, and it waits for nothing")
+        self._instances = tuple(instances)
         self._max_rows = max_rows
+        self._max_bytes = max_bytes
         self._max_batch = max_batch
-        self._batching = batching and _has_batch_axes(session)
+        self._batching = batching and _has_batch_axes(instances[0].session.signature)
+        self._fixed = not any(len(dims) for dims in _other_dims(instances[0].session.signature))
+        self._delay_ns = delay_ns
+        self._inline = inline
         self._on_batch = on_batch
-        self._waiting: deque[_Entry] = deque()
+        self._waiting: deque[Ticket] = deque()
         self._rows = 0
+        self._bytes = 0
+        self._busy = [False] * len(instances)
         self._closing = False
+        self._turn_is_due = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(number,), name=f"{name}-instance-{number}", daemon=True)
+            for number in range(0 if inline else len(instances))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def rows_waiting(self) -> int:
         return self._rows
+
+    @property
+    def busy_instances(self) -> int:
+        """Instances that run a batch at this moment."""
+        return sum(self._busy)
 
     @property
     def batching(self) -> bool:
@@ -94,7 +164,7 @@ class InferenceQueue:
     @property
     def is_full(self) -> bool:
         """Whether not even one more row would be taken."""
-        return self._rows >= self._max_rows
+        return self._rows >= self._max_rows or self._bytes >= self._max_bytes
 
     def submit(self, feed: Feed, *, rows: int, deadline_ns: int | None = None) -> asyncio.Future[Answer]:
         """Queue one request; call on the event loop. Cancelling the future drops the request if it has not run.
@@ -103,128 +173,193 @@ class InferenceQueue:
         after `close`; the future raises DeadlineError, or what the session raised.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        entry = _Entry(
-            feed=feed, rows=rows, deadline_ns=deadline_ns, submitted_ns=time.perf_counter_ns(), future=future,
-            key=_shape_key(feed) if self._batching else (),
-        )  # fmt: skip
+
+        def settle(result: Answer | Exception) -> None:
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        self.put(feed, rows=rows, deadline_ns=deadline_ns, deliver=settle).future = future
+        return future
+
+    def put(self, feed: Feed, *, rows: int, deliver: Deliver, deadline_ns: int | None = None) -> Ticket:
+        """As `submit`, for callers without a coroutine: `deliver` is called on the event loop, and never from here."""
+        size = sum(array.nbytes for array in feed.values())
+        key = () if self._fixed or not self._batching else _shape_key(feed)
+        ticket = Ticket(feed, rows, size, deadline_ns, deliver, key, asyncio.get_running_loop())
         with self._changed:
             if self._closing:
                 raise ClosedError("the server is shutting down", hint="send the request elsewhere")
-            # An empty queue takes any request, so that one larger than the bound is slow and not impossible.
+            # An empty queue takes any request, so that one larger than the bounds is slow and not impossible.
             if self._waiting and self._rows + rows > self._max_rows:
                 raise OverloadedError(f"{self._rows} rows wait already, at most {self._max_rows}", hint="try again")
-            self._waiting.append(entry)
+            if self._waiting and self._bytes + size > self._max_bytes:
+                raise OverloadedError(f"{self._bytes} bytes wait already, at most {self._max_bytes}", hint="try again")
+            self._waiting.append(ticket)
             self._rows += rows
-            self._changed.notify()
-        return future
+            self._bytes += size
+            if not self._inline:
+                self._changed.notify()
+            elif not self._turn_is_due:
+                self._turn_is_due = True
+                # Requests that the loop has read in this turn come before it, and so into the same batch.
+                ticket.loop.call_soon(self._turn)
+        return ticket
 
     def close(self, *, timeout_s: float | None = None) -> bool:
-        """Take no more requests, answer those that wait, end the thread. Returns whether it ended in time."""
+        """Take no more requests, answer those that wait, end the threads. Returns whether that was done in time.
+
+        Not on the event loop: that is where answers are delivered.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+            self._changed.notify_all()
+            if self._inline:
+                # A loop that has ended runs nothing any more, and nobody is left to be told.
+                return self._changed.wait_for(
+                    lambda: not self._waiting or not self._waiting[0].loop.is_running(), timeout_s
+                )
+        for thread in self._threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         while True:
             with self._changed:
                 while not self._waiting and not self._closing:
                     self._changed.wait()
+                if self._delay_ns:
+                    self._gather()
                 if not self._waiting:
-                    return
-                batch, expired = self._take(time.perf_counter_ns())
-            for entry in expired:
-                _deliver(entry.future, DeadlineError("the deadline passed while the request waited"))
+                    if self._closing:
+                        return
+                    continue
+                batch, expired, reason = self._take(time.perf_counter_ns())
+                self._busy[number] = bool(batch)
+                if self._waiting:
+                    self._changed.notify()
+            if expired:
+                _on_loop(expired[0].loop, partial(self._deliver, _expired(expired), []))
             if batch:
-                self._run(batch)
+                results, done = self._run(number, batch, reason)
+                self._busy[number] = False
+                _on_loop(batch[0].loop, partial(self._deliver, results, done))
 
-    def _take(self, now_ns: int) -> tuple[list[_Entry], list[_Entry]]:
-        """The next batch, and what expired on the way. Others keep their order; a row too many ends the batch."""
-        batch: list[_Entry] = []
-        expired: list[_Entry] = []
-        passed: list[_Entry] = []
+    def _gather(self) -> None:
+        """Wait, with the lock given up meanwhile, until a whole batch waits or the first of it has waited enough."""
+        while self._waiting and not self._closing and self._rows < self._max_batch:
+            left_ns = self._waiting[0].submitted_ns + self._delay_ns - time.perf_counter_ns()
+            if left_ns <= 0:
+                return
+            self._changed.wait(left_ns / 1e9)
+
+    def _turn(self) -> None:
+        """One batch on the event loop; the next one in its next turn, so that reading and writing go on between."""
+        with self._changed:
+            batch, expired, reason = self._take(time.perf_counter_ns())
+            self._turn_is_due = bool(self._waiting)
+            if self._turn_is_due:
+                self._waiting[0].loop.call_soon(self._turn)
+            elif self._closing:
+                self._changed.notify_all()
+        if expired:
+            self._deliver(_expired(expired), [])
+        if batch:
+            self._deliver(*self._run(0, batch, reason))
+
+    def _take(self, now_ns: int) -> tuple[list[Ticket], list[Ticket], Reason]:
+        """The next batch, what expired on the way, and why the batch ends. Others keep their order."""
+        batch: list[Ticket] = []
+        expired: list[Ticket] = []
+        passed: list[Ticket] = []
         rows = 0
-        while self._waiting:
-            entry = self._waiting[0]
-            if entry.future.cancelled():
+        reason: Reason = "closing" if self._closing else "nothing_more"
+        waiting = self._waiting
+        while waiting:
+            ticket = waiting[0]
+            if not ticket.is_wanted:
                 pass
-            elif entry.deadline_ns is not None and now_ns > entry.deadline_ns:
-                expired.append(entry)
+            elif ticket.deadline_ns is not None and now_ns > ticket.deadline_ns:
+                expired.append(ticket)
             elif not batch:
-                batch.append(entry)
-                rows = entry.rows
+                batch.append(ticket)
+                rows = ticket.rows
             elif not self._batching or rows >= self._max_batch:
+                reason = "full"
                 break
-            elif entry.key != batch[0].key:
-                passed.append(entry)
-            elif rows + entry.rows <= self._max_batch:
-                batch.append(entry)
-                rows += entry.rows
+            elif ticket.key != batch[0].key:
+                passed.append(waiting.popleft())
+                continue
+            elif rows + ticket.rows <= self._max_batch:
+                batch.append(ticket)
+                rows += ticket.rows
             else:
+                reason = "next_too_large"
                 break
-            self._waiting.popleft()
-            self._rows -= entry.rows
-        self._waiting.extendleft(reversed(passed))
-        self._rows += sum(entry.rows for entry in passed)
-        return batch, expired
+            waiting.popleft()
+            self._rows -= ticket.rows
+            self._bytes -= ticket.bytes
+        waiting.extendleft(reversed(passed))
+        return batch, expired, "full" if rows >= self._max_batch else reason
 
-    def _run(self, batch: list[_Entry]) -> None:
+    def _run(self, number: int, batch: list[Ticket], reason: Reason) -> tuple[Results, list[BatchDone]]:
         started_ns = time.perf_counter_ns()
+        rows = sum([ticket.rows for ticket in batch])
         try:
-            outputs = self._session.run(_joined([entry.feed for entry in batch]))
+            ran = self._instances[number].run([ticket.feed for ticket in batch], rows)
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises belongs to the requests, not the thread
             if len(batch) == 1:
-                _deliver(batch[0].future, error)
-                return
+                return [(batch[0], error)], []
             # One of them may have broken the run for its neighbours: alone, only that one fails.
-            for entry in batch:
-                self._run([entry])
-            return
-        compute_ns = time.perf_counter_ns() - started_ns
-        rows = sum(entry.rows for entry in batch)
-        done = BatchDone(rows=rows, compute_ns=compute_ns)
-        _on_loop(batch[0].future, lambda: self._on_batch(done))
+            each = [self._run(number, [ticket], reason) for ticket in batch]
+            return [result for results, _ in each for result in results], [one for _, done in each for one in done]
+        results: Results = []
+        alone = len(batch) == 1
         offset = 0
-        for entry in batch:
-            own = outputs
-            if len(batch) > 1:
-                own = {name: array[offset : offset + entry.rows] for name, array in outputs.items()}
-                offset += entry.rows
+        for ticket in batch:
+            outputs = ran.outputs
+            if not alone:
+                end = offset + ticket.rows
+                outputs = {name: array[offset:end] for name, array in outputs.items()}
+                offset = end
             answer = Answer(
-                outputs=own, queue_ns=started_ns - entry.submitted_ns, compute_ns=compute_ns, batch_rows=rows
-            )
-            _deliver(entry.future, answer)
+                outputs=outputs, queue_ns=started_ns - ticket.submitted_ns, copy_ns=ran.copy_ns,
+                compute_ns=ran.compute_ns, batch_rows=rows,
+            )  # fmt: skip
+            results.append((ticket, answer))
+        done = BatchDone(
+            rows=rows, padded_rows=ran.padded_rows, copy_ns=ran.copy_ns, compute_ns=ran.compute_ns, reason=reason,
+            instance=number,
+        )  # fmt: skip
+        return results, [done]
+
+    def _deliver(self, results: Results, runs: list[BatchDone]) -> None:
+        """All answers of a run in one call on the event loop: waking it costs more than an answer."""
+        for done in runs:
+            self._on_batch(done)
+        for ticket, result in results:
+            if ticket.is_wanted:
+                ticket.deliver(result)
 
 
-def _has_batch_axes(session: Session) -> bool:
-    return all(spec.is_batched for spec in (*session.signature.inputs, *session.signature.outputs))
+def _other_dims(signature: Signature) -> list[list[str]]:
+    return [[dim for dim in spec.shape if isinstance(dim, str) and dim != "batch"] for spec in signature.inputs]
+
+
+def _has_batch_axes(signature: Signature) -> bool:
+    return all(spec.is_batched for spec in (*signature.inputs, *signature.outputs))
 
 
 def _shape_key(feed: Feed) -> tuple[object, ...]:
     return tuple((name, array.shape[1:]) for name, array in sorted(feed.items()))
 
 
-def _joined(feeds: list[Feed]) -> Feed:
-    if len(feeds) == 1:
-        return feeds[0]
-    joined: dict[str, Array] = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
-    return joined
+def _expired(tickets: list[Ticket]) -> Results:
+    return [(ticket, DeadlineError("the deadline passed while the request waited")) for ticket in tickets]
 
 
-def _deliver(future: asyncio.Future[Answer], result: Answer | Exception) -> None:
-    def settle() -> None:
-        if future.done():  # its client left meanwhile
-            return
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-
-    _on_loop(future, settle)
-
-
-def _on_loop(future: asyncio.Future[Answer], call: Callable[[], None]) -> None:
-    loop = future.get_loop()
+def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     if not loop.is_closed():  # else nobody is left to be told
         loop.call_soon_threadsafe(call)

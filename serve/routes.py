@@ -231,10 +231,12 @@ class Application:
     ) -> None:
         total_ns = time.perf_counter_ns() - started_ns
         model.statistics.add_success(
-            rows=rows, total_ns=total_ns, queue_ns=answer.queue_ns, compute_ns=answer.compute_ns, input_ns=decode_ns
-        )
+            rows=rows, total_ns=total_ns, queue_ns=answer.queue_ns, compute_ns=answer.compute_ns,
+            input_ns=decode_ns + answer.copy_ns,
+        )  # fmt: skip
         for part, ns in (
-            ("total", total_ns), ("decode", decode_ns), ("queue", answer.queue_ns), ("compute", answer.compute_ns),
+            ("total", total_ns), ("decode", decode_ns), ("queue", answer.queue_ns), ("copy", answer.copy_ns),
+            ("compute", answer.compute_ns),
         ):  # fmt: skip
             self.metrics.seconds.labels(route, part).observe(ns / 1e9)
 

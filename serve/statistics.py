@@ -34,7 +34,7 @@ class Statistics:
     _batches: defaultdict[int, _Duration] = field(default_factory=lambda: defaultdict(_Duration))
 
     def add_success(self, *, rows: int, total_ns: int, queue_ns: int, compute_ns: int, input_ns: int) -> None:
-        """One request that was answered. input_ns: decoding."""
+        """One request that was answered. input_ns: decoding, and joining it with its batch."""
         self._rows += rows
         self._last_ms = time.time_ns() // 1_000_000
         for part, ns in (

@@ -176,7 +176,7 @@ def test_it_is_served_from_encoded_images_to_labels(
     answers = []
     for artifact in (made["onnx-fp32-raw"], exported_dense["onnx-fp32"]):
         served = load_model(artifact, Settings(device="cpu", threads=1))
-        session = served._session
+        session = served.instances[0].session
         try:
             answers.append(served.answers(session.run(to_feed(artifact, bodies))))
         finally:

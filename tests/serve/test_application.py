@@ -54,7 +54,7 @@ def application(digits_artifact, session, monkeypatch) -> Iterator[Application]:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     settings = Settings(max_queue_rows=2, max_body_bytes=10_000, max_pending_bytes=12_000)
     app = Application(settings)
-    app.model = ServedModel(digits_artifact, session, settings, lambda done: None)
+    app.model = ServedModel(digits_artifact, [session], settings, lambda done: None)
     yield app
     session.gate.set()
     app.model.close()
@@ -211,6 +211,6 @@ def test_requests_during_shutdown_answer_503(application, session, digit_pngs) -
 
 def test_dynamic_int8_is_never_batched(make_digits_artifact, tmp_path) -> None:
     artifact = make_digits_artifact(tmp_path / "a", precision="int8dyn")
-    served = ServedModel(artifact, HeldSession(artifact.signature), Settings(), lambda done: None)
+    served = ServedModel(artifact, [HeldSession(artifact.signature)], Settings(), lambda done: None)
     assert not served.queue.batching
     served.close()

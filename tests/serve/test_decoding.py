@@ -41,7 +41,7 @@ def application(digits_artifact, monkeypatch) -> Iterator[Application]:
     settings = Settings(max_pixels=1_000_000)
     app = Application(settings)
     session = open_session(digits_artifact, SessionOptions(device="cpu", threads=1))
-    app.model = ServedModel(digits_artifact, session, settings, lambda done: None)
+    app.model = ServedModel(digits_artifact, [session], settings, lambda done: None)
     yield app
     app.model.close()
 

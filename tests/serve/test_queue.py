@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dlops.runtimes import Placement
+from dlops.serve.instance import Instance
 from dlops.serve.queue import Answer, BatchDone, ClosedError, DeadlineError, InferenceQueue, OverloadedError
 from dlops.signature import DimRange, Feed, Signature, TensorSpec
 
@@ -39,7 +40,8 @@ class DoublingSession:
         self.entered.set()
         assert self.gate.wait(10)
         x = np.asarray(feed["x"])
-        self.seen.append(x)
+        # The queue writes the next batch where this one lies.
+        self.seen.append(x.copy())
         if (x < 0).any():
             raise RuntimeError("negative")
         return {"y": x * 2}
@@ -58,7 +60,9 @@ def make_queue(session: DoublingSession):
     made: list[InferenceQueue] = []
 
     def make(**options) -> InferenceQueue:
-        made.append(InferenceQueue(options.pop("session", session), **({"max_rows": 100, "max_batch": 8} | options)))
+        sessions = options.pop("sessions", [options.pop("session", session)])
+        instances = [Instance(one) for one in sessions]
+        made.append(InferenceQueue(instances, **({"max_rows": 100, "max_batch": 8} | options)))
         return made[-1]
 
     yield make
@@ -286,3 +290,117 @@ def test_many_concurrent_requests_never_get_one_anothers_answers(make_queue, ses
 
     asyncio.run(scenario())
     assert max(len(batch) for batch in session.seen) > 1
+
+
+class OnLoop(DoublingSession):
+    """Runs at once, and remembers on which thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate.set()
+        self.threads: set[int] = set()
+
+    def run(self, feed: Feed) -> Feed:
+        self.threads.add(threading.get_ident())
+        return super().run(feed)
+
+
+def test_a_quick_model_runs_on_the_event_loop_and_joins_what_came_in_one_turn(make_queue) -> None:
+    session = OnLoop()
+
+    async def scenario() -> list[Answer]:
+        queue = make_queue(session=session, inline=True, max_batch=4)
+        futures = [queue.submit(feed(0), rows=1)]
+        queue.put(feed(1), rows=1, deliver=lambda result: pytest.fail("nobody waits for it")).cancel()
+        futures += [queue.submit(feed(n), rows=1) for n in range(2, 6)]
+        assert queue.rows_waiting == 6
+        late = queue.submit(feed(9), rows=1, deadline_ns=time.perf_counter_ns() - 1)
+        answers = await asyncio.gather(*futures)
+        with pytest.raises(DeadlineError):
+            await late
+        with pytest.raises(RuntimeError, match="negative"):
+            await queue.submit(feed(-1), rows=1)
+        closing = asyncio.create_task(asyncio.to_thread(queue.close))
+        last = queue.submit(feed(7), rows=1)
+        await asyncio.sleep(0)
+        answers.append(await last)
+        assert await closing
+        with pytest.raises(ClosedError):
+            queue.submit(feed(1), rows=1)
+        return answers
+
+    answers = asyncio.run(scenario())
+    assert [answer.outputs["y"][0, 0] for answer in answers] == [0, 4, 6, 8, 10, 14]
+    assert [batch[:, 0].tolist() for batch in session.seen] == [[0, 2, 3, 4], [5], [-1], [7]]
+    assert session.threads == {threading.get_ident()}
+
+
+def test_two_instances_run_at_the_same_time_and_share_one_queue(make_queue, session) -> None:
+    other = DoublingSession()
+
+    async def scenario() -> list[Answer]:
+        queue = make_queue(sessions=[session, other], max_batch=1)
+        futures = [queue.submit(feed(n), rows=1) for n in range(6)]
+        await asyncio.to_thread(session.entered.wait, 10)
+        await asyncio.to_thread(other.entered.wait, 10)
+        assert queue.busy_instances == 2
+        other.gate.set()
+        # The first holds one, and the second answers all the others.
+        done, held = await asyncio.wait(futures, timeout=0.5)
+        assert (len(done), len(held)) == (5, 1)
+        session.gate.set()
+        return await asyncio.gather(*futures)
+
+    answers = asyncio.run(scenario())
+    assert [answer.outputs["y"][0, 0] for answer in answers] == [0, 2, 4, 6, 8, 10]
+    assert (len(session.seen), len(other.seen)) == (1, 5)
+
+
+def test_an_instance_waits_for_more_rows_as_long_as_it_is_told_to(make_queue, session) -> None:
+    session.gate.set()
+
+    async def scenario(queue: InferenceQueue, *, apart_s: float) -> None:
+        first = queue.submit(feed(1), rows=1)
+        await asyncio.sleep(apart_s)
+        await asyncio.gather(first, *[queue.submit(feed(n), rows=1) for n in (2, 3)])
+
+    done: list[BatchDone] = []
+    asyncio.run(scenario(make_queue(delay_ns=30_000_000_000, max_batch=3, on_batch=done.append), apart_s=0.05))
+    # Thirty seconds were not waited for: the batch was full before.
+    assert [(one.rows, one.reason) for one in done] == [(3, "full")]
+    done.clear()
+    asyncio.run(scenario(make_queue(delay_ns=1_000_000, max_batch=3, on_batch=done.append), apart_s=0.2))
+    assert done[0].rows == 1
+    assert sum(one.rows for one in done) == 3
+
+
+def test_the_bytes_that_wait_are_bounded_too(make_queue, session) -> None:
+    async def scenario() -> None:
+        queue = make_queue(max_bytes=16)
+        first = await occupied(queue, session)
+        waiting = queue.submit(feed(1), rows=1)
+        with pytest.raises(OverloadedError, match="8 bytes wait already, at most 16"):
+            queue.submit(feed(1, 2), rows=2)
+        last = queue.submit(feed(2), rows=1)
+        assert queue.is_full
+        session.gate.set()
+        await asyncio.gather(first, waiting, last)
+        assert not queue.is_full
+
+    asyncio.run(scenario())
+
+
+def test_why_a_batch_began_with_no_more_rows_is_told(make_queue, session) -> None:
+    done: list[BatchDone] = []
+
+    async def scenario() -> None:
+        queue = make_queue(on_batch=done.append, max_batch=4)
+        first = await occupied(queue, session)
+        futures = [queue.submit(feed(*range(rows)), rows=rows) for rows in (2, 2, 3, 2, 1)]
+        session.gate.set()
+        await asyncio.gather(first, *futures)
+
+    asyncio.run(scenario())
+    assert [(one.rows, one.reason) for one in done] == [
+        (1, "nothing_more"), (4, "full"), (3, "next_too_large"), (3, "nothing_more"),
+    ]  # fmt: skip
