@@ -27,7 +27,8 @@ class BodyReader:
     def __init__(self, *, max_bytes: int, max_pending_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._max_pending_bytes = max_pending_bytes
-        self._pending_bytes = 0
+        self.pending_bytes = 0
+        """Of all bodies that are held at this moment."""
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -36,17 +37,18 @@ class BodyReader:
         Raises BodyTooLargeError, OverloadedError where other bodies fill the memory, InputError for a damaged or
         unknown encoding, ClientDisconnect where the client left half-way.
         """
-        announced = self._announced(request)
+        text = request.headers.get("content-length")
+        announced = 0 if text is None else self.announced(text)
         held = 0
         try:
-            held = self._hold(announced)
+            held = self.hold(announced)
             chunks, size = [], 0
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > self._max_bytes:
                     raise self._too_large()
                 if size > held:
-                    held += self._hold(size - held)
+                    held += self.hold(size - held)
                 chunks.append(chunk)
             if size < announced:
                 raise ClientDisconnect
@@ -54,15 +56,13 @@ class BodyReader:
             encoding = request.headers.get("content-encoding", "identity").strip().lower()
             if encoding not in ("", "identity"):
                 body = await asyncio.to_thread(self._decompressed, body, encoding)
-                held += self._hold(max(0, len(body) - held))
+                held += self.hold(max(0, len(body) - held))
             yield body
         finally:
-            self._pending_bytes -= held
+            self.release(held)
 
-    def _announced(self, request: Request) -> int:
-        text = request.headers.get("content-length")
-        if text is None:
-            return 0
+    def announced(self, text: str) -> int:
+        """The number of bytes that a Content-Length says. Raises InputError, BodyTooLargeError above the limit."""
         if not (text.isascii() and text.isdigit()):
             raise InputError("Content-Length is not a number", field="Content-Length")
         size = int(text)
@@ -70,11 +70,16 @@ class BodyReader:
             raise self._too_large()
         return size
 
-    def _hold(self, size: int) -> int:
-        if self._pending_bytes and self._pending_bytes + size > self._max_pending_bytes:
+    def hold(self, size: int) -> int:
+        """Count so many bytes as held, until `release`; returns them. Raises OverloadedError where they do not fit."""
+        if self.pending_bytes and self.pending_bytes + size > self._max_pending_bytes:
             raise OverloadedError("too many request bodies are held at once", hint="try again")
-        self._pending_bytes += size
+        self.pending_bytes += size
         return size
+
+    def release(self, size: int) -> None:
+        """Bytes that `hold` counted are given back."""
+        self.pending_bytes -= size
 
     def _decompressed(self, body: bytes, encoding: str) -> bytes:
         if encoding not in _WINDOW_BITS:

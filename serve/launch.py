@@ -23,7 +23,7 @@ from dlops.console import say
 from dlops.errors import MachineError, UsageError, from_os_error, missing_package
 from dlops.runtimes.session import Device
 from dlops.serve.settings import Settings
-from dlops.serve.supervision import FAILURE_FILE, STOP_ON_STDIN_EOF, Family, read_failure
+from dlops.serve.supervision import ARBITER_PID, CELLS_DIR, FAILURE_FILE, STOP_ON_STDIN_EOF, Family, read_failure
 
 _SERVICE = "dlops.serve.service:Service"
 _POLL_S = 0.05
@@ -173,7 +173,7 @@ def _start(
     command = [sys.executable, "-m", "bentoml", "serve", _SERVICE, "--host", address, "--port", str(port)]
     child_env = {**os.environ, **settings.to_environment(), **(env or {})}
     # A server within a server's environment would take that one's places for its own.
-    for name in ("DLOPS_ARBITER_PID", "DLOPS_METRICS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
+    for name in (ARBITER_PID, CELLS_DIR):
         child_env.pop(name, None)
     child_env |= {FAILURE_FILE: str(failure_file), STOP_ON_STDIN_EOF: "1"}
     child_env.setdefault("BENTOML_DO_NOT_TRACK", "True")

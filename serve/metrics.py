@@ -1,11 +1,20 @@
-"""What the service counts, for Prometheus. Labels come from fixed sets: routes as templates, never paths as sent."""
+"""What the service counts, for Prometheus. Labels come from fixed sets: routes as templates, never paths as sent.
+
+Counting is an addition to a cell, because a request of a small model is over in less time than prometheus_client takes
+to count it; prometheus_client writes the text.
+"""
 
 from __future__ import annotations
 
-import os
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dlops.serve.cells import Cells, Worker
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # From a small network on a CPU to a large one under load.
@@ -14,46 +23,138 @@ _SECONDS = (
 )  # fmt: skip
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
+Labels = tuple[str, ...]
 
-class Metrics:
-    """One set a process. With PROMETHEUS_MULTIPROC_DIR set, `render` sums over the worker processes."""
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-        self.requests = Counter(
-            "dlops_requests", "Requests answered.", ("route", "method", "status"), registry=self._registry
-        )
+class _Family:
+    def __init__(self, cells: Cells, name: str, text: str, labels: Sequence[str] = ()) -> None:
+        self._cells = cells
+        self._name = name
+        self._text = text
+        self._labels = tuple(labels)
+        self._places: dict[Labels, int] = {}
+
+    def _place(self, labels: Labels, count: int = 1) -> int:
+        place = self._places.get(labels)
+        if place is None:
+            if len(labels) != len(self._labels):
+                raise ValueError(f"{self._name} has the labels {self._labels}, not {labels}")
+            place = self._places[labels] = self._cells.index(self._name, labels, count=count)
+        return place
+
+    def _summed(self, workers: Iterable[Worker]) -> dict[Labels, list[int]]:
+        sums: defaultdict[Labels, list[int]] = defaultdict(list)
+        for worker in workers:
+            for (name, labels), values in worker.values.items():
+                if name == self._name:
+                    sums[labels] = [a + b for a, b in zip(sums[labels] or [0] * len(values), values, strict=True)]
+        return sums
+
+
+class Counter(_Family):
+    """Goes up."""
+
+    def add(self, *labels: str, by: int = 1) -> None:
+        self._cells.values[self._place(labels)] += by
+
+    def metric(self, workers: Sequence[Worker]) -> Metric:
+        """What all workers counted, those that have ended too."""
+        metric = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, (value,) in self._summed(workers).items():
+            metric.add_metric(labels, value)
+        return metric
+
+
+class Gauge(_Family):
+    """Goes up and down; those of living workers are summed."""
+
+    def set(self, *labels: str, to: int) -> None:
+        self._cells.values[self._place(labels)] = to
+
+    def metric(self, workers: Sequence[Worker]) -> Metric:
+        metric = GaugeMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, (value,) in self._summed(worker for worker in workers if worker.lives).items():
+            metric.add_metric(labels, value)
+        return metric
+
+
+class Presence(Gauge):
+    """1 where any living worker says so: what is true of all of them is not a number to be summed."""
+
+    def metric(self, workers: Sequence[Worker]) -> Metric:
+        metric = GaugeMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, (value,) in self._summed(worker for worker in workers if worker.lives).items():
+            if value:
+                metric.add_metric(labels, 1)
+        return metric
+
+
+class Histogram(_Family):
+    """bounds: rising, in whole units of what is observed. unit: what one of them is in the text, 1e-9 for ns in s."""
+
+    def __init__(
+        self, cells: Cells, name: str, text: str, labels: Sequence[str] = (), *, bounds: Sequence[int],
+        unit: float = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(cells, name, text, labels)
+        self._bounds = tuple(bounds)
+        self._unit = unit
+
+    def observe(self, *labels: str, value: int) -> None:
+        # Beside a cell for each bound: one for what is above all of them, and the sum.
+        count = len(self._bounds) + 2
+        place = self._place(labels, count)
+        cells = self._cells.values
+        cells[place + bisect_left(self._bounds, value)] += 1
+        cells[place + count - 1] += value
+
+    def metric(self, workers: Sequence[Worker]) -> Metric:
+        metric = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        ends = [*[f"{bound * self._unit:g}" for bound in self._bounds], "+Inf"]
+        for labels, (*counts, total) in self._summed(workers).items():
+            below, buckets = 0, []
+            for end, found in zip(ends, counts, strict=True):
+                below += found
+                buckets.append((end, float(below)))
+            metric.add_metric(labels, buckets, total * self._unit)
+        return metric
+
+
+class Metrics(Collector):
+    """One set a process; `render` sums over all workers that share the cells' folder."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.cells = cells
+        seconds = tuple(round(bound * 1e9) for bound in _SECONDS)
+        self.requests = Counter(cells, "dlops_requests", "Requests answered.", ("route", "method", "status"))
         self.seconds = Histogram(
-            "dlops_request_seconds",
-            "Time of requests that were answered with a result, and its parts.",
-            ("route", "part"),
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.batch_rows = Histogram("dlops_batch_rows", "Rows in a run.", buckets=_ROWS, registry=self._registry)
-        self.compute_seconds = Histogram(
-            "dlops_batch_compute_seconds", "Time of a run of the model.", buckets=_SECONDS, registry=self._registry
-        )
-        self.queue_rows = Gauge(
-            "dlops_queue_rows", "Rows that wait.", registry=self._registry, multiprocess_mode="livesum"
-        )
-        self.ready = Gauge(
-            "dlops_ready", "Workers that passed their self-test and serve.", registry=self._registry,
-            multiprocess_mode="livesum",
+            cells, "dlops_request_seconds", "Time of requests that were answered with a result, and its parts.",
+            ("route", "part"), bounds=seconds, unit=1e-9,
         )  # fmt: skip
-        if not self._shared:  # prometheus_client has no Info over several processes
-            self._model = Info("dlops_model", "What is served.", registry=self._registry)
+        self.batch_rows = Histogram(cells, "dlops_batch_rows", "Rows in a run, padding apart.", bounds=_ROWS)
+        self.padded_rows = Counter(cells, "dlops_padded_rows", "Rows that were run and that no request asked for.")
+        self.batches = Counter(cells, "dlops_batches", "Runs, by why they began with no more rows.", ("reason",))
+        self.compute_seconds = Histogram(
+            cells, "dlops_batch_compute_seconds", "Time of a run of the model.", bounds=seconds, unit=1e-9
+        )
+        self.queue_rows = Gauge(cells, "dlops_queue_rows", "Rows that wait.")
+        self.busy_instances = Gauge(cells, "dlops_busy_instances", "Instances that run a batch at this moment.")
+        self.instances = Gauge(cells, "dlops_instances", "Instances that serve.")
+        self.ready = Gauge(cells, "dlops_ready", "Workers that passed their self-test and serve.")
+        self.model = Presence(
+            cells, "dlops_model_info", "What is served.",
+            ("model", "version", "variant", "runtime", "provider", "device", "precision", "threads"),
+        )  # fmt: skip
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
 
-    def describe(self, labels: dict[str, str]) -> None:
-        """Say what is served, as labels of one sample."""
-        if not self._shared:
-            self._model.info(labels)
+    def collect(self) -> Iterator[Metric]:
+        """One family after another, as prometheus_client asks for them."""
+        workers = list(self.cells.workers())
+        for family in vars(self).values():
+            if isinstance(family, Counter | Gauge | Histogram):
+                yield family.metric(workers)
 
     def render(self) -> bytes:
         """The exposition text."""
-        if not self._shared:
-            return generate_latest(self._registry)
-        summed = CollectorRegistry()
-        MultiProcessCollector(summed)  # type: ignore[no-untyped-call]
-        return generate_latest(summed)
+        return generate_latest(self._registry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from dlops.errors import UsageError
 from dlops.parity import self_test
 from dlops.runtimes import Placement, SessionOptions, open_session
 from dlops.runtimes.session import Session
+from dlops.serve.codec import Codec
 from dlops.serve.decoding import Decoder
 from dlops.serve.instance import Instance, bucket_sizes, zeros
+from dlops.serve.metrics import Metrics
 from dlops.serve.queue import BatchDone, InferenceQueue
 from dlops.serve.settings import Settings
 from dlops.serve.statistics import Statistics
@@ -38,12 +40,12 @@ class ServedModel:
 
     def __init__(
         self, artifact: Artifact, sessions: Sequence[Session], settings: Settings,
-        on_batch: Callable[[BatchDone], None], *, inline: bool = False,
+        metrics: Metrics, *, inline: bool = False,
     ) -> None:  # fmt: skip
         self.artifact = artifact
         self.signature: Signature = artifact.signature
         self.placement: Placement = sessions[0].placement
-        self.statistics = Statistics()
+        self.statistics = Statistics(metrics.cells, name=artifact.name, version=artifact.version)
         self.max_batch = min(settings.max_batch, artifact.signature.max_batch)
         self.inline = inline
         buckets = bucket_sizes(self.max_batch) if settings.cuda_graphs else ()
@@ -52,7 +54,11 @@ class ServedModel:
 
         def count(done: BatchDone) -> None:
             self.statistics.add_batch(done)
-            on_batch(done)
+            metrics.batch_rows.observe(value=done.rows)
+            metrics.compute_seconds.observe(value=done.compute_ns)
+            metrics.batches.add(done.reason)
+            if done.padded_rows:
+                metrics.padded_rows.add(by=done.padded_rows)
 
         self.queue = InferenceQueue(
             self.instances,
@@ -65,6 +71,7 @@ class ServedModel:
             batching=artifact.variant.precision != "int8dyn",
             on_batch=count,
         )
+        self.codec = Codec(self.signature, name=artifact.name, version=artifact.version)
         self.decoder = Decoder(artifact, max_pixels=settings.max_pixels)
 
     @property
@@ -120,9 +127,7 @@ def choose_artifact(settings: Settings) -> Artifact:
         raise UsageError(f"{tag}: not in BentoML's model store ({error})", hint="bentoml models list") from None
 
 
-def load_model(
-    artifact: Artifact, settings: Settings, *, on_batch: Callable[[BatchDone], None] = lambda done: None
-) -> ServedModel:
+def load_model(artifact: Artifact, settings: Settings, metrics: Metrics) -> ServedModel:
     """Open a session an instance, run the artifact's own samples through each, and warm it up. Blocks; takes seconds.
 
     Raises GateError where the samples give other outputs here than they should, MachineError where the device or
@@ -140,7 +145,7 @@ def load_model(
             self_test(artifact, session)
             _warm_up(session, max_batch)
         inline = count == 1 and settings.queue_delay_us == 0 and _is_quick(sessions[0], max_batch)
-        return ServedModel(artifact, sessions, settings, on_batch, inline=inline)
+        return ServedModel(artifact, sessions, settings, metrics, inline=inline)
     except BaseException:
         for session in sessions:
             session.close()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import os
 import time
 import traceback
 import zlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 from pydantic_core import to_json
@@ -24,17 +26,20 @@ from dlops.console import say
 from dlops.errors import DlopsError, InputError, MachineError
 from dlops.serve import protocol
 from dlops.serve.body import BodyReader, BodyTooLargeError
+from dlops.serve.cells import Cells
 from dlops.serve.metrics import CONTENT_TYPE, Metrics
 from dlops.serve.model import ServedModel
 from dlops.serve.openapi import PAGE, openapi_document
 from dlops.serve.predict import MediaTypeError, read_inputs
 from dlops.serve.queue import Answer, ClosedError, DeadlineError, OverloadedError
 from dlops.serve.settings import Settings
+from dlops.serve.supervision import CELLS_DIR
 from dlops.signature import Feed
 from dlops.version import __version__
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
+INFER = "/v2/models/{name}/infer"
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 _LENGTH_HEADER = "Inference-Header-Content-Length"
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
@@ -53,10 +58,25 @@ class Application:
     """The routes, and what they share. `model` is None until it is loaded and its self-test has passed."""
 
     def __init__(self, settings: Settings) -> None:
-        self.metrics = Metrics()
-        self.model: ServedModel | None = None
-        self._bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
+        self.metrics = Metrics(Cells(os.environ.get(CELLS_DIR)))
+        self._model: ServedModel | None = None
+        # By the addresses at which each model is asked, as they are sent.
+        self.inferences: dict[bytes, ServedModel] = {}
+        self.bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
         self.asgi = Starlette(routes=self._routes(), exception_handlers={HTTPException: _http_error})
+
+    @property
+    def model(self) -> ServedModel | None:
+        return self._model
+
+    @model.setter
+    def model(self, model: ServedModel | None) -> None:
+        self._model = model
+        self.inferences = {}
+        if model is not None:
+            name, version = (quote(part, safe="").encode() for part in (model.name, model.version))
+            for path in (b"/v2/models/%s/infer" % name, b"/v2/models/%s/versions/%s/infer" % (name, version)):
+                self.inferences[path] = model
 
     def _routes(self) -> list[Route]:
         model = "/v2/models/{name}"
@@ -97,37 +117,46 @@ class Application:
             started_ns = time.perf_counter_ns()
             try:
                 response = await handler(request)
-            except DlopsError as error:
-                response = error_response(error)
             except HTTPException as error:
                 response = await _http_error(request, error)
             except ClientDisconnect:
                 response = Response(status_code=499)  # nginx's number for it; nobody reads the answer
-            except Exception:  # noqa: BLE001 - a request that hits a bug of ours gets an answer, and the log the trace
-                say(f"{request.method} {route}: a bug in dlops\n{traceback.format_exc()}")
-                response = json_response({"error": "internal error; the server's log has it"}, status=500)
-            if response.status_code >= 400 and self.model is not None and route.endswith("/infer"):
-                self.model.statistics.add_failure(time.perf_counter_ns() - started_ns)
-            self.metrics.requests.labels(route, request.method, str(response.status_code)).inc()
+            except Exception as error:  # noqa: BLE001 - a request that hits a bug of ours gets an answer too
+                response = self.failed(error, where=f"{request.method} {route}")
+            model = self._model if route.endswith("/infer") else None
+            self.count(route, request.method, response.status_code, model, started_ns)
             return response
 
         return endpoint
+
+    def failed(self, error: Exception, *, where: str) -> Response:
+        """The answer to an error; what was not raised on purpose is the log's, with its trace, and not the client's."""
+        if isinstance(error, DlopsError):
+            return error_response(error)
+        say(f"{where}: a bug in dlops\n{''.join(traceback.format_exception(error))}")
+        return json_response({"error": "internal error; the server's log has it"}, status=500)
+
+    def count(self, route: str, method: str, status: int, model: ServedModel | None, started_ns: int) -> None:
+        """An answer has been made. model: that was to infer, where that was asked."""
+        if status >= 400 and model is not None:
+            model.statistics.add_failure(time.perf_counter_ns() - started_ns)
+        self.metrics.requests.add(route, method, str(status))
 
     async def predict(self, request: Request) -> Response:
         """Labels with probabilities for images or numbers."""
         started_ns = time.perf_counter_ns()
         model = self._model_that_takes_more()
-        deadline_ns = _header_deadline_ns(request)
-        async with self._bodies.read(request) as body:
+        until_ns = deadline_ns(started_ns, header=request.headers.get(TIMEOUT_HEADER))
+        async with self.bodies.read(request) as body:
             kind = request.headers.get("content-type", "")
             raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
             decode_ns = time.perf_counter_ns()
-            feed = await _unless_gone(request, model.decoder.decode(raws, deadline_ns=deadline_ns))
+            feed = await _unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
             decode_ns = time.perf_counter_ns() - decode_ns
-            answer = await self._run(model, request, feed, rows=len(raws), deadline_ns=deadline_ns)
+            answer = await self._run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
         document = {"model": model.name, "version": model.version, "predictions": model.answers(answer.outputs)}
-        self._account(model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns)
+        self.account(model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns)
         return json_response(document)
 
     async def infer(self, request: Request) -> Response:
@@ -135,20 +164,19 @@ class Application:
         started_ns = time.perf_counter_ns()
         self._model_of(request)
         model = self._model_that_takes_more()
-        deadline_ns = _header_deadline_ns(request)
-        async with self._bodies.read(request) as body:
+        header = request.headers.get(TIMEOUT_HEADER)
+        deadline_ns(started_ns, header=header)
+        async with self.bodies.read(request) as body:
             decode_ns = time.perf_counter_ns()
             decode = partial(protocol.decode_request, body, json_bytes=_json_bytes(request), signature=model.signature)
             wanted = decode() if len(body) <= _INLINE_BYTES else await model.decoder.offload(decode)
             decode_ns = time.perf_counter_ns() - decode_ns
-            if wanted.timeout_us is not None:
-                own_ns = started_ns + wanted.timeout_us * 1000
-                deadline_ns = own_ns if deadline_ns is None else min(deadline_ns, own_ns)
-            answer = await self._run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=deadline_ns)
+            until_ns = deadline_ns(started_ns, header=header, timeout_us=wanted.timeout_us)
+            answer = await self._run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=until_ns)
         encoded = protocol.encode_response(
             answer.outputs, wanted.outputs, model=model.name, version=model.version, identity=wanted.id
         )
-        self._account(model, "/v2/models/{name}/infer", started_ns, answer, rows=wanted.rows, decode_ns=decode_ns)
+        self.account(model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns)
         return _infer_response(encoded, request.headers.get("accept-encoding", ""))
 
     async def live(self, request: Request) -> Response:
@@ -181,11 +209,12 @@ class Application:
 
     async def statistics(self, request: Request) -> Response:
         model = self._model_of(request) if "name" in request.path_params else self._loaded()
-        return json_response(model.statistics.as_json(name=model.name, version=model.version))
+        return json_response(model.statistics.as_json())
 
     async def render_metrics(self, request: Request) -> Response:
         if self.model is not None:
-            self.metrics.queue_rows.set(self.model.queue.rows_waiting)
+            self.metrics.queue_rows.set(to=self.model.queue.rows_waiting)
+            self.metrics.busy_instances.set(to=self.model.queue.busy_instances)
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Response:
@@ -214,11 +243,14 @@ class Application:
         return model
 
     def _model_that_takes_more(self) -> ServedModel:
-        """The model, unless its queue is full: then the request is turned away before its body is read."""
         model = self._loaded()
+        self.check_room(model)
+        return model
+
+    def check_room(self, model: ServedModel) -> None:
+        """Raise OverloadedError where the queue is full: then a request is turned away before its body is read."""
         if model.queue.is_full:
             raise OverloadedError("the queue is full", hint="try again")
-        return model
 
     async def _run(
         self, model: ServedModel, request: Request, feed: Feed, *, rows: int, deadline_ns: int | None
@@ -226,9 +258,10 @@ class Application:
         """The queue's answer. A client that leaves meanwhile takes its request out of the queue."""
         return await _unless_gone(request, model.queue.submit(feed, rows=rows, deadline_ns=deadline_ns))
 
-    def _account(
+    def account(
         self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int
     ) -> None:
+        """An inference has been answered with a result: its time, and its parts."""
         total_ns = time.perf_counter_ns() - started_ns
         model.statistics.add_success(
             rows=rows, total_ns=total_ns, queue_ns=answer.queue_ns, compute_ns=answer.compute_ns,
@@ -238,7 +271,7 @@ class Application:
             ("total", total_ns), ("decode", decode_ns), ("queue", answer.queue_ns), ("copy", answer.copy_ns),
             ("compute", answer.compute_ns),
         ):  # fmt: skip
-            self.metrics.seconds.labels(route, part).observe(ns / 1e9)
+            self.metrics.seconds.observe(route, part, value=ns)
 
 
 class _Elsewhere(Route):
@@ -315,22 +348,29 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _header_deadline_ns(request: Request) -> int | None:
-    text = request.headers.get(TIMEOUT_HEADER)
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0):
-        raise InputError(f"{TIMEOUT_HEADER} must be a whole number of milliseconds above 0", field=TIMEOUT_HEADER)
-    return time.perf_counter_ns() + int(text) * 1_000_000
+def deadline_ns(started_ns: int, *, header: str | None, timeout_us: int | None = None) -> int | None:
+    """When a request is no longer wanted, by its header and by its own parameter; the earlier of the two.
+
+    Raises InputError for a header that is no number of milliseconds.
+    """
+    ends = [] if timeout_us is None else [started_ns + timeout_us * 1000]
+    if header is not None:
+        if not (header.isascii() and header.isdigit() and len(header) <= 9 and int(header) > 0):
+            raise InputError(f"{TIMEOUT_HEADER} must be a whole number of milliseconds above 0", field=TIMEOUT_HEADER)
+        ends.append(started_ns + int(header) * 1_000_000)
+    return min(ends, default=None)
+
+
+def json_length(text: str) -> int:
+    """What Inference-Header-Content-Length says. Raises InputError."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise InputError(f"{_LENGTH_HEADER} is not a number of bytes", field=_LENGTH_HEADER)
+    return int(text)
 
 
 def _json_bytes(request: Request) -> int | None:
     text = request.headers.get(_LENGTH_HEADER)
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 18):
-        raise InputError(f"{_LENGTH_HEADER} is not a number of bytes", field=_LENGTH_HEADER)
-    return int(text)
+    return None if text is None else json_length(text)
 
 
 def _infer_response(encoded: protocol.Encoded, accepted: str) -> Response:

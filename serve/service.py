@@ -15,7 +15,6 @@ from typing import NoReturn
 from dlops.console import say
 from dlops.errors import DlopsError, UsageError
 from dlops.serve import supervision
-from dlops.serve.queue import BatchDone
 from dlops.serve.settings import Settings, variable
 
 # Usage is reported to BentoML only where the user says so, with BENTOML_DO_NOT_TRACK=False.
@@ -31,11 +30,11 @@ try:
     settings = Settings.from_environment()
 except UsageError as error:
     _stop(error)
-supervision.separate_metrics(workers=settings.workers)
 
 import bentoml  # noqa: E402
 from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
+from dlops.serve import door  # noqa: E402
 from dlops.serve.model import ServedModel, choose_artifact, load_model  # noqa: E402
 from dlops.serve.routes import Application  # noqa: E402
 
@@ -43,6 +42,8 @@ from dlops.serve.routes import Application  # noqa: E402
 usage_stats.do_not_track.cache_clear()
 
 application = Application(settings)
+# On the one port that BentoML opens, with its own routes.
+door.install(application)
 
 
 @bentoml.asgi_app(application.asgi, path="/")
@@ -81,7 +82,7 @@ class Service:
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
         """Answer what waits, then free the model."""
-        application.metrics.ready.set(0)
+        application.metrics.ready.set(to=0)
         model, application.model = application.model, None
         self._loading.cancel()
         if model is not None:
@@ -104,8 +105,9 @@ async def _load() -> None:
     gc.collect()
     gc.freeze()
     application.model = model
-    application.metrics.ready.set(1)
-    application.metrics.describe(model.describe())
+    application.metrics.ready.set(to=1)
+    application.metrics.instances.set(to=len(model.instances))
+    application.metrics.model.set(*model.describe().values(), to=1)
     placement = model.placement
     say(
         f"serving {model.artifact.title} version {model.version} on {placement.provider} ({placement.runtime}, "
@@ -114,9 +116,4 @@ async def _load() -> None:
 
 
 def _open() -> ServedModel:
-    return load_model(choose_artifact(settings), settings, on_batch=_count_batch)
-
-
-def _count_batch(done: BatchDone) -> None:
-    application.metrics.batch_rows.observe(done.rows)
-    application.metrics.compute_seconds.observe(done.compute_ns / 1e9)
+    return load_model(choose_artifact(settings), settings, application.metrics)

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 # Environment variables, inherited by the workers.
 ARBITER_PID = "DLOPS_ARBITER_PID"
 FAILURE_FILE = "DLOPS_FAILURE_FILE"
-METRICS_DIR = "DLOPS_METRICS_DIR"
+CELLS_DIR = "DLOPS_CELLS_DIR"
 STOP_ON_STDIN_EOF = "DLOPS_STOP_ON_STDIN_EOF"
-_PROMETHEUS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 _WATCH_S = 0.5
 _KILLED_WITHIN_S = 5.0
 # From <sys/prctl.h>: the signal that the kernel sends to this process when its parent dies.
@@ -50,14 +49,6 @@ def is_worker() -> bool:
     return ARBITER_PID in os.environ and os.environ[ARBITER_PID] != str(os.getpid())
 
 
-def separate_metrics(*, workers: int) -> None:
-    """Keep prometheus_client's files to this server: BentoML puts them where all servers of a user share and clear
-    them. Call before prometheus_client is imported."""
-    os.environ.pop(_PROMETHEUS_DIR, None)
-    if workers > 1 and is_worker():
-        os.environ[_PROMETHEUS_DIR] = os.environ[METRICS_DIR]
-
-
 def become_arbiter() -> None:
     """Call once, in the process that is about to start the workers.
 
@@ -65,8 +56,8 @@ def become_arbiter() -> None:
     where DLOPS_STOP_ON_STDIN_EOF is set: so a server never outlives the process that holds the other end.
     """
     os.environ[ARBITER_PID] = str(os.getpid())
-    os.environ[METRICS_DIR] = tempfile.mkdtemp(prefix="dlops-metrics-")
-    os.environ.setdefault(FAILURE_FILE, str(Path(os.environ[METRICS_DIR]) / "failure.json"))
+    os.environ[CELLS_DIR] = tempfile.mkdtemp(prefix="dlops-cells-")
+    os.environ.setdefault(FAILURE_FILE, str(Path(os.environ[CELLS_DIR]) / "failure.json"))
     atexit.register(_at_exit)
     if os.environ.pop(STOP_ON_STDIN_EOF, None):
         threading.Thread(target=_end_with_stdin, daemon=True).start()
@@ -117,7 +108,7 @@ def end_server(error: DlopsError) -> None:
     """Say why in one line and end the server that this worker belongs to."""
     path = Path(os.environ[FAILURE_FILE])
     # Whoever named the file reads it and says so itself.
-    if path.parent == Path(os.environ[METRICS_DIR]):
+    if path.parent == Path(os.environ[CELLS_DIR]):
         say(f"dlops: {error}")
     write_failure(path, error)
     os.kill(int(os.environ[ARBITER_PID]), signal.SIGTERM)
@@ -140,7 +131,7 @@ def read_failure(path: Path) -> DlopsError | None:
 
 def _at_exit() -> None:
     failure = read_failure(Path(os.environ[FAILURE_FILE]))
-    shutil.rmtree(os.environ[METRICS_DIR], ignore_errors=True)
+    shutil.rmtree(os.environ[CELLS_DIR], ignore_errors=True)
     if failure is not None:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from dlops.runtimes import Placement
+from dlops.serve.cells import Cells
+from dlops.serve.metrics import Metrics
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
@@ -51,10 +53,10 @@ def session(digits_artifact) -> HeldSession:
 
 @pytest.fixture
 def application(digits_artifact, session, monkeypatch) -> Iterator[Application]:
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
     settings = Settings(max_queue_rows=2, max_body_bytes=10_000, max_pending_bytes=12_000)
     app = Application(settings)
-    app.model = ServedModel(digits_artifact, [session], settings, lambda done: None)
+    app.model = ServedModel(digits_artifact, [session], settings, app.metrics)
     yield app
     session.gate.set()
     app.model.close()
@@ -211,6 +213,6 @@ def test_requests_during_shutdown_answer_503(application, session, digit_pngs) -
 
 def test_dynamic_int8_is_never_batched(make_digits_artifact, tmp_path) -> None:
     artifact = make_digits_artifact(tmp_path / "a", precision="int8dyn")
-    served = ServedModel(artifact, [HeldSession(artifact.signature)], Settings(), lambda done: None)
+    served = ServedModel(artifact, [HeldSession(artifact.signature)], Settings(), Metrics(Cells()))
     assert not served.queue.batching
     served.close()

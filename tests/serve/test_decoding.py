@@ -37,11 +37,11 @@ def form(*pictures: bytes) -> bytes:
 def application(digits_artifact, monkeypatch) -> Iterator[Application]:
     from dlops.runtimes import SessionOptions, open_session
 
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
     settings = Settings(max_pixels=1_000_000)
     app = Application(settings)
     session = open_session(digits_artifact, SessionOptions(device="cpu", threads=1))
-    app.model = ServedModel(digits_artifact, [session], settings, lambda done: None)
+    app.model = ServedModel(digits_artifact, [session], settings, app.metrics)
     yield app
     app.model.close()
 

@@ -1,0 +1,259 @@
+"""Inference over the binary protocol, answered on the connection itself.
+
+BentoML's middleware, a task and an ASGI conversation cost several times what a small model's inference does. So one
+kind of request does not take part in them: `POST /v2/models/NAME/infer` with a Content-Length, the binary extension and
+no compression. It goes from the parser into the queue and from there to the socket. All others are BentoML's and take
+the usual way, on the same port and connection; errors, limits and metrics are the same on both.
+
+uvicorn takes a class for its connections, and BentoML names none: `install` puts this one where uvicorn looks for its
+own.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+import uvicorn.config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from dlops.console import say
+from dlops.serve.protocol import InferRequest
+from dlops.serve.queue import Answer, Ticket
+from dlops.serve.routes import INFER, Application, deadline_ns, json_length
+
+if TYPE_CHECKING:
+    from dlops.serve.codec import Plan
+    from dlops.serve.model import ServedModel
+
+# What a header of this name asks for is done on the usual way.
+_UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"))
+_LARGE_BYTES = 64 * 1024
+
+
+class Door(HttpToolsProtocol):
+    """One connection."""
+
+    application: Application
+    _date: tuple[object, bytes] = (None, b"")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._receiving: _Call | None = None
+
+    def on_message_begin(self) -> None:
+        self._receiving = None
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        call = self._usual_inference()
+        if call is None:
+            super().on_headers_complete()
+            return
+        self._receiving = call
+        # From here on uvicorn treats it as one of its own: what is pipelined behind it waits, shutting down too.
+        self.cycle = call  # type: ignore[assignment]
+        call.admit()
+
+    def on_body(self, body: bytes) -> None:
+        if self._receiving is None:
+            super().on_body(body)
+        else:
+            self._receiving.receive(body)
+
+    def on_message_complete(self) -> None:
+        if self._receiving is None:
+            super().on_message_complete()
+        else:
+            self._receiving.run()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        call = self.cycle
+        super().connection_lost(exc)
+        if isinstance(call, _Call) and not call.response_complete:
+            call.abandon()
+
+    def _usual_inference(self) -> _Call | None:
+        """The request at hand, where its kind is ours and nothing else is under way on this connection."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return None
+        model = self.application.inferences.get(self.url)
+        # A client that does not read its answers is waited for on the usual way.
+        if model is None or self.flow.write_paused or self.parser.get_method() != b"POST":
+            return None
+        length = json_bytes = deadline_ms = None
+        for name, value in self.headers:
+            if name == b"content-length":
+                length = value
+            elif name == b"inference-header-content-length":
+                json_bytes = value
+            elif name == b"x-request-timeout-ms":
+                deadline_ms = value
+            elif name in _UNUSUAL or (name == b"accept-encoding" and value.strip() != b"identity"):
+                return None
+        if length is None or json_bytes is None:
+            return None
+        keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
+        return _Call(self, model, length=length, json_bytes=json_bytes, deadline_ms=deadline_ms, keep_alive=keep_alive)
+
+    def answer(self, status: int, headers: bytes, body: list[bytes], *, keep_alive: bool) -> None:
+        """Write an answer. headers: each with its line's end."""
+        size = sum([len(part) for part in body])
+        head = b"".join(
+            (
+                STATUS_LINE[status], self._default_headers(), headers, b"content-length: ", str(size).encode(),
+                b"\r\n\r\n" if keep_alive else b"\r\nconnection: close\r\n\r\n",
+            )
+        )  # fmt: skip
+        if size < _LARGE_BYTES:
+            self.transport.write(b"".join((head, *body)))
+        else:
+            self.transport.writelines((head, *body))
+        if not keep_alive:
+            self.transport.close()
+
+    def _default_headers(self) -> bytes:
+        """uvicorn's, which has a new list of them every second."""
+        current = self.server_state.default_headers
+        cached, text = Door._date
+        if cached is not current:
+            text = b"".join([b"%s: %s\r\n" % header for header in current])
+            Door._date = (current, text)
+        return text
+
+
+class _Call:
+    """One inference, in the place of uvicorn's RequestResponseCycle.
+
+    Of that it has what the protocol reads: `response_complete`, `keep_alive`, `disconnected` and `message_event`.
+    """
+
+    def __init__(
+        self, door: Door, model: ServedModel, *, length: bytes, json_bytes: bytes, deadline_ms: bytes | None,
+        keep_alive: bool,
+    ) -> None:  # fmt: skip
+        self.response_complete = False
+        self.disconnected = False
+        self.keep_alive = keep_alive
+        self._door = door
+        self._model = model
+        self._length = length
+        self._json_bytes = json_bytes
+        self._deadline_ms = deadline_ms
+        self._started_ns = time.perf_counter_ns()
+        self._chunks: list[bytes] = []
+        self._received = 0
+        self._held = 0
+        self._decode_ns = 0
+        self._wanted: InferRequest | None = None
+        self._plan: Plan | None = None
+        self._ticket: Ticket | None = None
+
+    @property
+    def message_event(self) -> _Call:
+        return self
+
+    def set(self) -> None:
+        """As an event's: nobody waits on a call."""
+
+    def admit(self) -> None:
+        """Answer at once where the request cannot be taken, before its body is read."""
+        bodies = self._door.application.bodies
+        try:
+            length = bodies.announced(self._length.decode("latin-1"))
+            self._door.application.check_room(self._model)
+            bodies.hold(length)
+            self._held = length
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._fail(error)
+
+    def receive(self, body: bytes) -> None:
+        """A part of the body; what comes after the answer is left unread."""
+        if not self.response_complete:
+            self._chunks.append(body)
+            self._received += len(body)
+
+    def run(self) -> None:
+        """The body is whole: into the queue with it."""
+        if self.response_complete:
+            return
+        began_ns = time.perf_counter_ns()
+        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks = []
+        model = self._model
+        try:
+            wanted, self._plan = model.codec.decode(body, json_bytes=json_length(self._json_bytes.decode("latin-1")))
+            deadline_ns = self._deadline_ns(wanted)
+            self._decode_ns = time.perf_counter_ns() - began_ns
+            self._wanted = wanted
+            self._ticket = model.queue.put(
+                wanted.feed, rows=wanted.rows, deadline_ns=deadline_ns, deliver=self._deliver
+            )
+        except Exception as error:  # noqa: BLE001 - what is no error of the client's is the log's, as in the routes
+            self._fail(error)
+
+    def abandon(self) -> None:
+        """The client has gone: what has not run is not run."""
+        if self._ticket is not None:
+            self._ticket.cancel()
+        self._end(499)
+
+    def _deliver(self, result: Answer | Exception) -> None:
+        if self.response_complete:
+            return
+        if isinstance(result, Exception):
+            self._fail(result)
+            return
+        assert self._wanted is not None
+        wanted, model = self._wanted, self._model
+        try:
+            head, body = model.codec.encode(result.outputs, wanted, self._plan)
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._fail(error)
+            return
+        self._door.application.account(
+            model, INFER, self._started_ns, result, rows=wanted.rows, decode_ns=self._decode_ns
+        )
+        self._write(200, head, body)
+
+    def _deadline_ns(self, wanted: InferRequest) -> int | None:
+        if self._deadline_ms is None and wanted.timeout_us is None:
+            return None
+        header = None if self._deadline_ms is None else self._deadline_ms.decode("latin-1")
+        return deadline_ns(self._started_ns, header=header, timeout_us=wanted.timeout_us)
+
+    def _fail(self, error: Exception) -> None:
+        response = self._door.application.failed(error, where=f"POST {INFER}")
+        headers = b"".join(
+            [b"%s: %s\r\n" % header for header in response.raw_headers if header[0] != b"content-length"]
+        )
+        self._write(response.status_code, headers, [bytes(response.body)])
+
+    def _write(self, status: int, headers: bytes, body: list[bytes]) -> None:
+        door = self._door
+        if not door.transport.is_closing():
+            door.answer(status, headers, body, keep_alive=self.keep_alive)
+        self._end(status)
+        door.on_response_complete()
+
+    def _end(self, status: int) -> None:
+        self.response_complete = True
+        self._chunks = []
+        application = self._door.application
+        application.bodies.release(self._held)
+        self._held = 0
+        application.count(INFER, "POST", status, self._model, self._started_ns)
+
+
+def install(application: Application) -> None:
+    """Let uvicorn make its connections of this kind in this process; call before its server begins.
+
+    A uvicorn that looks elsewhere serves all the same, the usual way; that is said, as it is several times slower.
+    """
+    Door.application = application
+    kinds = getattr(uvicorn.config, "HTTP_PROTOCOLS", None)
+    if not isinstance(kinds, dict) or "auto" not in kinds:
+        say(f"uvicorn {uvicorn.__version__}: no place to put connections of our own; binary inference will be slower")
+        return
+    kinds["auto"] = f"{__name__}:{Door.__name__}"

@@ -1,0 +1,447 @@
+"""The binary protocol on the connection itself: the same answers as on the usual way, in order, and within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import uvicorn
+
+from dlops.artifact import Artifact
+from dlops.runtimes import Placement
+from dlops.serve.door import Door, install
+from dlops.serve.launch import ServerProcess
+from dlops.serve.model import ServedModel
+from dlops.serve.routes import Application
+from dlops.serve.settings import Settings
+from dlops.signature import Feed
+
+ADDRESS = "/v2/models/digits/infer"
+
+
+class Held:
+    """As logits, the first ten pixels, once `gate` is set."""
+
+    placement = Placement(runtime="fake", device="cpu", provider="fake", precision="fp32", threads=1)
+
+    def __init__(self, signature) -> None:
+        self.signature = signature
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.rows: list[int] = []
+        self.gate.set()
+
+    def run(self, feed: Feed) -> Feed:
+        self.entered.set()
+        assert self.gate.wait(10)
+        image = np.asarray(feed["image"])
+        if (image == 9).any():
+            raise RuntimeError("the secret text of a runtime")
+        self.rows.append(len(image))
+        return {"logits": image.reshape(len(image), -1)[:, :10].copy()}
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def listening(app: Application, model: ServedModel) -> Iterator[int]:
+    """The port of a server in a thread of this process, whose connections are doors."""
+    app.model = model
+    Door.application = app
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app.asgi, http=Door, lifespan="off", log_config=None))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def session(digits_artifact: Artifact) -> Held:
+    return Held(digits_artifact.signature)
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> Application:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    return Application(Settings(max_queue_rows=2, max_body_bytes=100_000, max_pending_bytes=120_000))
+
+
+@pytest.fixture(params=[False, True], ids=["thread", "event loop"])
+def port(request: pytest.FixtureRequest, app, session, digits_artifact) -> Iterator[int]:
+    settings = Settings(max_queue_rows=2)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics, inline=request.param)
+    with listening(app, model) as number:
+        yield number
+    session.gate.set()
+    assert model.queue.close(timeout_s=10)
+
+
+@pytest.fixture
+def threaded_port(app, session, digits_artifact) -> Iterator[int]:
+    model = ServedModel(digits_artifact, [session], Settings(max_queue_rows=2), app.metrics)
+    with listening(app, model) as number:
+        yield number
+        session.gate.set()
+    assert model.queue.close(timeout_s=10)
+
+
+def body_of(pixels: np.ndarray, **more: object) -> tuple[bytes, int]:
+    """A request's body and the length of its JSON."""
+    tensor = {
+        "name": "image", "datatype": "FP32", "shape": list(pixels.shape),
+        "parameters": {"binary_data_size": pixels.nbytes},
+    }  # fmt: skip
+    wanted = [{"name": "logits", "parameters": {"binary_data": True}}]
+    head = json.dumps({"inputs": [tensor], "outputs": wanted} | more).encode()
+    return head + pixels.tobytes(), len(head)
+
+
+def request_of(pixels: np.ndarray, *, headers: str = "", path: str = ADDRESS, version: str = "1.1", **more) -> bytes:
+    body, length = body_of(pixels, **more)
+    head = (
+        f"POST {path} HTTP/{version}\r\nHost: x\r\n{headers}Inference-Header-Content-Length: {length}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def images(*values: float) -> np.ndarray:
+    return np.repeat(np.array(values, np.float32), 64).reshape(-1, 1, 8, 8)
+
+
+@dataclass
+class Response:
+    status: int
+    headers: dict[str, str]
+    """By names in lower case."""
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self._file = self._socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def answer(self) -> tuple[Response, bytes]:
+        status = int(self._file.readline().split()[1])
+        headers = {}
+        while (line := self._file.readline().decode().strip()) != "":
+            name, _, value = line.partition(": ")
+            headers[name.lower()] = value
+        return Response(status, headers), self._file.read(int(headers.get("content-length", 0)))
+
+    def is_at_end(self) -> bool:
+        return self._file.read(1) == b""
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+@contextmanager
+def connected(port: int) -> Iterator[Client]:
+    client = Client(port)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def logits_in(response: Response, body: bytes) -> np.ndarray:
+    assert response.status == 200, body
+    length = int(response.headers["inference-header-content-length"])
+    (output,) = json.loads(body[:length])["outputs"]
+    return np.frombuffer(body[length:], np.float32).reshape(output["shape"])
+
+
+@pytest.fixture
+def usual(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that took the usual way."""
+    paths: list[str] = []
+    start = Door._start_asgi_task
+
+    def noted(self: Door, cycle, app) -> None:
+        paths.append(cycle.scope["path"])
+        start(self, cycle, app)
+
+    monkeypatch.setattr(Door, "_start_asgi_task", noted)
+    return paths
+
+
+def test_requests_on_one_connection_are_answered_and_do_not_take_the_usual_way(port, usual) -> None:
+    with connected(port) as connection:
+        for value in (1, 2, 3):
+            connection.send(request_of(images(value, value + 0.5)))
+            logits = logits_in(*connection.answer())
+            assert logits.tolist() == [[value] * 10, [value + 0.5] * 10]
+        assert usual == []
+        connection.send(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.answer()[0].status == 200
+        connection.send(request_of(images(4), path="/v2/models/digits/versions/1/infer"))
+        assert logits_in(*connection.answer())[0, 0] == 4
+    assert usual == ["/v2/health/ready"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "more"),
+    [
+        ("", {"id": "seven"}),
+        ("Accept-Encoding: gzip\r\n", {}),
+        ("X-Request-Timeout-Ms: 60000\r\n", {}),
+        ("", {"parameters": {"timeout": 60_000_000}}),
+        ("", {"outputs": [{"name": "logits"}]}),
+        ("", {"outputs": [], "parameters": {"binary_data_output": True}}),
+    ],
+)
+def test_the_answer_is_the_one_of_the_usual_way(port, usual, headers: str, more: dict[str, object]) -> None:
+    pixels = images(1, 2)
+    found = []
+    # An Expect header is what the usual way takes.
+    for unusual in ("", "Expect: 200-nothing\r\n"):
+        with connected(port) as connection:
+            for _ in range(2):
+                connection.send(request_of(pixels, headers=headers + unusual, **more))
+                response, body = connection.answer()
+                kept = {name: value for name, value in response.headers.items() if name != "date"}
+                found.append((response.status, kept, body))
+    assert found[0][0] == 200
+    assert all(one == found[0] for one in found)
+    assert len(usual) >= 2
+
+
+@pytest.mark.parametrize(
+    ("build", "status", "said"),
+    [
+        (lambda: request_of(images(np.nan)), 400, "image"),
+        (lambda: request_of(images(1)[:, :, :4]), 400, "shape"),
+        (lambda: request_of(images(9)), 500, "internal error"),
+        (lambda: request_of(images(1), headers="X-Request-Timeout-Ms: soon\r\n"), 400, "milliseconds"),
+        (lambda: request_of(images(1)).replace(b"Header-Content-Length: ", b"Header-Content-Length: x"), 400, "bytes"),
+        (lambda: request_of(images(1)).replace(b"Header-Content-Length: ", b"Header-Content-Length: 9"), 400, "body"),
+        (lambda: request_of(images(1)).replace(b'"inputs"', b'"nothing"'), 400, "JSON"),
+        (lambda: request_of(images(1)).replace(b'"inputs"', b'"imputs"'), 400, "inputs"),
+    ],
+    ids=["nan", "shape", "runtime", "deadline", "no number", "too long", "cut JSON", "no inputs"],
+)
+def test_what_is_wrong_is_said_and_the_next_request_works(
+    port, usual, build: Callable[[], bytes], status: int, said: str
+) -> None:
+    with connected(port) as connection:
+        request = build()
+        head, _, body = request.partition(b"\r\n\r\n")
+        # Where the body was changed its length is still right.
+        lines = [line for line in head.split(b"\r\n") if not line.startswith(b"Content-Length")]
+        request = b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
+        connection.send(request)
+        response, text = connection.answer()
+        assert response.status == status, text
+        document = json.loads(text)
+        assert said in document["error"]
+        assert "secret" not in document["error"]
+        connection.send(request_of(images(5)))
+        assert logits_in(*connection.answer())[0, 0] == 5
+    assert usual == []
+
+
+def test_pipelined_requests_are_answered_in_order(port) -> None:
+    with connected(port) as connection:
+        connection.send(b"".join(request_of(images(value)) for value in range(1, 8)))
+        found = [logits_in(*connection.answer())[0, 0] for _ in range(1, 8)]
+    assert found == list(range(1, 8))
+
+
+def test_a_body_that_comes_in_pieces_is_put_together(port, usual) -> None:
+    request = request_of(images(3))
+    with connected(port) as connection:
+        for begin in range(0, len(request), 97):
+            connection.send(request[begin : begin + 97])
+            time.sleep(0.002)
+        assert logits_in(*connection.answer())[0, 0] == 3
+    assert usual == []
+
+
+@pytest.mark.parametrize(("version", "headers"), [("1.1", "Connection: close\r\n"), ("1.0", "")])
+def test_a_connection_that_is_to_close_does(port, version: str, headers: str) -> None:
+    with connected(port) as connection:
+        connection.send(request_of(images(3), version=version, headers=headers))
+        response, body = connection.answer()
+        assert logits_in(response, body)[0, 0] == 3
+        assert response.headers["connection"] == "close"
+        assert connection.is_at_end()
+
+
+def test_what_is_too_large_is_refused_by_its_header(port, usual) -> None:
+    with connected(port) as connection:
+        connection.send(
+            f"POST {ADDRESS} HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: 10\r\n"
+            "Content-Length: 100001\r\n\r\n".encode()
+        )
+        # Not a byte of the body was sent.
+        response, body = connection.answer()
+        assert (response.status, json.loads(body)["field"]) == (413, "body")
+    assert usual == []
+
+
+def test_a_full_queue_says_so_before_the_body_and_goes_on(threaded_port, session, app) -> None:
+    session.gate.clear()
+    connections = [Client(threaded_port) for _ in range(4)]
+    connections[0].send(request_of(images(0)))
+    assert session.entered.wait(10)
+    for value in (1, 2):
+        connections[value].send(request_of(images(value)))
+    while not app.model.queue.is_full:
+        time.sleep(0.01)
+    late = request_of(images(3))
+    connections[3].send(late[:200])
+    response, _ = connections[3].answer()
+    assert response.status == 429
+    assert response.headers["retry-after"] == "1"
+    session.gate.set()
+    assert [logits_in(*one.answer())[0, 0] for one in connections[:3]] == [0, 1, 2]
+    # The rest of what was refused is read and left.
+    connections[3].send(late[200:] + request_of(images(4)))
+    assert logits_in(*connections[3].answer())[0, 0] == 4
+    for one in connections:
+        one.close()
+
+
+def test_a_client_that_leaves_is_not_computed_for_and_gives_its_memory_back(threaded_port, session, app) -> None:
+    session.gate.clear()
+    with connected(threaded_port) as first:
+        first.send(request_of(images(0)))
+        assert session.entered.wait(10)
+        with connected(threaded_port) as leaving:
+            leaving.send(request_of(images(1)))
+            while app.model.queue.rows_waiting == 0:
+                time.sleep(0.01)
+        with connected(threaded_port) as half:
+            half.send(request_of(images(1))[:300])
+            time.sleep(0.1)
+        time.sleep(0.1)
+        session.gate.set()
+        assert logits_in(*first.answer())[0, 0] == 0
+        first.send(request_of(images(2)))
+        assert logits_in(*first.answer())[0, 0] == 2
+    assert session.rows == [1, 1]
+    assert app.bodies.pending_bytes == 0
+
+
+def test_a_deadline_that_passes_in_the_queue_is_told_and_not_run(threaded_port, session) -> None:
+    session.gate.clear()
+    with connected(threaded_port) as first, connected(threaded_port) as late:
+        first.send(request_of(images(0)))
+        assert session.entered.wait(10)
+        late.send(request_of(images(1), headers="X-Request-Timeout-Ms: 20\r\n"))
+        time.sleep(0.1)
+        session.gate.set()
+        assert logits_in(*first.answer())[0, 0] == 0
+        response, _ = late.answer()
+        assert response.status == 504
+    assert session.rows == [1]
+
+
+def test_shutting_down_answers_what_was_accepted_and_closes_what_is_idle(app, session, digits_artifact) -> None:
+    model = ServedModel(digits_artifact, [session], Settings(max_queue_rows=2), app.metrics)
+    answers: list[float] = []
+    session.gate.clear()
+    with listening(app, model) as port:
+        idle = Client(port)
+        idle.send(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert idle.answer()[0].status == 200
+        waiting = Client(port)
+        waiting.send(request_of(images(6)))
+        assert session.entered.wait(10)
+
+        def read() -> None:
+            answers.append(logits_in(*waiting.answer())[0, 0])
+            answers.append(waiting.is_at_end())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        threading.Timer(0.3, session.gate.set).start()
+    reader.join(10)
+    assert answers == [6, True]
+    assert idle.is_at_end()
+    idle.close()
+    waiting.close()
+    assert model.queue.close(timeout_s=10)
+
+
+def test_metrics_and_statistics_count_what_the_door_answers(port, app) -> None:
+    with connected(port) as connection:
+        for _ in range(3):
+            connection.send(request_of(images(1, 2)))
+            logits_in(*connection.answer())
+        connection.send(request_of(images(np.inf)))
+        assert connection.answer()[0].status == 400
+    text = app.metrics.render().decode()
+    assert 'dlops_requests_total{method="POST",route="/v2/models/{name}/infer",status="200"} 3.0' in text
+    assert 'dlops_requests_total{method="POST",route="/v2/models/{name}/infer",status="400"} 1.0' in text
+    assert 'dlops_request_seconds_count{part="queue",route="/v2/models/{name}/infer"} 3.0' in text
+    (model,) = app.model.statistics.as_json()["model_stats"]
+    assert (model["inference_count"], model["inference_stats"]["fail"]["count"]) == (6, 1)
+
+
+def test_a_thousand_requests_over_many_connections_get_their_own_answers(port) -> None:
+    async def client(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for turn in range(40):
+            value = number * 100 + turn + 0.25
+            while True:
+                writer.write(request_of(images(value)))
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(next(line for line in head.lower().split(b"\r\n") if b"content-length" in line[:14])[15:])
+                body = await reader.readexactly(length)
+                # The queue holds two: those who come too often are told, and come again.
+                if not head.startswith(b"HTTP/1.1 429"):
+                    break
+                await asyncio.sleep(0.001)
+            assert head.startswith(b"HTTP/1.1 200"), head
+            assert (np.frombuffer(body[-40:], np.float32) == np.float32(value)).all()
+        writer.close()
+        await writer.wait_closed()
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(client(number) for number in range(25)))
+
+    asyncio.run(all_of_them())
+
+
+def test_a_uvicorn_that_takes_no_connections_of_ours_is_said(app, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("uvicorn.config.HTTP_PROTOCOLS", {"h11": "uvicorn.protocols.http.h11_impl:H11Protocol"})
+    install(app)
+    assert "will be slower" in capsys.readouterr().err
+
+
+def test_a_server_of_bentoml_has_the_door_in_it(server: ServerProcess, digits_artifact: Artifact) -> None:
+    pixels = digits_artifact.samples().inputs["image"][:1]
+    with connected(server.port) as connection:
+        connection.send(request_of(pixels))
+        response, body = connection.answer()
+        assert logits_in(response, body).shape == (1, 10)
+        # The two ways write the same headers, and the door the length last.
+        assert list(response.headers)[-1] == "content-length"
+        connection.send(request_of(pixels, headers="Accept-Encoding: gzip\r\n"))
+        response, _ = connection.answer()
+        assert response.status == 200
+        assert list(response.headers)[-1] != "content-length"
