@@ -233,7 +233,8 @@ class _Call:
     def _write(self, status: int, headers: bytes, body: list[bytes]) -> None:
         door = self._door
         if not door.transport.is_closing():
-            door.answer(status, headers, body, keep_alive=self.keep_alive)
+            keep_alive = self.keep_alive and not door.application.draining
+            door.answer(status, headers, body, keep_alive=keep_alive)
         self._end(status)
         door.on_response_complete()
 

@@ -62,6 +62,7 @@ class Application:
         self._model: ServedModel | None = None
         # By the addresses at which each model is asked, as they are sent.
         self.inferences: dict[bytes, ServedModel] = {}
+        self.draining = False
         self.bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
         self.asgi = Starlette(routes=self._routes(), exception_handlers={HTTPException: _http_error})
 
@@ -77,6 +78,16 @@ class Application:
             name, version = (quote(part, safe="").encode() for part in (model.name, model.version))
             for path in (b"/v2/models/%s/infer" % name, b"/v2/models/%s/versions/%s/infer" % (name, version)):
                 self.inferences[path] = model
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests should be sent here."""
+        return self._model is not None and not self.draining
+
+    def drain(self) -> None:
+        """From here on not ready; what comes all the same is answered."""
+        self.draining = True
+        self.metrics.ready.set(to=0)
 
     def _routes(self) -> list[Route]:
         model = "/v2/models/{name}"
@@ -123,6 +134,8 @@ class Application:
                 response = Response(status_code=499)  # nginx's number for it; nobody reads the answer
             except Exception as error:  # noqa: BLE001 - a request that hits a bug of ours gets an answer too
                 response = self.failed(error, where=f"{request.method} {route}")
+            if self.draining:
+                response.headers["Connection"] = "close"
             model = self._model if route.endswith("/infer") else None
             self.count(route, request.method, response.status_code, model, started_ns)
             return response
@@ -184,6 +197,8 @@ class Application:
 
     async def ready(self, request: Request) -> Response:
         self._loaded()
+        if self.draining:
+            raise NotReadyError("the server is shutting down", hint="send requests elsewhere")
         return Response(status_code=200)
 
     async def server_metadata(self, request: Request) -> Response:

@@ -35,6 +35,7 @@ import bentoml  # noqa: E402
 from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
 from dlops.serve import door  # noqa: E402
+from dlops.serve.drain import drain_on_sigterm  # noqa: E402
 from dlops.serve.model import ServedModel, choose_artifact, load_model  # noqa: E402
 from dlops.serve.routes import Application  # noqa: E402
 
@@ -77,6 +78,7 @@ class Service:
     async def begin(self) -> None:
         """Load in the background: the process is live at once, and ready when the self-test has passed."""
         supervision.end_with_arbiter()
+        drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
         self._loading = asyncio.create_task(_load())
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
@@ -89,7 +91,7 @@ class Service:
             await asyncio.to_thread(model.close)
 
     def __is_ready__(self) -> bool:
-        return application.model is not None
+        return application.is_ready
 
 
 async def _load() -> None:
@@ -105,7 +107,8 @@ async def _load() -> None:
     gc.collect()
     gc.freeze()
     application.model = model
-    application.metrics.ready.set(to=1)
+    if not application.draining:
+        application.metrics.ready.set(to=1)
     application.metrics.instances.set(to=len(model.instances))
     application.metrics.model.set(*model.describe().values(), to=1)
     placement = model.placement

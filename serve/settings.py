@@ -25,7 +25,8 @@ class Settings(Record):
     max_queue_rows, max_queue_bytes: that may wait before requests are turned away. queue_delay_us: that an instance
     waits for more rows after the first. max_batch: rows in one run, cut to what the artifact allows. max_body_bytes:
     of one request, as sent and as decompressed. max_pending_bytes: of all bodies held at once. max_pixels: of all
-    pictures of one request together; four times as many may wait to be decoded.
+    pictures of one request together; four times as many may wait to be decoded. drain_delay_s: between SIGTERM, when
+    readiness ends, and no longer accepting.
     """
 
     artifact: str | None = None
@@ -42,6 +43,7 @@ class Settings(Record):
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)
     max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pixels: int = Field(MAX_PIXELS, ge=1)
+    drain_delay_s: float = Field(0.0, ge=0, le=3600)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:

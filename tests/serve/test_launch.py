@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -340,3 +341,58 @@ def test_failures_keep_their_kind_on_the_way_to_the_launcher(tmp_path: Path) -> 
         write_failure(path, error)
         back = read_failure(path)
         assert (type(back), back.message, back.hint) == (type(error), error.message, error.hint)
+
+
+class Caller(threading.Thread):
+    """One request after another, on the last one's connection where that stays open, until `enough` is set."""
+
+    def __init__(self, url: str, body: bytes, headers: dict[str, str], enough: threading.Event) -> None:
+        super().__init__()
+        self._url, self._body, self._headers, self._enough = url, body, headers, enough
+        self.seen: list[int | str] = []
+        self.last_at = 0.0
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            while not self._enough.is_set():
+                try:
+                    response = client.post("/v2/models/digits/infer", content=self._body, headers=self._headers)
+                except httpx.HTTPError as error:
+                    self.seen.append(repr(error))
+                else:
+                    self.seen.append(response.status_code)
+                    self.last_at = time.monotonic()
+
+
+@pytest.mark.parametrize("way", ["binary", "json"])
+def test_on_sigterm_readiness_ends_first_and_nothing_is_lost(digits_artifact, way: str) -> None:
+    image = digits_artifact.samples().inputs["image"][:1]
+    tensor = {"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8]}
+    if way == "binary":
+        head = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": image.nbytes}}]}).encode()
+        body, headers = head + image.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+    else:
+        body, headers = json.dumps({"inputs": [tensor | {"data": image.ravel().tolist()}]}).encode(), {}
+    enough = threading.Event()
+    with ServerProcess(digits_artifact, env={"DLOPS_DRAIN_DELAY_S": "3"}) as server:
+        callers = [Caller(server.url, body, headers, enough) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        time.sleep(1)
+        began = time.monotonic()
+        os.kill(server.pid, signal.SIGTERM)
+        while httpx.get(f"{server.url}/v2/health/ready").status_code == 200:
+            time.sleep(0.02)
+        assert httpx.get(f"{server.url}/v2/health/live").status_code == 200
+        answer = httpx.post(f"{server.url}/v2/models/digits/infer", content=body, headers=headers)
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        # A load balancer that has noticed: it sends no more, and what it has sent is answered.
+        time.sleep(1)
+        noticed = time.monotonic()
+        enough.set()
+        for caller in callers:
+            caller.join(30)
+        assert psutil.Process(server.pid).wait(30) == 0
+        assert time.monotonic() - began >= 3
+    assert {seen for caller in callers for seen in caller.seen} == {200}
+    assert all(caller.last_at > noticed - 0.5 for caller in callers)
