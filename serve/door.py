@@ -19,9 +19,10 @@ import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from dlops.console import say
+from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS, request_id
 from dlops.serve.protocol import InferRequest
 from dlops.serve.queue import Answer, Ticket
-from dlops.serve.routes import INFER, Application, deadline_ns, json_length
+from dlops.serve.routes import INFER, TIMING_HEADER, Application, deadline_ns, json_length, server_timing
 
 if TYPE_CHECKING:
     from dlops.serve.codec import Plan
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 # What a header of this name asks for is done on the usual way.
 _UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"))
+_REQUEST_ID = REQUEST_ID.encode()
+_TIMING = TIMING_HEADER.lower().encode()
+_SECURITY = b"".join([f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS.items()])
 _LARGE_BYTES = 64 * 1024
 
 
@@ -82,7 +86,8 @@ class Door(HttpToolsProtocol):
         # A client that does not read its answers is waited for on the usual way.
         if model is None or self.flow.write_paused or self.parser.get_method() != b"POST":
             return None
-        length = json_bytes = deadline_ms = None
+        length = json_bytes = deadline_ms = authorization = identity = None
+        is_timed = False
         for name, value in self.headers:
             if name == b"content-length":
                 length = value
@@ -90,19 +95,27 @@ class Door(HttpToolsProtocol):
                 json_bytes = value
             elif name == b"x-request-timeout-ms":
                 deadline_ms = value
+            elif name == b"authorization":
+                authorization = value
+            elif name == _REQUEST_ID:
+                identity = value
+            elif name == _TIMING:
+                is_timed = True
             elif name in _UNUSUAL or (name == b"accept-encoding" and value.strip() != b"identity"):
                 return None
         if length is None or json_bytes is None:
             return None
         keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
-        return _Call(self, model, length=length, json_bytes=json_bytes, deadline_ms=deadline_ms, keep_alive=keep_alive)
+        call = _Call(self, model, length=length, json_bytes=json_bytes, deadline_ms=deadline_ms, keep_alive=keep_alive)
+        call.authorization, call.identity, call.is_timed = authorization, identity, is_timed
+        return call
 
     def answer(self, status: int, headers: bytes, body: list[bytes], *, keep_alive: bool) -> None:
         """Write an answer. headers: each with its line's end."""
         size = sum([len(part) for part in body])
         head = b"".join(
             (
-                STATUS_LINE[status], self._default_headers(), headers, b"content-length: ", str(size).encode(),
+                STATUS_LINE[status], self._default_headers(), headers, _SECURITY, b"content-length: %d" % size,
                 b"\r\n\r\n" if keep_alive else b"\r\nconnection: close\r\n\r\n",
             )
         )  # fmt: skip
@@ -136,6 +149,9 @@ class _Call:
         self.response_complete = False
         self.disconnected = False
         self.keep_alive = keep_alive
+        self.authorization: bytes | None = None
+        self.identity: bytes | None = None
+        self.is_timed = False
         self._door = door
         self._model = model
         self._length = length
@@ -159,10 +175,12 @@ class _Call:
 
     def admit(self) -> None:
         """Answer at once where the request cannot be taken, before its body is read."""
-        bodies = self._door.application.bodies
+        application = self._door.application
+        bodies = application.bodies
         try:
+            application.guard.check(None if self.authorization is None else self.authorization.decode("latin-1"))
             length = bodies.announced(self._length.decode("latin-1"))
-            self._door.application.check_room(self._model)
+            application.check_room(self._model)
             bodies.hold(length)
             self._held = length
         except Exception as error:  # noqa: BLE001 - likewise
@@ -212,9 +230,11 @@ class _Call:
         except Exception as error:  # noqa: BLE001 - likewise
             self._fail(error)
             return
-        self._door.application.account(
+        times = self._door.application.account(
             model, INFER, self._started_ns, result, rows=wanted.rows, decode_ns=self._decode_ns
         )
+        if self.is_timed:
+            head += b"server-timing: %s\r\n" % server_timing(times).encode()
         self._write(200, head, body)
 
     def _deadline_ns(self, wanted: InferRequest) -> int | None:
@@ -224,14 +244,19 @@ class _Call:
         return deadline_ns(self._started_ns, header=header, timeout_us=wanted.timeout_us)
 
     def _fail(self, error: Exception) -> None:
-        response = self._door.application.failed(error, where=f"POST {INFER}")
+        response = self._door.application.failed(error, where=f"POST {INFER}", identity=self._identity())
         headers = b"".join(
             [b"%s: %s\r\n" % header for header in response.raw_headers if header[0] != b"content-length"]
         )
         self._write(response.status_code, headers, [bytes(response.body)])
 
+    def _identity(self) -> str | None:
+        return None if self.identity is None else request_id(self.identity.decode("latin-1"))
+
     def _write(self, status: int, headers: bytes, body: list[bytes]) -> None:
         door = self._door
+        if self.identity is not None and (identity := self._identity()) is not None:
+            headers += b"%s: %s\r\n" % (_REQUEST_ID, identity.encode())
         if not door.transport.is_closing():
             keep_alive = self.keep_alive and not door.application.draining
             door.answer(status, headers, body, keep_alive=keep_alive)

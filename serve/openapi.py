@@ -5,13 +5,17 @@ BentoML writes one for its own endpoints only, and its page loads a tracker from
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from typing import Any
 
 from dlops.artifact import Artifact
+from dlops.serve.guard import PAGE_HEADERS
 from dlops.version import __version__
 
 # Swagger UI as BentoML ships it, from this server: nothing is fetched from elsewhere.
-PAGE = """<!DOCTYPE html>
+_SCRIPT = 'SwaggerUIBundle({url: "./docs.json", dom_id: "#swagger-ui", validatorUrl: null});'
+PAGE = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8"><title>dlops service</title>
@@ -20,10 +24,12 @@ PAGE = """<!DOCTYPE html>
 <body>
 <div id="swagger-ui"></div>
 <script src="./static_content/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "./docs.json", dom_id: "#swagger-ui", validatorUrl: null});</script>
+<script>{_SCRIPT}</script>
 </body>
 </html>
 """
+_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+PAGE_POLICY = f"{PAGE_HEADERS['content-security-policy']}; script-src 'self' 'sha256-{_HASH}'"
 _MODEL = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
 _TENSOR = {
     "type": "object",
@@ -106,11 +112,11 @@ def openapi_document(artifact: Artifact | None) -> dict[str, Any]:
             "/v2": {"get": _get("Server metadata")},
             "/v2/health/live": {"get": _get("Whether the process answers")},
             "/v2/health/ready": {"get": _get("Whether the model passed its self-test and takes requests")},
-            "/v2/models/stats": {"get": _get("Counts and times of all models, of the worker that answers")},
+            "/v2/models/stats": {"get": _get("Counts and times of all models, over all workers")},
             model: {"get": _get("Model metadata: tensors, versions", _MODEL)},
             f"{model}/ready": {"get": _get("Whether this model is ready", _MODEL)},
             f"{model}/config": {"get": _get("Model configuration, as Triton has it", _MODEL)},
-            f"{model}/stats": {"get": _get("Counts and times of this model, of the worker that answers", _MODEL)},
+            f"{model}/stats": {"get": _get("Counts and times of this model, over all workers", _MODEL)},
             f"{model}/infer": {"post": _infer()},
             "/metrics": {"get": _get("Prometheus metrics")},
             "/livez": {"get": _get("Whether the process answers")},

@@ -29,6 +29,10 @@ _SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory
 _JSON_KINDS: Mapping[str, str] = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
 
 
+class SharedMemoryError(InputError):
+    """Tensors in shared memory, which this server does not have: status 501."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """An output to return. binary: as bytes after the JSON header."""
@@ -207,7 +211,9 @@ def _shape(entry: dict[str, Any], name: str) -> tuple[int, ...]:
 def _binary_size(entry: dict[str, Any], name: str) -> int | None:
     parameters = _mapping(entry.get("parameters", {}), f"{name}.parameters")
     if any(key in parameters for key in _SHARED_MEMORY):
-        raise InputError(f"{name}: shared memory is not supported", field=name, hint="send the tensor in the body")
+        raise SharedMemoryError(
+            f"{name}: shared memory is not supported", field=name, hint="send the tensor in the body"
+        )
     size = parameters.get("binary_data_size")
     if size is None:
         return None
@@ -278,7 +284,8 @@ def _wanted(document: dict[str, Any], parameters: dict[str, Any], signature: Sig
         options = _mapping(entry.get("parameters", {}), f"outputs[{index}].parameters")
         for key in ("classification", *_SHARED_MEMORY):
             if options.get(key):
-                raise InputError(f"{name}: {key} is not supported", field=f"outputs[{index}].parameters")
+                kind = SharedMemoryError if key in _SHARED_MEMORY else InputError
+                raise kind(f"{name}: {key} is not supported", field=f"outputs[{index}].parameters")
         own = _flag(options, "binary_data", str(name)) if "binary_data" in options else binary
         wanted.append(Wanted(name=str(name), binary=own))
     if len({want.name for want in wanted}) != len(wanted):

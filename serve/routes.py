@@ -8,7 +8,7 @@ import os
 import time
 import traceback
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.routing import Match, Route
+from starlette.routing import Match, Route, request_response
 from starlette.types import Scope
 
 from dlops.console import say
@@ -27,9 +27,10 @@ from dlops.errors import DlopsError, InputError, MachineError
 from dlops.serve import protocol
 from dlops.serve.body import BodyReader, BodyTooLargeError
 from dlops.serve.cells import Cells
+from dlops.serve.guard import REQUEST_ID, Guard, UnauthorizedError, request_id
 from dlops.serve.metrics import CONTENT_TYPE, Metrics
 from dlops.serve.model import ServedModel
-from dlops.serve.openapi import PAGE, openapi_document
+from dlops.serve.openapi import PAGE, PAGE_POLICY, openapi_document
 from dlops.serve.predict import MediaTypeError, read_inputs
 from dlops.serve.queue import Answer, ClosedError, DeadlineError, OverloadedError
 from dlops.serve.settings import Settings
@@ -38,16 +39,29 @@ from dlops.signature import Feed
 from dlops.version import __version__
 
 T = TypeVar("T")
+Times = Sequence[tuple[str, int]]
+"""Part and ns."""
 Handler = Callable[[Request], Awaitable[Response]]
 INFER = "/v2/models/{name}/infer"
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 _LENGTH_HEADER = "Inference-Header-Content-Length"
+# Of Triton's extensions: what a client may ask for and gets told, in the protocol's own way, that it is not here.
+_UNSUPPORTED = (
+    "/v2/systemsharedmemory/{rest:path}", "/v2/cudasharedmemory/{rest:path}", "/v2/trace/{rest:path}",
+    "/v2/models/{name}/trace/{rest:path}", "/v2/logging",
+)  # fmt: skip
+# A request that bears it gets its parts back, as browsers show them.
+TIMING_HEADER = "X-Server-Timing"
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
 # Below this, compressing costs more time than sending.
 _COMPRESS_FROM_BYTES = 1024
 _RETRY_AFTER_S = "1"
 # A body of this size is decoded on the event loop: in well under a millisecond, which is what a thread would cost.
 _INLINE_BYTES = 16 * 1024
+
+
+class UnsupportedError(InputError):
+    """A part of the protocol that this server does not have: status 501."""
 
 
 class NotReadyError(MachineError):
@@ -64,7 +78,10 @@ class Application:
         self.inferences: dict[bytes, ServedModel] = {}
         self.draining = False
         self.bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
+        self.guard = Guard(None if settings.token is None else settings.token.get_secret_value())
         self.asgi = Starlette(routes=self._routes(), exception_handlers={HTTPException: _http_error})
+        # What GuardMiddleware lets answer where a request has no token.
+        self.refuse = request_response(self._answered("other", self.refused))
 
     @property
     def model(self) -> ServedModel | None:
@@ -116,6 +133,8 @@ class Application:
         ]
         routes = [Route(path, self._answered(path, handler), methods=[method]) for method, path, handler in table]
         everything = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+        for what in _UNSUPPORTED:
+            routes.append(Route(what, self._answered("unsupported", self.unsupported), methods=everything))
         routes.append(Route("/v2/{rest:path}", self._answered("other", self.unknown), methods=everything))
         everything += ["HEAD", "OPTIONS"]
         routes.append(_Elsewhere("/{rest:path}", self._answered("other", self.unknown), methods=everything))
@@ -133,7 +152,8 @@ class Application:
             except ClientDisconnect:
                 response = Response(status_code=499)  # nginx's number for it; nobody reads the answer
             except Exception as error:  # noqa: BLE001 - a request that hits a bug of ours gets an answer too
-                response = self.failed(error, where=f"{request.method} {route}")
+                identity = request_id(request.headers.get(REQUEST_ID))
+                response = self.failed(error, where=f"{request.method} {route}", identity=identity)
             if self.draining:
                 response.headers["Connection"] = "close"
             model = self._model if route.endswith("/infer") else None
@@ -142,10 +162,11 @@ class Application:
 
         return endpoint
 
-    def failed(self, error: Exception, *, where: str) -> Response:
+    def failed(self, error: Exception, *, where: str, identity: str | None = None) -> Response:
         """The answer to an error; what was not raised on purpose is the log's, with its trace, and not the client's."""
         if isinstance(error, DlopsError):
             return error_response(error)
+        where += "" if identity is None else f", request {identity}"
         say(f"{where}: a bug in dlops\n{''.join(traceback.format_exception(error))}")
         return json_response({"error": "internal error; the server's log has it"}, status=500)
 
@@ -169,8 +190,8 @@ class Application:
             answer = await self._run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
         document = {"model": model.name, "version": model.version, "predictions": model.answers(answer.outputs)}
-        self.account(model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns)
-        return json_response(document)
+        times = self.account(model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns)
+        return json_response(document, headers=_timing(request, times))
 
     async def infer(self, request: Request) -> Response:
         """An inference request of the Open Inference Protocol."""
@@ -189,8 +210,8 @@ class Application:
         encoded = protocol.encode_response(
             answer.outputs, wanted.outputs, model=model.name, version=model.version, identity=wanted.id
         )
-        self.account(model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns)
-        return _infer_response(encoded, request.headers.get("accept-encoding", ""))
+        times = self.account(model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns)
+        return _infer_response(encoded, request.headers.get("accept-encoding", ""), _timing(request, times))
 
     async def live(self, request: Request) -> Response:
         return Response(status_code=200)
@@ -236,7 +257,14 @@ class Application:
         return json_response(openapi_document(None if self.model is None else self.model.artifact))
 
     async def page(self, request: Request) -> Response:
-        return HTMLResponse(PAGE)
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    async def refused(self, request: Request) -> Response:
+        raise request.scope["dlops.error"]
+
+    async def unsupported(self, request: Request) -> Response:
+        what = request.url.path.split("/")[2]
+        raise UnsupportedError(f"{what} is not supported", hint="send and ask for tensors in the body")
 
     async def unknown(self, request: Request) -> Response:
         path = request.url.path
@@ -275,18 +303,21 @@ class Application:
 
     def account(
         self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int
-    ) -> None:
-        """An inference has been answered with a result: its time, and its parts."""
+    ) -> Times:
+        """An inference has been answered with a result: count its time and its parts, and return them."""
         total_ns = time.perf_counter_ns() - started_ns
         model.statistics.add_success(
             rows=rows, total_ns=total_ns, queue_ns=answer.queue_ns, compute_ns=answer.compute_ns,
             input_ns=decode_ns + answer.copy_ns,
         )  # fmt: skip
-        for part, ns in (
+        encode_ns = max(0, total_ns - decode_ns - answer.queue_ns - answer.copy_ns - answer.compute_ns)
+        times = (
             ("total", total_ns), ("decode", decode_ns), ("queue", answer.queue_ns), ("copy", answer.copy_ns),
-            ("compute", answer.compute_ns),
-        ):  # fmt: skip
+            ("compute", answer.compute_ns), ("encode", encode_ns),
+        )  # fmt: skip
+        for part, ns in times:
             self.metrics.seconds.observe(route, part, value=ns)
+        return times
 
 
 class _Elsewhere(Route):
@@ -304,6 +335,10 @@ def error_response(error: DlopsError) -> Response:
     if isinstance(error, InputError) and error.field is not None:
         document["field"] = error.field
     match error:
+        case UnauthorizedError():
+            status = 401
+        case UnsupportedError() | protocol.SharedMemoryError():
+            status = 501
         case BodyTooLargeError():
             status = 413
         case MediaTypeError():
@@ -319,6 +354,8 @@ def error_response(error: DlopsError) -> Response:
         case _:
             status = 500
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
+    if status == 401:
+        headers = {"WWW-Authenticate": "Bearer"}
     return json_response(document, status=status, headers=headers)
 
 
@@ -388,8 +425,17 @@ def _json_bytes(request: Request) -> int | None:
     return None if text is None else json_length(text)
 
 
-def _infer_response(encoded: protocol.Encoded, accepted: str) -> Response:
-    headers: dict[str, Any] = {}
+def server_timing(times: Times) -> str:
+    """The parts of a request's time in ms, as the Server-Timing header has them."""
+    return ", ".join([f"{part};dur={ns / 1e6:.3f}" for part, ns in times])
+
+
+def _timing(request: Request, times: Times) -> dict[str, str]:
+    return {"Server-Timing": server_timing(times)} if TIMING_HEADER in request.headers else {}
+
+
+def _infer_response(encoded: protocol.Encoded, accepted: str, more: dict[str, str]) -> Response:
+    headers = dict(more)
     if encoded.json_bytes is not None:
         headers[_LENGTH_HEADER] = str(encoded.json_bytes)
     body = encoded.body

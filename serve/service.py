@@ -36,6 +36,7 @@ from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
 from dlops.serve import door  # noqa: E402
 from dlops.serve.drain import drain_on_sigterm  # noqa: E402
+from dlops.serve.guard import GuardMiddleware  # noqa: E402
 from dlops.serve.model import ServedModel, choose_artifact, load_model  # noqa: E402
 from dlops.serve.routes import Application  # noqa: E402
 
@@ -92,6 +93,12 @@ class Service:
 
     def __is_ready__(self) -> bool:
         return application.is_ready
+
+
+# The decorator has made a service of the class.
+Service.add_asgi_middleware(  # type: ignore[attr-defined]
+    GuardMiddleware, guard=application.guard, refuse=application.refuse
+)
 
 
 async def _load() -> None:

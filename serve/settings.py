@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 
 from dlops.errors import UsageError
 from dlops.manifest import Record, explain_validation
@@ -26,7 +26,7 @@ class Settings(Record):
     waits for more rows after the first. max_batch: rows in one run, cut to what the artifact allows. max_body_bytes:
     of one request, as sent and as decompressed. max_pending_bytes: of all bodies held at once. max_pixels: of all
     pictures of one request together; four times as many may wait to be decoded. drain_delay_s: between SIGTERM, when
-    readiness ends, and no longer accepting.
+    readiness ends, and no longer accepting. token: that requests must bear, but for health; None where anybody may ask.
     """
 
     artifact: str | None = None
@@ -43,6 +43,7 @@ class Settings(Record):
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)
     max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pixels: int = Field(MAX_PIXELS, ge=1)
+    token: SecretStr | None = Field(None, min_length=16)
     drain_delay_s: float = Field(0.0, ge=0, le=3600)
 
     @classmethod
@@ -58,7 +59,10 @@ class Settings(Record):
     def to_environment(self) -> dict[str, str]:
         """The variables that `from_environment` reads, for a child process; defaults leave what is set there alone."""
         values = self.model_dump(exclude_defaults=True)
-        return {variable(name): str(value) for name, value in values.items()}
+        return {
+            variable(name): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for name, value in values.items()
+        }
 
 
 def variable(name: str) -> str:

@@ -18,6 +18,7 @@ import uvicorn
 from dlops.artifact import Artifact
 from dlops.runtimes import Placement
 from dlops.serve.door import Door, install
+from dlops.serve.guard import GuardMiddleware
 from dlops.serve.launch import ServerProcess
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
@@ -57,9 +58,10 @@ def listening(app: Application, model: ServedModel) -> Iterator[int]:
     """The port of a server in a thread of this process, whose connections are doors."""
     app.model = model
     Door.application = app
+    guarded = GuardMiddleware(app.asgi, app.guard, app.refuse)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app.asgi, http=Door, lifespan="off", log_config=None))
+        server = uvicorn.Server(uvicorn.Config(guarded, http=Door, lifespan="off", log_config=None))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -208,6 +210,8 @@ def test_requests_on_one_connection_are_answered_and_do_not_take_the_usual_way(p
         ("", {"id": "seven"}),
         ("Accept-Encoding: gzip\r\n", {}),
         ("X-Request-Timeout-Ms: 60000\r\n", {}),
+        ("X-Request-Id: a-1\r\n", {}),
+        ("X-Request-Id: caf\u00e9\r\n", {}),
         ("", {"parameters": {"timeout": 60_000_000}}),
         ("", {"outputs": [{"name": "logits"}]}),
         ("", {"outputs": [], "parameters": {"binary_data_output": True}}),

@@ -261,7 +261,7 @@ def test_bad_infer_requests_get_a_json_error_with_the_field_and_the_next_works(c
         ("POST", "/v2/models/other/infer", 404),
         ("POST", "/v2/models/digits/versions/9/infer", 404),
         ("GET", "/v2/nonsense", 404),
-        ("POST", "/v2/systemsharedmemory/region/r/register", 404),
+        ("POST", "/v2/systemsharedmemory/region/r/register", 501),
         ("GET", "/v2/models/digits/infer", 404),
         ("DELETE", "/v2/models/digits", 404),
         ("GET", "/predict", 405),

@@ -1,0 +1,89 @@
+"""Who may ask, and what every answer tells a browser."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dlops.errors import DlopsError
+
+# A browser must not take an answer for anything else than it says it is.
+SECURITY_HEADERS: Mapping[str, str] = {"x-content-type-options": "nosniff"}
+# Pages besides: they load nothing from elsewhere, are in nobody's frame, and tell nobody where the reader came from.
+# Swagger UI sets styles in its elements, and its icons are data.
+PAGE_HEADERS: Mapping[str, str] = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "referrer-policy": "no-referrer",
+}
+# Whoever starts the server again or sends it requests must be able to ask how it does without a secret.
+_OPEN = frozenset(("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"))
+_SCHEME = "bearer"
+REQUEST_ID = "x-request-id"
+
+
+def request_id(text: str | None) -> str | None:
+    """What a client calls its request, where that can stand in a header and a log; it comes back with the answer."""
+    return text if text is not None and 0 < len(text) <= 128 and text.isascii() and text.isprintable() else None
+
+
+class UnauthorizedError(DlopsError):
+    """The request has no token, or a wrong one: status 401."""
+
+
+class Guard:
+    """token: what requests must bear in `Authorization: Bearer ...`; None where anybody may ask."""
+
+    def __init__(self, token: str | None) -> None:
+        self._token = None if token is None else token.encode()
+
+    def check(self, authorization: str | None) -> None:
+        """Raise UnauthorizedError unless this header's value has the token."""
+        if self._token is None:
+            return
+        if authorization is None:
+            raise UnauthorizedError("no token", hint="send Authorization: Bearer TOKEN")
+        scheme, _, given = authorization.partition(" ")
+        # Compared in a time that does not say how much of it was right.
+        if scheme.lower() != _SCHEME or not hmac.compare_digest(given.strip().encode(), self._token):
+            raise UnauthorizedError("wrong token", hint="send Authorization: Bearer TOKEN")
+
+
+class GuardMiddleware:
+    """Around the whole ASGI application, BentoML's own routes too."""
+
+    def __init__(self, app: ASGIApp, guard: Guard, refuse: ASGIApp) -> None:
+        """refuse: answers a request whose scope has the UnauthorizedError under "dlops.error"."""
+        self._app = app
+        self._guard = guard
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        asked = Headers(scope=scope)
+        identity = request_id(asked.get(REQUEST_ID))
+
+        async def secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(SECURITY_HEADERS)
+                if headers.get("content-type", "").startswith("text/html"):
+                    for name, value in PAGE_HEADERS.items():
+                        headers.setdefault(name, value)
+                if identity is not None:
+                    headers[REQUEST_ID] = identity
+            await send(message)
+
+        try:
+            if scope["path"] not in _OPEN:
+                self._guard.check(asked.get("authorization"))
+        except UnauthorizedError as error:
+            await self._refuse({**scope, "dlops.error": error}, receive, secured)
+            return
+        await self._app(scope, receive, secured)

@@ -1,0 +1,145 @@
+"""Tokens, security headers, names of requests and what is not supported, on every way into a real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from dlops.errors import UsageError
+from dlops.serve.guard import request_id
+from dlops.serve.launch import ServerProcess
+from dlops.serve.settings import Settings
+
+TOKEN = "a secret of thirty-two characters"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module")
+def guarded(digits_artifact) -> Iterator[httpx.Client]:
+    with (
+        ServerProcess(digits_artifact, env={"DLOPS_TOKEN": TOKEN}) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def binary(digits_artifact) -> dict[str, object]:
+    """Content and headers of a request that the door takes."""
+    image = digits_artifact.samples().inputs["image"][:1]
+    tensor = {
+        "name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "parameters": {"binary_data_size": image.nbytes}
+    }  # fmt: skip
+    head = json.dumps({"inputs": [tensor]}).encode()
+    return {"content": head + image.tobytes(), "headers": {"Inference-Header-Content-Length": str(len(head))}}
+
+
+def ask(client: httpx.Client, method: str, path: str, binary: dict, headers: dict[str, str]) -> httpx.Response:
+    if path == "binary":
+        own = {**binary["headers"], **headers}
+        return client.post("/v2/models/digits/infer", content=binary["content"], headers=own)
+    return client.request(method, path, headers=headers)
+
+
+PATHS = [
+    ("POST", "binary"), ("POST", "/v2/models/digits/infer"), ("POST", "/predict"), ("GET", "/"), ("GET", "/docs.json"),
+    ("GET", "/metrics"), ("GET", "/v2"), ("GET", "/v2/models/digits/stats"), ("GET", "/nothing"),
+    # BentoML's own.
+    ("GET", "/schema.json"), ("GET", "/static_content/swagger-ui.css"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize(
+    "given", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}, {"Authorization": "Bearer"}]
+)
+def test_nobody_is_answered_without_the_token(guarded, binary, method: str, path: str, given: dict[str, str]) -> None:
+    response = ask(guarded, method, path, binary, given)
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert "token" in response.json()["error"]
+    assert TOKEN not in response.text
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+def test_with_the_token_all_is_as_ever(guarded, binary, method: str, path: str) -> None:
+    response = ask(guarded, method, path, binary, {"authorization": f"bearer {TOKEN}"})
+    assert response.status_code != 401
+    if path in ("binary", "/", "/docs.json", "/metrics", "/schema.json"):
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready"])
+def test_health_needs_no_token(guarded, path: str) -> None:
+    assert guarded.get(path).status_code == 200
+
+
+def test_a_short_token_is_refused_before_anything_starts() -> None:
+    with pytest.raises(UsageError, match="token"):
+        Settings.from_environment({"DLOPS_TOKEN": "short"})
+    settings = Settings.from_environment({"DLOPS_TOKEN": TOKEN})
+    assert TOKEN not in repr(settings)
+    assert settings.to_environment() == {"DLOPS_TOKEN": TOKEN}
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+def test_every_answer_says_that_it_is_what_it_says(guarded, binary, method: str, path: str) -> None:
+    response = ask(guarded, method, path, binary, BEARER | {"X-Request-Id": "order-7"})
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["X-Request-Id"] == "order-7"
+    if response.headers.get("content-type", "").startswith("text/html"):
+        assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("name", ["", "x" * 129, "caf\u00e9", "two\tcolumns"])
+def test_what_can_stand_in_no_header_names_no_request(name: str) -> None:
+    assert request_id(name) is None
+
+
+@pytest.mark.parametrize("path", ["binary", "/v2/models/digits/infer", "/predict"])
+def test_the_parts_of_a_requests_time_come_back_on_demand(client, binary, digit_pngs, path: str) -> None:
+    def ask_for(headers: dict[str, str]) -> httpx.Response:
+        if path == "/predict":
+            return client.post(path, content=digit_pngs[0], headers={"Content-Type": "image/png", **headers})
+        return ask(
+            client, "POST", "binary", binary, headers | ({} if path == "binary" else {"Accept-Encoding": "gzip"})
+        )
+
+    assert "Server-Timing" not in ask_for({}).headers
+    response = ask_for({"X-Server-Timing": "1"})
+    assert response.status_code == 200
+    parts = dict(part.split(";dur=") for part in response.headers["Server-Timing"].split(", "))
+    assert list(parts) == ["total", "decode", "queue", "copy", "compute", "encode"]
+    times = {name: float(ms) for name, ms in parts.items()}
+    assert times["compute"] > 0
+    assert sum(times.values()) - times["total"] == pytest.approx(times["total"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v2/systemsharedmemory/status"), ("POST", "/v2/systemsharedmemory/region/a/register"),
+        ("GET", "/v2/cudasharedmemory/region/a/status"), ("GET", "/v2/trace/setting"), ("POST", "/v2/trace/setting"),
+        ("GET", "/v2/models/digits/trace/setting"), ("GET", "/v2/logging"), ("POST", "/v2/logging"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_answers_501(client, method: str, path: str) -> None:
+    response = client.request(method, path, json={} if method == "POST" else None)
+    assert response.status_code == 501
+    assert "not supported" in response.json()["error"]
+
+
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+def test_tensors_in_shared_memory_answer_501(client, where: str) -> None:
+    region = {"parameters": {"shared_memory_region": "a", "shared_memory_byte_size": 256}}
+    tensor: dict[str, object] = {"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8]}
+    document = {"inputs": [tensor | region]}
+    if where == "outputs":
+        document = {"inputs": [tensor | {"data": [0.0] * 64}], "outputs": [{"name": "logits"} | region]}
+    response = client.post("/v2/models/digits/infer", json=document)
+    assert response.status_code == 501
+    assert "shared" in response.json()["error"]
