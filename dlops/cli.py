@@ -105,6 +105,9 @@ def serve(
     artifact: Annotated[Path | None, typer.Argument(help="An artifact's folder; the newest if left out.")] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 3000,
+    grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Speak the protocol over gRPC too; 0 takes a free one.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     device: Device = "auto",
     threads: Threads = None,
@@ -117,8 +120,9 @@ def serve(
     from dlops.serve.launch import serve_artifact
 
     status = serve_artifact(
-        find_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers, trust=trust
-    )
+        find_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers, trust=trust,
+        grpc_port=grpc_port,
+    )  # fmt: skip
     raise typer.Exit(status)
 
 

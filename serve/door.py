@@ -269,7 +269,7 @@ class _Call:
         application = self._door.application
         application.bodies.release(self._held)
         self._held = 0
-        application.count(INFER, "POST", status, self._model, self._started_ns)
+        application.count(INFER, "POST", status, self._model, self._started_ns, failed=status >= 400)
 
 
 def install(application: Application) -> None:

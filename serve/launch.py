@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import http.client
 import importlib.util
-import ipaddress
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,8 +17,9 @@ from typing import Self
 
 from dlops.artifact import Artifact
 from dlops.console import say
-from dlops.errors import MachineError, UsageError, from_os_error, missing_package
+from dlops.errors import MachineError, missing_package
 from dlops.runtimes.session import Device
+from dlops.serve.ports import authority, numeric_host, reachable, usable_port
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import ARBITER_PID, CELLS_DIR, FAILURE_FILE, STOP_ON_STDIN_EOF, Family, read_failure
 
@@ -38,21 +36,23 @@ def check_installed() -> None:
 
 def serve_artifact(
     artifact: Artifact, *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
-    threads: int | None = None, workers: int = 1, trust: bool = False,
+    threads: int | None = None, workers: int = 1, trust: bool = False, grpc_port: int | None = None,
 ) -> int:  # fmt: skip
-    """Serve in the foreground until a signal ends it. port: 0 takes a free one. trust: as in SessionOptions.
+    """Serve in the foreground until a signal ends it. port: 0 takes a free one. trust: as in SessionOptions. grpc_port:
+    on which gRPC is spoken too; None for not at all.
 
     Returns the exit status: 130 after Ctrl-C, 143 after SIGTERM, both once what was accepted is answered. Raises
     MachineError where the port is taken or the device is missing, GateError where the artifact fails its self-test.
     """
+    address = numeric_host(host)
+    port = usable_port(address, port)
     settings = Settings(
-        artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers, trust=trust
-    )
-    address = _address(host)
-    port = _usable_port(address, port)
+        artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers, trust=trust,
+        grpc_host=address, grpc_port=None if grpc_port is None else usable_port(address, grpc_port),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dlops-serve-") as folder:
         failure_file = Path(folder) / "failure.json"
-        where = f"http://{_authority(address, port)}"
+        where = f"http://{authority(address, port)}"
         say(f"starting {artifact.title} version {artifact.version} on {where} (Ctrl-C ends it)")
         process = _start(settings, address, port, failure_file=failure_file, env=None, log=sys.stderr.fileno())
         received = _wait_forwarding_signals(process)
@@ -69,18 +69,20 @@ def serve_artifact(
 class ServerProcess:
     """A server in a child process for as long as a `with` block lasts; ready when the block begins.
 
-    port: 0 takes a free one. env: added to the child's environment, DLOPS_MAX_QUEUE_ROWS, say. `url`, `pid`,
-    `port` and `log_path` describe it; the log is deleted at the end of the block unless it failed to start.
+    port, grpc_port: 0 takes a free one; without a grpc_port there is no gRPC. env: added to the child's environment,
+    DLOPS_MAX_QUEUE_ROWS, say. `url`, `pid`, `port`, `grpc_port` and `log_path` describe it; the log is deleted at the
+    end of the block unless it failed to start.
     """
 
     def __init__(
         self, artifact: Artifact, *, host: str = "127.0.0.1", port: int = 0, env: Mapping[str, str] | None = None,
         device: Device = "auto", threads: int | None = None, workers: int = 1, start_timeout_s: float = 120.0,
-        stop_timeout_s: float = 20.0,
+        stop_timeout_s: float = 20.0, grpc_port: int | None = None,
     ) -> None:  # fmt: skip
         self._settings = Settings(
             artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers
         )
+        self._wanted_grpc_port = grpc_port
         self._title = artifact.title
         self._host = host
         self._wanted_port = port
@@ -91,6 +93,7 @@ class ServerProcess:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.port = 0
         self.url = ""
+        self.grpc_port: int | None = None
 
     @property
     def pid(self) -> int:
@@ -105,17 +108,21 @@ class ServerProcess:
         return Path(self._folder.name) / "server.log"
 
     def __enter__(self) -> Self:
-        address = _address(self._host)
-        self.port = _usable_port(address, self._wanted_port)
-        self.url = f"http://{_authority(_reachable(address), self.port)}"
+        address = numeric_host(self._host)
+        self.port = usable_port(address, self._wanted_port)
+        self.url = f"http://{authority(reachable(address), self.port)}"
+        settings = self._settings
+        if self._wanted_grpc_port is not None:
+            self.grpc_port = usable_port(address, self._wanted_grpc_port)
+            settings = settings.model_copy(update={"grpc_host": address, "grpc_port": self.grpc_port})
         self._folder = tempfile.TemporaryDirectory(prefix="dlops-serve-")
         failure_file = Path(self._folder.name) / "failure.json"
         try:
             with self.log_path.open("wb") as log:
                 self._process = _start(
-                    self._settings, address, self.port, failure_file=failure_file, env=self._env, log=log.fileno()
+                    settings, address, self.port, failure_file=failure_file, env=self._env, log=log.fileno()
                 )
-            self._wait_until_ready(_reachable(address), failure_file)
+            self._wait_until_ready(reachable(address), failure_file)
         except BaseException:
             self.close()
             raise
@@ -227,45 +234,6 @@ def _end(process: subprocess.Popen[bytes], *, timeout_s: float) -> None:
     process.wait()
     if process.stdin is not None:
         process.stdin.close()
-
-
-def _address(host: str) -> str:
-    """An IP address: BentoML takes no names."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise UsageError(f"host {host!r}: {error}", hint="127.0.0.1 for this machine, 0.0.0.0 for all") from None
-
-
-def _usable_port(address: str, port: int) -> int:
-    """That port, or a free one for 0. Raises MachineError where it is taken or not allowed."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the server does: a port whose last connections are in TIME_WAIT is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-            probe.listen(1)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise MachineError(
-                    f"port {port} on {address} is in use", hint="pass another --port, or 0 for a free one"
-                ) from None
-            raise from_os_error(error, doing=f"listening on {_authority(address, port)}") from None
-        return int(probe.getsockname()[1])
-
-
-def _authority(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def _reachable(address: str) -> str:
-    # One that listens on all addresses is asked on this machine's own.
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104
 
 
 def _is_ready(address: str, port: int) -> bool:

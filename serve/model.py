@@ -14,6 +14,7 @@ from dlops.errors import UsageError
 from dlops.parity import self_test
 from dlops.runtimes import Placement, SessionOptions, open_session
 from dlops.runtimes.session import Session
+from dlops.serve import protocol
 from dlops.serve.codec import Codec
 from dlops.serve.decoding import Decoder
 from dlops.serve.instance import Instance, bucket_sizes, zeros
@@ -28,6 +29,10 @@ _STORE = "bentoml:"
 # A run of so little holds up the other requests for no longer than handing it to a thread and back would.
 _INLINE_NS = 300_000
 _TIMED = 7
+# ONNX's control flow, and what gives outputs of a size that its input decides.
+_DATA_DEPENDENT = frozenset(
+    ("Loop", "Scan", "If", "NonZero", "Unique", "NonMaxSuppression", "Compress", "Range", "Expand")
+)
 # What Triton calls the platforms whose files we serve; others go by our own name.
 _PLATFORMS = {"onnx": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
 
@@ -89,6 +94,17 @@ class ServedModel:
     def answers(self, outputs: Feed) -> list[dict[str, Any]]:
         """One JSON object a row, as the task puts it for a person."""
         return self._task.answer(outputs, labels=self.artifact.labels, top=5)
+
+    def metadata(self) -> dict[str, Any]:
+        """As the protocol has it."""
+        return protocol.model_metadata(self.signature, name=self.name, version=self.version, platform=self.platform)
+
+    def config(self) -> dict[str, Any]:
+        """As Triton has it."""
+        return protocol.model_config(
+            self.signature, name=self.name, platform=self.platform, device=self.placement.device,
+            max_batch=self.signature.max_batch if self.queue.batching else 0, instances=len(self.instances),
+        )  # fmt: skip
 
     def describe(self) -> dict[str, str]:
         """What is served and where, as text."""
@@ -170,9 +186,13 @@ def _warm_up(session: Session, max_batch: int) -> None:
 def _is_quick(session: Session, max_batch: int) -> bool:
     """Whether the largest batch is done before a thread would have begun it: then it may run on the event loop.
 
-    Not where the rows may grow: their longest is not what was timed.
+    Not where a batch may take longer than the one that was timed: rows may grow, or a loop depend on what is in them.
     """
+    operators = session.placement.nodes.get("CPUExecutionProvider", {})
     if session.placement.device != "cpu" or any(name != "batch" for name in session.signature.dims):
+        return False
+    # A runtime that does not tell its operators may have any.
+    if not operators or not _DATA_DEPENDENT.isdisjoint(operators):
         return False
     feed = zeros(session.signature, max_batch)
     taken = []

@@ -24,7 +24,7 @@ _DTYPES: Mapping[str, str] = {
     "FP16": "float16", "FP32": "float32", "FP64": "float64",
 }  # fmt: skip
 DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in _DTYPES.items()}
-_SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
+SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 # The kinds of Python number that JSON holds and a datatype takes: 1.5 is no INT64, true is no FP32.
 _JSON_KINDS: Mapping[str, str] = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
 
@@ -131,11 +131,14 @@ def model_metadata(signature: Signature, *, name: str, version: str, platform: s
     }
 
 
-def model_config(signature: Signature, *, name: str, platform: str, device: str, max_batch: int) -> dict[str, Any]:
+def model_config(
+    signature: Signature, *, name: str, platform: str, device: str, max_batch: int, instances: int = 1
+) -> dict[str, Any]:
     """The answer to GET /v2/models/NAME/config, as Triton's model configuration in JSON.
 
     max_batch: 0 where requests are not joined, as Triton has it; the shapes then hold the batch axis.
     """
+    kind = "KIND_GPU" if device.startswith("cuda") else "KIND_CPU"
     return {
         "name": name,
         "platform": platform,
@@ -144,7 +147,7 @@ def model_config(signature: Signature, *, name: str, platform: str, device: str,
         "max_batch_size": max_batch,
         "input": [_tensor_config(spec, batched=max_batch > 0) for spec in signature.inputs],
         "output": [_tensor_config(spec, batched=max_batch > 0) for spec in signature.outputs],
-        "instance_group": [{"name": name, "kind": "KIND_GPU" if device.startswith("cuda") else "KIND_CPU", "count": 1}],
+        "instance_group": [{"name": name, "kind": kind, "count": instances}],
         **({"dynamic_batching": {"preferred_batch_size": [], "max_queue_delay_microseconds": 0}} if max_batch else {}),
     }
 
@@ -169,7 +172,7 @@ def _decode_inputs(document: dict[str, Any], binary: memoryview, signature: Sign
     offset = 0
     for index, value in enumerate(entries):
         entry = _mapping(value, f"inputs[{index}]")
-        spec = _spec_of(entry, specs, f"inputs[{index}]")
+        spec = spec_of(entry, specs, f"inputs[{index}]")
         if spec.name in feed:
             raise InputError(f"input {spec.name!r} is given twice", field=spec.name)
         # Before anything is made in that shape: the sizes in it may be any numbers at all.
@@ -183,12 +186,13 @@ def _decode_inputs(document: dict[str, Any], binary: memoryview, signature: Sign
             raise InputError(
                 f"{spec.name}: binary_data_size is {size}, but {len(binary) - offset} bytes are left", field=spec.name
             )
-        feed[spec.name] = _from_binary(binary[offset : offset + size], spec, shape)
+        feed[spec.name] = from_binary(binary[offset : offset + size], spec, shape)
         offset += size
     return feed, offset
 
 
-def _spec_of(entry: dict[str, Any], specs: dict[str, TensorSpec], where: str) -> TensorSpec:
+def spec_of(entry: dict[str, Any], specs: dict[str, TensorSpec], where: str) -> TensorSpec:
+    """The input that an entry's name and datatype mean. Raises InputError."""
     name = entry.get("name")
     if not isinstance(name, str):
         raise InputError(f"{where}.name must be a string", field=where)
@@ -210,7 +214,7 @@ def _shape(entry: dict[str, Any], name: str) -> tuple[int, ...]:
 
 def _binary_size(entry: dict[str, Any], name: str) -> int | None:
     parameters = _mapping(entry.get("parameters", {}), f"{name}.parameters")
-    if any(key in parameters for key in _SHARED_MEMORY):
+    if any(key in parameters for key in SHARED_MEMORY):
         raise SharedMemoryError(
             f"{name}: shared memory is not supported", field=name, hint="send the tensor in the body"
         )
@@ -224,7 +228,8 @@ def _binary_size(entry: dict[str, Any], name: str) -> int | None:
     return size
 
 
-def _from_binary(data: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+def from_binary(data: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    """A tensor of its little-endian bytes, without a copy where that is possible. Raises InputError."""
     dtype = np.dtype(spec.dtype).newbyteorder("<")
     wanted = math.prod(shape) * dtype.itemsize
     if len(data) != wanted:
@@ -241,7 +246,12 @@ def _from_binary(data: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> 
 def _from_json_data(entry: dict[str, Any], spec: TensorSpec, shape: tuple[int, ...]) -> Array:
     if not isinstance(entry.get("data"), list):
         raise InputError(f"{spec.name}: data must be a list", field=spec.name)
-    array = number_array(entry["data"], spec.dtype, field=spec.name)
+    return from_numbers(entry["data"], spec, shape)
+
+
+def from_numbers(data: list[Any], spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    """A tensor of its numbers in a list. Raises InputError."""
+    array = number_array(data, spec.dtype, field=spec.name)
     if array.size != math.prod(shape):
         wanted = math.prod(shape)
         raise InputError(f"{spec.name}: {array.size} values, shape {list(shape)} takes {wanted}", field=spec.name)
@@ -282,9 +292,9 @@ def _wanted(document: dict[str, Any], parameters: dict[str, Any], signature: Sig
         if name not in names:
             raise InputError(f"unknown output {name!r}, the model gives {', '.join(names)}", field=f"outputs[{index}]")
         options = _mapping(entry.get("parameters", {}), f"outputs[{index}].parameters")
-        for key in ("classification", *_SHARED_MEMORY):
+        for key in ("classification", *SHARED_MEMORY):
             if options.get(key):
-                kind = SharedMemoryError if key in _SHARED_MEMORY else InputError
+                kind = SharedMemoryError if key in SHARED_MEMORY else InputError
                 raise kind(f"{name}: {key} is not supported", field=f"outputs[{index}].parameters")
         own = _flag(options, "binary_data", str(name)) if "binary_data" in options else binary
         wanted.append(Wanted(name=str(name), binary=own))

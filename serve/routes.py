@@ -64,6 +64,10 @@ class UnsupportedError(InputError):
     """A part of the protocol that this server does not have: status 501."""
 
 
+class UnknownModelError(DlopsError):
+    """There is no model of this name or version: status 404."""
+
+
 class NotReadyError(MachineError):
     """The model is not loaded yet, or its self-test is still running."""
 
@@ -157,7 +161,8 @@ class Application:
             if self.draining:
                 response.headers["Connection"] = "close"
             model = self._model if route.endswith("/infer") else None
-            self.count(route, request.method, response.status_code, model, started_ns)
+            failed = response.status_code >= 400
+            self.count(route, request.method, response.status_code, model, started_ns, failed=failed)
             return response
 
         return endpoint
@@ -170,9 +175,11 @@ class Application:
         say(f"{where}: a bug in dlops\n{''.join(traceback.format_exception(error))}")
         return json_response({"error": "internal error; the server's log has it"}, status=500)
 
-    def count(self, route: str, method: str, status: int, model: ServedModel | None, started_ns: int) -> None:
+    def count(
+        self, route: str, method: str, status: int | str, model: ServedModel | None, started_ns: int, *, failed: bool
+    ) -> None:
         """An answer has been made. model: that was to infer, where that was asked."""
-        if status >= 400 and model is not None:
+        if failed and model is not None:
             model.statistics.add_failure(time.perf_counter_ns() - started_ns)
         self.metrics.requests.add(route, method, str(status))
 
@@ -223,25 +230,21 @@ class Application:
         return Response(status_code=200)
 
     async def server_metadata(self, request: Request) -> Response:
-        return json_response({"name": "dlops", "version": __version__, "extensions": _EXTENSIONS})
+        return json_response(self.metadata())
+
+    def metadata(self) -> dict[str, Any]:
+        """The answer to GET /v2."""
+        return {"name": "dlops", "version": __version__, "extensions": _EXTENSIONS}
 
     async def model_ready(self, request: Request) -> Response:
         self._model_of(request)
         return Response(status_code=200)
 
     async def model_metadata(self, request: Request) -> Response:
-        model = self._model_of(request)
-        return json_response(
-            protocol.model_metadata(model.signature, name=model.name, version=model.version, platform=model.platform)
-        )
+        return json_response(self._model_of(request).metadata())
 
     async def model_config(self, request: Request) -> Response:
-        model = self._model_of(request)
-        config = protocol.model_config(
-            model.signature, name=model.name, platform=model.platform, device=model.placement.device,
-            max_batch=model.signature.max_batch if model.queue.batching else 0,
-        )  # fmt: skip
-        return json_response(config)
+        return json_response(self._model_of(request).config())
 
     async def statistics(self, request: Request) -> Response:
         model = self._model_of(request) if "name" in request.path_params else self._loaded()
@@ -277,13 +280,16 @@ class Application:
             raise NotReadyError("the model is not ready", hint="GET /v2/health/ready says when it is")
         return self.model
 
-    def _model_of(self, request: Request) -> ServedModel:
+    def model_named(self, name: str = "", version: str = "") -> ServedModel:
+        """The model of this name and version; an empty one means any. Raises NotReadyError, UnknownModelError."""
         model = self._loaded()
-        for kind, own in (("name", model.name), ("version", model.version)):
-            given = request.path_params.get(kind, own)
-            if given != own:
-                raise HTTPException(404, f"unknown model {kind} {given[:200]!r}, this server has {own!r}")
+        for kind, given, own in (("name", name, model.name), ("version", version, model.version)):
+            if given not in ("", own):
+                raise UnknownModelError(f"unknown model {kind} {given[:200]!r}, this server has {own!r}")
         return model
+
+    def _model_of(self, request: Request) -> ServedModel:
+        return self.model_named(request.path_params.get("name", ""), request.path_params.get("version", ""))
 
     def _model_that_takes_more(self) -> ServedModel:
         model = self._loaded()
@@ -337,6 +343,8 @@ def error_response(error: DlopsError) -> Response:
     match error:
         case UnauthorizedError():
             status = 401
+        case UnknownModelError():
+            status = 404
         case UnsupportedError() | protocol.SharedMemoryError():
             status = 501
         case BodyTooLargeError():

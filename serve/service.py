@@ -10,15 +10,23 @@ import asyncio
 import gc
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dlops.console import say
 from dlops.errors import DlopsError, UsageError
 from dlops.serve import supervision
+from dlops.serve.ports import authority, grpc_port
 from dlops.serve.settings import Settings, variable
 
 # Usage is reported to BentoML only where the user says so, with BENTOML_DO_NOT_TRACK=False.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
+
+if TYPE_CHECKING:
+    from dlops.serve.grpc_service import GrpcServer
+
+# How long calls over gRPC may go on that were accepted before the end.
+_GRPC_GRACE_S = 60.0
 
 
 def _stop(error: DlopsError) -> NoReturn:
@@ -70,9 +78,13 @@ class Service:
         """Pick the artifact once, for all workers, in the process that starts them."""
         try:
             artifact = choose_artifact(settings)
+            port = None if settings.grpc_port is None else grpc_port(settings)
         except DlopsError as error:
             _stop(error)
         os.environ[variable("artifact")] = str(artifact.directory.resolve())
+        if port is not None:
+            # The same for all workers, and taken by nobody else when they come to it.
+            os.environ[variable("grpc_port")] = str(port)
         supervision.become_arbiter()
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -80,12 +92,17 @@ class Service:
         """Load in the background: the process is live at once, and ready when the self-test has passed."""
         supervision.end_with_arbiter()
         drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
+        self._grpc = None
+        if settings.grpc_port is not None:
+            self._grpc = await _start_grpc()
         self._loading = asyncio.create_task(_load())
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
         """Answer what waits, then free the model."""
         application.metrics.ready.set(to=0)
+        if self._grpc is not None:
+            await self._grpc.stop(grace_s=_GRPC_GRACE_S)
         model, application.model = application.model, None
         self._loading.cancel()
         if model is not None:
@@ -99,6 +116,20 @@ class Service:
 Service.add_asgi_middleware(  # type: ignore[attr-defined]
     GuardMiddleware, guard=application.guard, refuse=application.refuse
 )
+
+
+async def _start_grpc() -> GrpcServer | None:
+    try:
+        from dlops.serve.grpc_service import GrpcServer
+
+        server = GrpcServer(
+            application, host=settings.grpc_host, port=settings.grpc_port or 0, max_bytes=settings.max_body_bytes
+        )
+        await server.start()
+    except DlopsError as error:
+        supervision.end_server(error)
+        return None
+    return server
 
 
 async def _load() -> None:
@@ -122,6 +153,7 @@ async def _load() -> None:
     say(
         f"serving {model.artifact.title} version {model.version} on {placement.provider} ({placement.runtime}, "
         f"{placement.precision}, {placement.threads} threads): self-test passed, ready"
+        + ("" if settings.grpc_port is None else f"; gRPC on {authority(settings.grpc_host, settings.grpc_port)}")
     )
 
 

@@ -1,0 +1,312 @@
+"""The Open Inference Protocol over gRPC, from the process that serves it over HTTP: the same models, queue and limits.
+
+The messages are tritonclient's, which are generated from the protocol's own definition.
+https://github.com/kserve/open-inference-protocol and Triton's grpc_service.proto
+"""
+
+# ruff: noqa: N802 - the methods are named by the protocol
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from dlops.errors import DlopsError, InputError, MachineError, missing_package
+from dlops.serve import protocol
+from dlops.serve.body import BodyTooLargeError
+from dlops.serve.guard import UnauthorizedError
+from dlops.serve.protocol import Wanted
+from dlops.serve.queue import ClosedError, DeadlineError, OverloadedError
+from dlops.serve.routes import Application, NotReadyError, UnknownModelError, UnsupportedError, deadline_ns
+from dlops.signature import Array, Feed, Signature
+
+try:
+    import grpc
+    from google.protobuf import json_format
+    from google.protobuf.message import Message
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+except ModuleNotFoundError as error:
+    packages = {"tritonclient": "tritonclient", "grpc": "grpcio", "google": "protobuf"}
+    lacking = (error.name or "").partition(".")[0]
+    if lacking not in packages:
+        raise
+    raise missing_package(packages[lacking], extra="triton", needed_for="serving over gRPC") from None
+
+T = TypeVar("T", bound=Message)
+# grpcio has no types.
+Context = Any
+INFER = "grpc ModelInfer"
+# Where a tensor's numbers are that do not come raw; float16 always does.
+_CONTENTS = {
+    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+    "INT64": "int64_contents", "UINT8": "uint_contents", "FP32": "fp32_contents", "FP64": "fp64_contents",
+}  # fmt: skip
+# Needs no token, as over HTTP.
+_OPEN = ("ServerLive", "ServerReady")
+
+
+class GrpcServer:
+    """Listens until `stop`. Made on the event loop on which the queue delivers."""
+
+    def __init__(self, application: Application, *, host: str, port: int, max_bytes: int) -> None:
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", max_bytes),
+                ("grpc.max_send_message_length", -1),
+                # Every worker listens on the port, and the kernel shares the connections out.
+                ("grpc.so_reuseport", 1),
+            ],
+        )
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(application), self._server)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise MachineError(f"gRPC on {address}: {error}", hint="choose another DLOPS_GRPC_PORT") from None
+
+    async def start(self) -> None:
+        """Accept from here on."""
+        await self._server.start()
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Accept no more, and wait until what was accepted is answered."""
+        await self._server.stop(grace_s)
+
+
+class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    def __init__(self, application: Application) -> None:
+        self._application = application
+
+    async def ServerLive(self, request: Any, context: Context) -> Any:
+        return await self._answered("ServerLive", context, lambda: service_pb2.ServerLiveResponse(live=True))
+
+    async def ServerReady(self, request: Any, context: Context) -> Any:
+        ready = self._application.is_ready
+        return await self._answered("ServerReady", context, lambda: service_pb2.ServerReadyResponse(ready=ready))
+
+    async def ModelReady(self, request: Any, context: Context) -> Any:
+        def ready() -> Any:
+            try:
+                self._application.model_named(request.name, request.version)
+            except (NotReadyError, UnknownModelError):
+                return service_pb2.ModelReadyResponse(ready=False)
+            return service_pb2.ModelReadyResponse(ready=True)
+
+        return await self._answered("ModelReady", context, ready)
+
+    async def ServerMetadata(self, request: Any, context: Context) -> Any:
+        document = self._application.metadata()
+        return await self._answered(
+            "ServerMetadata", context, lambda: _parsed(document, service_pb2.ServerMetadataResponse())
+        )
+
+    async def ModelMetadata(self, request: Any, context: Context) -> Any:
+        def metadata() -> Any:
+            model = self._application.model_named(request.name, request.version)
+            return _parsed(model.metadata(), service_pb2.ModelMetadataResponse())
+
+        return await self._answered("ModelMetadata", context, metadata)
+
+    async def ModelConfig(self, request: Any, context: Context) -> Any:
+        def config() -> Any:
+            model = self._application.model_named(request.name, request.version)
+            return _parsed({"config": model.config()}, service_pb2.ModelConfigResponse())
+
+        return await self._answered("ModelConfig", context, config)
+
+    async def ModelStatistics(self, request: Any, context: Context) -> Any:
+        def statistics() -> Any:
+            model = self._application.model_named(request.name, request.version)
+            return _parsed(model.statistics.as_json(), service_pb2.ModelStatisticsResponse())
+
+        return await self._answered("ModelStatistics", context, statistics)
+
+    async def ModelInfer(self, request: Any, context: Context) -> Any:
+        return await self._answered("ModelInfer", context, lambda: self._infer(request, context))
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        """One answer a request, in their order; an error is an answer here, and the stream goes on."""
+        async for request in requests:
+            answer = service_pb2.ModelStreamInferResponse()
+            try:
+                self._guard("ModelStreamInfer", context)
+                answer.infer_response.CopyFrom(await self._infer(request, context))
+            except DlopsError as error:
+                answer.error_message = str(error)
+                answer.infer_response.id = request.id
+            except Exception as error:  # noqa: BLE001 - a bug of ours is the log's
+                answer.error_message = self._bug(error, "ModelStreamInfer")
+            yield answer
+
+    async def _unsupported(self, name: str, context: Context) -> NoReturn:
+        async def refuse() -> Any:
+            raise UnsupportedError(f"{name} is not supported")
+
+        await self._answered(name, context, refuse)
+        raise AssertionError("an unsupported call was answered")
+
+    async def SystemSharedMemoryStatus(self, request: Any, context: Context) -> Any:
+        await self._unsupported("SystemSharedMemoryStatus", context)
+
+    async def SystemSharedMemoryRegister(self, request: Any, context: Context) -> Any:
+        await self._unsupported("SystemSharedMemoryRegister", context)
+
+    async def SystemSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
+        await self._unsupported("SystemSharedMemoryUnregister", context)
+
+    async def CudaSharedMemoryStatus(self, request: Any, context: Context) -> Any:
+        await self._unsupported("CudaSharedMemoryStatus", context)
+
+    async def CudaSharedMemoryRegister(self, request: Any, context: Context) -> Any:
+        await self._unsupported("CudaSharedMemoryRegister", context)
+
+    async def CudaSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
+        await self._unsupported("CudaSharedMemoryUnregister", context)
+
+    async def TraceSetting(self, request: Any, context: Context) -> Any:
+        await self._unsupported("TraceSetting", context)
+
+    async def LogSettings(self, request: Any, context: Context) -> Any:
+        await self._unsupported("LogSettings", context)
+
+    async def RepositoryIndex(self, request: Any, context: Context) -> Any:
+        await self._unsupported("RepositoryIndex", context)
+
+    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
+        await self._unsupported("RepositoryModelLoad", context)
+
+    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
+        await self._unsupported("RepositoryModelUnload", context)
+
+    async def _answered(self, name: str, context: Context, answer: Callable[[], Any]) -> Any:
+        """The answer, counted; errors end the call with the status that means what HTTP's would."""
+        started_ns = time.perf_counter_ns()
+        status, found = grpc.StatusCode.OK, None
+        try:
+            self._guard(name, context)
+            made = answer()
+            found = await made if isinstance(made, Awaitable) else made
+        except DlopsError as error:
+            status, text = _status(error), str(error)
+        except Exception as error:  # noqa: BLE001 - a bug of ours is the log's, and the client gets a line
+            status, text = grpc.StatusCode.INTERNAL, self._bug(error, name)
+        model = self._application.model if name == "ModelInfer" else None
+        self._application.count(f"grpc {name}", "gRPC", status.name, model, started_ns, failed=found is None)
+        if found is None:
+            await context.abort(status, text)
+        return found
+
+    def _guard(self, name: str, context: Context) -> None:
+        if name not in _OPEN:
+            metadata = dict(context.invocation_metadata() or ())
+            self._application.guard.check(metadata.get("authorization"))
+
+    def _bug(self, error: Exception, name: str) -> str:
+        self._application.failed(error, where=f"gRPC {name}")
+        return "internal error; the server's log has it"
+
+    async def _infer(self, request: Any, context: Context) -> Any:
+        started_ns = time.perf_counter_ns()
+        application = self._application
+        model = application.model_named(request.model_name, request.model_version)
+        application.check_room(model)
+        held = application.bodies.hold(request.ByteSize())
+        try:
+            timeout = request.parameters["timeout"].int64_param if "timeout" in request.parameters else 0
+            until_ns = deadline_ns(started_ns, header=None, timeout_us=timeout or None)
+            left_s = context.time_remaining()
+            if left_s is not None:
+                own_ns = started_ns + int(left_s * 1e9)
+                until_ns = own_ns if until_ns is None else min(until_ns, own_ns)
+            feed = _feed(request, model.signature)
+            wanted = _wanted(request, [spec.name for spec in model.signature.outputs])
+            rows = protocol.rows_of(feed, model.signature)
+            decode_ns = time.perf_counter_ns() - started_ns
+            answer = await model.queue.submit(feed, rows=rows, deadline_ns=until_ns)
+        finally:
+            application.bodies.release(held)
+        response = service_pb2.ModelInferResponse(
+            model_name=model.name, model_version=model.version, id=request.id
+        )  # fmt: skip
+        for want in wanted:
+            array = np.ascontiguousarray(answer.outputs[want.name])
+            response.outputs.add(
+                name=want.name, datatype=protocol.DATATYPES[array.dtype.name], shape=array.shape
+            )  # fmt: skip
+            response.raw_output_contents.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+        application.account(model, INFER, started_ns, answer, rows=rows, decode_ns=decode_ns)
+        return response
+
+
+def _feed(request: Any, signature: Signature) -> Feed:
+    """The request's tensors, checked. Raises InputError naming the one at fault."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InputError(f"{len(raw)} raw tensors for {len(request.inputs)} inputs", field="raw_input_contents")
+    specs = {spec.name: spec for spec in signature.inputs}
+    feed: dict[str, Array] = {}
+    for index, tensor in enumerate(request.inputs):
+        name, shape = tensor.name, tuple(tensor.shape)
+        if any(key in tensor.parameters for key in protocol.SHARED_MEMORY):
+            raise protocol.SharedMemoryError(f"{name}: shared memory is not supported", field=name)
+        spec = protocol.spec_of({"name": name, "datatype": tensor.datatype}, specs, f"inputs[{index}]")
+        if name in feed:
+            raise InputError(f"input {name!r} is given twice", field=name)
+        signature.check_shape(spec, shape)
+        if raw:
+            if tensor.HasField("contents"):
+                raise InputError(f"{name}: both raw and typed contents are given", field=name)
+            feed[name] = protocol.from_binary(memoryview(raw[index]), spec, shape)
+            continue
+        field = _CONTENTS.get(tensor.datatype)
+        if field is None:
+            raise InputError(f"{name}: {tensor.datatype} comes in raw_input_contents", field=name)
+        feed[name] = protocol.from_numbers(list(getattr(tensor.contents, field)), spec, shape)
+    signature.check(feed)
+    return feed
+
+
+def _wanted(request: Any, names: list[str]) -> list[Wanted]:
+    wanted = []
+    for index, output in enumerate(request.outputs):
+        if output.name not in names:
+            raise InputError(
+                f"unknown output {output.name!r}, the model gives {', '.join(names)}", field=f"outputs[{index}]"
+            )
+        if any(key in output.parameters for key in protocol.SHARED_MEMORY):
+            raise protocol.SharedMemoryError(f"{output.name}: shared memory is not supported", field=output.name)
+        if output.parameters["classification"].int64_param if "classification" in output.parameters else 0:
+            raise InputError(f"{output.name}: classification is not supported", field=f"outputs[{index}]")
+        wanted.append(Wanted(name=output.name, binary=True))
+    if len({want.name for want in wanted}) != len(wanted):
+        raise InputError("an output is asked for twice", field="outputs")
+    return wanted or [Wanted(name=name, binary=True) for name in names]
+
+
+def _parsed(document: dict[str, Any], message: T) -> T:
+    """The JSON answer as the message that has the same fields."""
+    json_format.ParseDict(document, message)
+    return message
+
+
+def _status(error: DlopsError) -> grpc.StatusCode:
+    match error:
+        case UnauthorizedError():
+            return grpc.StatusCode.UNAUTHENTICATED
+        case UnsupportedError() | protocol.SharedMemoryError():
+            return grpc.StatusCode.UNIMPLEMENTED
+        case UnknownModelError():
+            return grpc.StatusCode.NOT_FOUND
+        case BodyTooLargeError() | OverloadedError():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+        case InputError():
+            return grpc.StatusCode.INVALID_ARGUMENT
+        case NotReadyError() | ClosedError():
+            return grpc.StatusCode.UNAVAILABLE
+        case DeadlineError():
+            return grpc.StatusCode.DEADLINE_EXCEEDED
+        case _:
+            return grpc.StatusCode.INTERNAL

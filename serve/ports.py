@@ -1,0 +1,56 @@
+"""Addresses to listen on: names become numbers, a taken port is said before anything starts."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+
+from dlops.errors import MachineError, UsageError, from_os_error
+from dlops.serve.settings import Settings
+
+
+def grpc_port(settings: Settings) -> int:
+    """The port for gRPC that the settings name, or a free one for 0. Raises MachineError where it is taken."""
+    return usable_port(numeric_host(settings.grpc_host), settings.grpc_port or 0)
+
+
+def numeric_host(host: str) -> str:
+    """An IP address: BentoML takes no names."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UsageError(f"host {host!r}: {error}", hint="127.0.0.1 for this machine, 0.0.0.0 for all") from None
+
+
+def usable_port(address: str, port: int) -> int:
+    """That port, or a free one for 0. Raises MachineError where it is taken or not allowed."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As the server does: a port whose last connections are in TIME_WAIT is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise MachineError(
+                    f"port {port} on {address} is in use", hint="pass another --port, or 0 for a free one"
+                ) from None
+            raise from_os_error(error, doing=f"listening on {authority(address, port)}") from None
+        return int(probe.getsockname()[1])
+
+
+def authority(address: str, port: int) -> str:
+    """Both as they stand in a URL."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def reachable(address: str) -> str:
+    """Where this machine asks what listens there."""
+    # One that listens on all addresses is asked on this machine's own.
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104

@@ -1,0 +1,242 @@
+"""Unmodified tritonclient over gRPC against our server, and what other clients of gRPC may send."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from dlops.errors import MachineError
+from dlops.serve.launch import ServerProcess
+
+triton_grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient is in the triton extra")
+import grpc  # noqa: E402
+from tritonclient.grpc import service_pb2, service_pb2_grpc  # noqa: E402
+from tritonclient.utils import InferenceServerException  # noqa: E402
+
+TOKEN = "a secret of thirty-two characters"
+
+
+@pytest.fixture(scope="module")
+def server(digits_artifact) -> Iterator[ServerProcess]:
+    with ServerProcess(digits_artifact, grpc_port=0, env={"DLOPS_MAX_BODY_BYTES": "200000"}) as running:
+        yield running
+
+
+@pytest.fixture
+def triton(server) -> Iterator[triton_grpc.InferenceServerClient]:
+    client = triton_grpc.InferenceServerClient(url=f"127.0.0.1:{server.grpc_port}")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def stub(server) -> Iterator[service_pb2_grpc.GRPCInferenceServiceStub]:
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+@pytest.fixture
+def x(digits_artifact) -> np.ndarray:
+    return digits_artifact.samples().inputs["image"]
+
+
+@pytest.fixture
+def expected(digits_artifact) -> np.ndarray:
+    return digits_artifact.samples().outputs["logits"]
+
+
+def an_input(x: np.ndarray) -> triton_grpc.InferInput:
+    tensor = triton_grpc.InferInput("image", list(x.shape), "FP32")
+    tensor.set_data_from_numpy(x)
+    return tensor
+
+
+def test_health_and_metadata_are_http_s(triton, server) -> None:
+    assert triton.is_server_live()
+    assert triton.is_server_ready()
+    assert triton.is_model_ready("digits")
+    assert triton.is_model_ready("digits", "1")
+    assert not triton.is_model_ready("other")
+    http = httpx.get(f"{server.url}/v2").json()
+    assert triton.get_server_metadata(as_json=True) == http
+    metadata = triton.get_model_metadata("digits")
+    assert [(output.name, output.datatype, list(output.shape)) for output in metadata.outputs] == [
+        ("logits", "FP32", [-1, 10])
+    ]
+    config = triton.get_model_config("digits").config
+    assert (config.max_batch_size, list(config.input[0].dims)) == (64, [1, 8, 8])
+
+
+def test_both_doors_give_the_same_numbers_and_count_together(triton, server, x, expected) -> None:
+    outputs = [triton_grpc.InferRequestedOutput("logits")]
+    before = triton.get_inference_statistics("digits").model_stats[0].inference_count
+    for asked in (None, outputs):
+        result = triton.infer("digits", [an_input(x)], outputs=asked, request_id="r", model_version="1")
+        np.testing.assert_allclose(result.as_numpy("logits"), expected, rtol=1e-4, atol=1e-4)
+        assert result.get_response().id == "r"
+    after = triton.get_inference_statistics("digits").model_stats[0]
+    assert after.inference_count - before == 2 * len(x)
+    (http,) = httpx.get(f"{server.url}/v2/models/digits/stats").json()["model_stats"]
+    assert http["inference_stats"]["success"]["count"] == after.inference_stats.success.count
+    assert (
+        'dlops_requests_total{method="gRPC",route="grpc ModelInfer",status="OK"}'
+        in httpx.get(f"{server.url}/metrics").text
+    )
+
+
+def test_typed_contents_are_read_as_raw_ones(stub, x, expected) -> None:
+    request = service_pb2.ModelInferRequest(model_name="digits")
+    tensor = request.inputs.add(name="image", datatype="FP32", shape=[1, 1, 8, 8])
+    tensor.contents.fp32_contents.extend(x[0].ravel().tolist())
+    response = stub.ModelInfer(request, timeout=30)
+    found = np.frombuffer(response.raw_output_contents[0], np.float32)
+    np.testing.assert_allclose(found, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_many_at_once_get_their_own(triton, x, expected) -> None:
+    def ask(n: int) -> None:
+        one = n % len(x)
+        result = triton.infer("digits", [an_input(x[one : one + 1])], request_id=str(n))
+        assert result.get_response().id == str(n)
+        np.testing.assert_allclose(result.as_numpy("logits")[0], expected[one], rtol=1e-4, atol=1e-4)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(ask, range(200)))
+
+
+def test_a_stream_answers_in_order_and_outlives_an_error(triton, x, expected) -> None:
+    answers: queue.Queue = queue.Queue()
+    triton.start_stream(callback=lambda result, error: answers.put((result, error)))
+    for name, one in (("digits", 0), ("other", 1), ("digits", 2)):
+        triton.async_stream_infer(name, [an_input(x[one : one + 1])], request_id=str(one))
+    found = [answers.get(timeout=30) for _ in range(3)]
+    triton.stop_stream()
+    assert [error is None for _, error in found] == [True, False, True]
+    assert "unknown model" in str(found[1][1])
+    np.testing.assert_allclose(found[2][0].as_numpy("logits")[0], expected[2], rtol=1e-4, atol=1e-4)
+
+
+def an_infer(x: np.ndarray, **more) -> service_pb2.ModelInferRequest:
+    request = service_pb2.ModelInferRequest(model_name="digits", **more)
+    request.inputs.add(name="image", datatype="FP32", shape=x.shape)
+    request.raw_input_contents.append(x.tobytes())
+    return request
+
+
+def changed(x: np.ndarray, kind: str) -> service_pb2.ModelInferRequest:
+    request = an_infer(x)
+    match kind:
+        case "model":
+            request.model_name = "other"
+        case "version":
+            request.model_version = "9"
+        case "name":
+            request.inputs[0].name = "picture"
+        case "datatype":
+            request.inputs[0].datatype = "FP64"
+        case "shape":
+            request.inputs[0].shape[:] = [1, 64]
+        case "negative":
+            request.inputs[0].shape[0] = -1
+        case "bytes":
+            request.raw_input_contents[0] = b"1234"
+        case "raw":
+            request.raw_input_contents.append(b"")
+        case "both":
+            request.inputs[0].contents.fp32_contents.append(1)
+        case "nothing":
+            del request.inputs[:]
+            del request.raw_input_contents[:]
+        case "nan":
+            request.raw_input_contents[0] = np.full_like(x, np.nan).tobytes()
+        case "output":
+            request.outputs.add(name="labels")
+        case "classes":
+            request.outputs.add(name="logits").parameters["classification"].int64_param = 3
+        case "region":
+            request.inputs[0].parameters["shared_memory_region"].string_param = "a"
+        case "timeout":
+            request.parameters["timeout"].int64_param = 1
+    return request
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("model", "NOT_FOUND", "unknown model name 'other'"), ("version", "NOT_FOUND", "version '9'"),
+        ("name", "INVALID_ARGUMENT", "unknown input 'picture'"), ("datatype", "INVALID_ARGUMENT", "expected FP32"),
+        ("shape", "INVALID_ARGUMENT", "expected [batch, 1, 8, 8]"), ("negative", "INVALID_ARGUMENT", "batch is -1"),
+        ("bytes", "INVALID_ARGUMENT", "4 bytes"), ("raw", "INVALID_ARGUMENT", "2 raw tensors for 1 inputs"),
+        ("both", "INVALID_ARGUMENT", "both raw and typed"), ("nothing", "INVALID_ARGUMENT", "missing"),
+        ("nan", "INVALID_ARGUMENT", "image"), ("output", "INVALID_ARGUMENT", "unknown output 'labels'"),
+        ("classes", "INVALID_ARGUMENT", "classification"), ("region", "UNIMPLEMENTED", "shared memory"),
+        ("timeout", "DEADLINE_EXCEEDED", "deadline"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_grpc_s_own_status(stub, x, kind: str, code: str, said: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(changed(x[:1], kind), timeout=30)
+    assert caught.value.code().name == code
+    assert said in caught.value.details()
+    assert len(stub.ModelInfer(an_infer(x[:1]), timeout=30).raw_output_contents) == 1
+
+
+def test_a_message_over_the_limit_is_refused_and_the_next_works(stub, x) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(an_infer(np.zeros((800, 1, 8, 8), np.float32)), timeout=30)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(stub.ModelInfer(an_infer(x[:1]), timeout=30).raw_output_contents) == 1
+
+
+@pytest.mark.parametrize("call", ["get_system_shared_memory_status", "get_trace_settings", "get_log_settings"])
+def test_what_is_not_supported_is_unimplemented(triton, call: str) -> None:
+    with pytest.raises(InferenceServerException, match="not supported") as caught:
+        getattr(triton, call)()
+    assert "UNIMPLEMENTED" in str(caught.value.status())
+
+
+def test_a_token_guards_all_but_health(digits_artifact, x) -> None:
+    with (
+        ServerProcess(digits_artifact, grpc_port=0, workers=2, env={"DLOPS_TOKEN": TOKEN}) as server,
+        triton_grpc.InferenceServerClient(url=f"127.0.0.1:{server.grpc_port}") as client,
+    ):
+        # Two workers share the port.
+        assert client.is_server_ready()
+        with pytest.raises(InferenceServerException, match="token"):
+            client.get_model_metadata("digits")
+        with pytest.raises(InferenceServerException, match="wrong token"):
+            client.infer("digits", [an_input(x)], headers={"authorization": "Bearer wrong"})
+        found = client.infer("digits", [an_input(x)], headers={"authorization": f"Bearer {TOKEN}"})
+        assert found.as_numpy("logits").shape == (len(x), 10)
+
+
+def test_what_was_accepted_before_the_end_is_answered(slow_artifact) -> None:
+    slow = np.zeros((1, 1, 8, 8), np.float32)
+    slow[0, 0, 7, 7] = 4e6
+    with (
+        ServerProcess(slow_artifact, grpc_port=0) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+    ):
+        pending = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer.future(an_infer(slow), timeout=60)
+        while "dlops_busy_instances 1.0" not in httpx.get(f"{server.url}/metrics").text:
+            time.sleep(0.02)
+        server.close()
+        assert len(pending.result(30).raw_output_contents) == 1
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(digits_artifact) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with (
+            pytest.raises(MachineError, match="in use"),
+            ServerProcess(digits_artifact, grpc_port=taken.getsockname()[1]),
+        ):
+            pass
