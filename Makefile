@@ -49,4 +49,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
