@@ -11,6 +11,7 @@ own.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,15 @@ from dlops.console import say
 from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS, request_id
 from dlops.serve.protocol import InferRequest
 from dlops.serve.queue import Answer, Ticket
-from dlops.serve.routes import INFER, TIMING_HEADER, Application, deadline_ns, json_length, server_timing
+from dlops.serve.routes import (
+    INFER,
+    TIMING_HEADER,
+    Application,
+    ReceiveTimeoutError,
+    deadline_ns,
+    json_length,
+    server_timing,
+)
 
 if TYPE_CHECKING:
     from dlops.serve.codec import Plan
@@ -33,6 +42,8 @@ _UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"up
 _REQUEST_ID = REQUEST_ID.encode()
 _TIMING = TIMING_HEADER.lower().encode()
 _SECURITY = b"".join([f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS.items()])
+# How often slow connections are looked for.
+_SWEEP_S = 0.5
 _LARGE_BYTES = 64 * 1024
 
 
@@ -40,14 +51,42 @@ class Door(HttpToolsProtocol):
     """One connection."""
 
     application: Application
+    # The server whose connections are looked at.
+    _swept: object = None
     _date: tuple[object, bytes] = (None, b"")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._receiving: _Call | None = None
+        # When the request that has not come whole yet began to; at first, when the connection was made.
+        self._waiting_since: float | None = self.loop.time()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if Door._swept is not self.server_state:
+            Door._swept = self.server_state
+            self.loop.call_later(_SWEEP_S, self._sweep)
+
+    def _sweep(self) -> None:
+        """End the connections whose requests take too long to come; again as long as there are connections."""
+        limit = self.loop.time() - self.application.receive_timeout_s
+        for connection in list(self.connections):
+            if isinstance(connection, Door) and (connection._waiting_since or limit) < limit:
+                connection._time_out()
+        if not self.connections:
+            Door._swept = None
+        elif Door._swept is self.server_state:
+            self.loop.call_later(_SWEEP_S, self._sweep)
+
+    def _time_out(self) -> None:
+        call = self._receiving
+        if call is not None and not call.response_complete:
+            call.time_out()
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         self._receiving = None
+        self._waiting_since = self.loop.time()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -67,6 +106,7 @@ class Door(HttpToolsProtocol):
             self._receiving.receive(body)
 
     def on_message_complete(self) -> None:
+        self._waiting_since = None
         if self._receiving is None:
             super().on_message_complete()
         else:
@@ -159,7 +199,6 @@ class _Call:
         self._deadline_ms = deadline_ms
         self._started_ns = time.perf_counter_ns()
         self._chunks: list[bytes] = []
-        self._received = 0
         self._held = 0
         self._decode_ns = 0
         self._wanted: InferRequest | None = None
@@ -176,21 +215,23 @@ class _Call:
     def admit(self) -> None:
         """Answer at once where the request cannot be taken, before its body is read."""
         application = self._door.application
-        bodies = application.bodies
         try:
             application.guard.check(None if self.authorization is None else self.authorization.decode("latin-1"))
-            length = bodies.announced(self._length.decode("latin-1"))
+            application.bodies.announced(self._length.decode("latin-1"))
             application.check_room(self._model)
-            bodies.hold(length)
-            self._held = length
         except Exception as error:  # noqa: BLE001 - likewise
             self._fail(error)
 
     def receive(self, body: bytes) -> None:
         """A part of the body; what comes after the answer is left unread."""
-        if not self.response_complete:
-            self._chunks.append(body)
-            self._received += len(body)
+        if self.response_complete:
+            return
+        try:
+            self._held += self._door.application.bodies.hold(len(body))
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._fail(error)
+            return
+        self._chunks.append(body)
 
     def run(self) -> None:
         """The body is whole: into the queue with it."""
@@ -210,6 +251,11 @@ class _Call:
             )
         except Exception as error:  # noqa: BLE001 - what is no error of the client's is the log's, as in the routes
             self._fail(error)
+
+    def time_out(self) -> None:
+        """The body did not come."""
+        self.keep_alive = False
+        self._fail(ReceiveTimeoutError("the request did not come whole in time", field="body"))
 
     def abandon(self) -> None:
         """The client has gone: what has not run is not run."""

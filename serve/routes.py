@@ -64,6 +64,10 @@ class UnsupportedError(InputError):
     """A part of the protocol that this server does not have: status 501."""
 
 
+class ReceiveTimeoutError(InputError):
+    """The request took too long to come: status 408."""
+
+
 class UnknownModelError(DlopsError):
     """There is no model of this name or version: status 404."""
 
@@ -80,6 +84,7 @@ class Application:
         self._model: ServedModel | None = None
         # By the addresses at which each model is asked, as they are sent.
         self.inferences: dict[bytes, ServedModel] = {}
+        self.receive_timeout_s = settings.receive_timeout_s
         self.draining = False
         self.bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
         self.guard = Guard(None if settings.token is None else settings.token.get_secret_value())
@@ -341,6 +346,8 @@ def error_response(error: DlopsError) -> Response:
     if isinstance(error, InputError) and error.field is not None:
         document["field"] = error.field
     match error:
+        case ReceiveTimeoutError():
+            status = 408
         case UnauthorizedError():
             status = 401
         case UnknownModelError():

@@ -27,6 +27,7 @@ class Settings(Record):
     of one request, as sent and as decompressed. max_pending_bytes: of all bodies held at once. max_pixels: of all
     pictures of one request together; four times as many may wait to be decoded. drain_delay_s: between SIGTERM, when
     readiness ends, and no longer accepting. token: that requests must bear, but for health; None where anybody may ask.
+    receive_timeout_s: in which a request must have come whole, and the first on a new connection begun.
     grpc_port: on which the protocol is spoken over gRPC too, 0 for a free one; None for not at all. grpc_host: for it.
     """
 
@@ -44,6 +45,7 @@ class Settings(Record):
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)
     max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pixels: int = Field(MAX_PIXELS, ge=1)
+    receive_timeout_s: float = Field(30.0, gt=0)
     grpc_port: int | None = Field(None, ge=0, le=65535)
     grpc_host: str = "127.0.0.1"
     token: SecretStr | None = Field(None, min_length=16)

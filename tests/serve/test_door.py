@@ -350,6 +350,44 @@ def test_a_client_that_leaves_is_not_computed_for_and_gives_its_memory_back(thre
     assert app.bodies.pending_bytes == 0
 
 
+@pytest.mark.parametrize("sent", [0, 20, 100, 300])
+@pytest.mark.parametrize("headers", ["", "Accept-Encoding: gzip\r\n"])
+def test_a_slow_sender_is_not_waited_for_and_holds_nothing(
+    monkeypatch, digits_artifact, session, sent: int, headers: str
+) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    settings = Settings(receive_timeout_s=0.5)
+    app = Application(settings)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    with listening(app, model) as port, connected(port) as slow, connected(port) as good:
+        slow.send(request_of(images(1), headers=headers)[:sent])
+        for value in range(10, 30):
+            good.send(request_of(images(value)))
+            assert logits_in(*good.answer())[0, 0] == value
+            time.sleep(0.1)
+        assert app.bodies.pending_bytes == 0
+        if sent == 300 and not headers:
+            response, body = slow.answer()
+            assert (response.status, response.headers["connection"]) == (408, "close")
+            assert "in time" in json.loads(body)["error"]
+        assert slow.is_at_end()
+    assert model.queue.close(timeout_s=10)
+
+
+def test_many_who_announce_much_and_send_little_keep_nobody_out(port, app) -> None:
+    connections = [Client(port) for _ in range(8)]
+    for one in connections:
+        one.send(
+            f"POST {ADDRESS} HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: 10\r\n"
+            "Content-Length: 100000\r\n\r\n{".encode()
+        )
+    with connected(port) as good:
+        good.send(request_of(images(7)))
+        assert logits_in(*good.answer())[0, 0] == 7
+    for one in connections:
+        one.close()
+
+
 def test_a_deadline_that_passes_in_the_queue_is_told_and_not_run(threaded_port, session) -> None:
     session.gate.clear()
     with connected(threaded_port) as first, connected(threaded_port) as late:
