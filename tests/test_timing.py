@@ -236,7 +236,7 @@ def test_whole_rounds_are_kept_when_a_call_fails_later() -> None:
     assert len(partial.runs["a"].by_turn()) == len(partial.runs["b"].by_turn()) == partial.rounds
 
 
-def test_a_failing_call_is_named_and_the_collector_is_back() -> None:
+def test_a_failing_call_is_named_and_the_collector_is_as_it_was() -> None:
     def call() -> None:
         raise ValueError("broken")
 
@@ -245,6 +245,7 @@ def test_a_failing_call_is_named_and_the_collector_is_back() -> None:
         interleave({"left": call}, budget_s=1.0, clock=VirtualClock())
     assert caught.value.__notes__ == ["while timing left"]
     assert gc.isenabled()
+    assert gc.get_freeze_count() > 0  # what tests/conftest.py froze is still so
 
 
 def test_drift_is_told_from_noise() -> None:
