@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import subprocess
+import resource
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -14,50 +17,41 @@ from dlops.artifact import Artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import MachineError
 from dlops.export import quantize
+from dlops.export.pipeline import export_variants
 from dlops.export.quantize_static import calibrate
 
-_LIMITED = """
-import importlib.util, resource, signal, sys
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("fixtures", sys.argv[1]); fixtures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fixtures)
-from dlops.errors import MachineError
-from dlops.export import to_onnx
-from dlops.export.pipeline import export_variants
-# It writes no file: once for all, under the narrowest limit.
-whole, kept = to_onnx._to_fp32, []
-to_onnx._to_fp32 = lambda request: (kept or kept.append(whole(request)) or kept)[0]
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for attempt in sys.argv[4:]:
-    limit, slug = attempt.split(":")
+from .conftest import SmallNet
+
+
+@contextlib.contextmanager
+def largest_file(limit: int) -> Iterator[None]:
+    """Python ignores SIGXFSZ: what writes more is told that the file is too large."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # The soft limit alone, which can be raised again.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        export_variants(sys.argv[2], variants=[slug], out=sys.argv[3], model=fixtures.SmallNet)
-    except MachineError as error:
-        print(attempt, error.exit_status)
-"""
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_no_room_on_the_disk_is_said_and_leaves_nothing(
-    checkpoint: Checkpoint, exported_dense: dict[str, Artifact], tmp_path: Path
+    checkpoint: Checkpoint, exported_dense: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slugs = ["torchscript-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8"]
     # int8 goes through files of the fp32 model, which is the larger.
     needed = {slug: exported_dense[slug.replace("int8", "fp32")].model_bytes for slug in slugs}
-    attempts = [f"{limit}:{slug}" for limit in (5_000, 120_000) for slug in slugs if needed[slug] > limit]
+    attempts = [(limit, slug) for limit in (5_000, 120_000) for slug in slugs if needed[slug] > limit]
     assert len(attempts) >= 7
     temporary, out = tmp_path / "tmp", tmp_path / "out"
     temporary.mkdir()
-    fixtures = Path(__file__).with_name("conftest.py")
-    arguments = [str(fixtures), str(checkpoint.directory), str(out), *attempts]
-    # -B: compiled modules would be cut short at the limit too, and stay so.
-    done = subprocess.run(
-        [sys.executable, "-B", "-W", "ignore", "-c", _LIMITED, *arguments], capture_output=True, text=True, timeout=120,
-        env={"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{attempt} 4" for attempt in attempts]
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    # Compiled modules would be cut short at the limit too, and stay so.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for limit, slug in attempts:
+        with largest_file(limit), pytest.raises(MachineError) as caught:
+            export_variants(checkpoint, variants=[slug], out=out, model=SmallNet)
+        assert caught.value.exit_status == 4, (limit, slug)
     assert not list(out.glob("**/*.*"))
     assert not list(temporary.glob("dlops-*"))
 
