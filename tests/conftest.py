@@ -133,6 +133,16 @@ def cache_folder(calibration: Calibration, tmp_path_factory: pytest.TempPathFact
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> Iterator[None]:
+    """torch.onnx.export parses the source of 500 operators anew each time: a second, for always the same table."""
+    from onnxscript._framework_apis import torch_2_11
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_2_11, "get_torchlib_ops", functools.cache(torch_2_11.get_torchlib_ops))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def python_answers_ctrl_c() -> Iterator[None]:
     """Commands and libraries that run in this process may leave SIGINT handled otherwise, or not at all."""

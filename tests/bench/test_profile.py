@@ -89,7 +89,9 @@ def events_of(path: Path) -> list[dict]:
     return document["traceEvents"] if isinstance(document, dict) else document
 
 
-def test_the_eager_module_of_a_checkpoint_is_profiled_by_torch(working_folder, tmp_path, capsys) -> None:
+def test_the_eager_module_of_a_checkpoint_is_profiled_by_torch(working_folder, tmp_path, capsys, monkeypatch) -> None:
+    # How much is recorded has a test of its own; torch takes seconds to sum up what is recorded for users.
+    monkeypatch.setattr(profile, "_MAX_EVENTS", 2_000)
     torch = pytest.importorskip("torch", reason="this is torch's profiler")
     job = Job(
         target="eager", kind="eager", directory=str(working_folder / "runs" / "cnn" / "short"), batch=2, device="cpu",

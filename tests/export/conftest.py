@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import tempfile
@@ -108,16 +107,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_table_of_operators() -> Iterator[None]:
-    """torch.onnx.export parses the source of 500 operators anew each time: a second, for always the same table."""
-    from onnxscript._framework_apis import torch_2_11
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_2_11, "get_torchlib_ops", functools.cache(torch_2_11.get_torchlib_ops))
-        yield
 
 
 _capture = to_onnx._to_fp32

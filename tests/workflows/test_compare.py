@@ -40,7 +40,7 @@ def dlops(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def measured(working_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of both artifacts, made by the command."""
     out = tmp_path_factory.mktemp("compared") / "report"
-    answer = dlops("bench", FP32, INT8, "--duration", 1, "--device", "cpu", "--out", out, cwd=working_folder)
+    answer = dlops("bench", FP32, INT8, "--duration", 0.3, "--device", "cpu", "--out", out, cwd=working_folder)
     assert answer.returncode in (0, 3), answer.stderr
     return out
 
@@ -81,7 +81,7 @@ def test_two_artifacts_are_measured_in_one_run_and_their_report_is_written(
     working_folder: Path, tmp_path: Path
 ) -> None:
     answer = dlops(
-        "compare", FP32, INT8, "--duration", 1, "--batch", 1, "--batch", 4, "--device", "cpu", "--out",
+        "compare", FP32, INT8, "--duration", 0.3, "--batch", 1, "--batch", 4, "--device", "cpu", "--out",
         tmp_path / "report", "--json", tmp_path / "found.json", "--markdown", tmp_path / "found.md",
         cwd=working_folder,
     )  # fmt: skip
@@ -102,7 +102,7 @@ def test_two_artifacts_are_measured_in_one_run_and_their_report_is_written(
 
 def test_an_artifact_against_itself_did_not_regress(working_folder: Path, tmp_path: Path) -> None:
     answer = dlops(
-        "compare", FP32, FP32, "--duration", 2, "--device", "cpu", "--out", tmp_path / "report", "--gate", "p50=+30%",
+        "compare", FP32, FP32, "--duration", 1, "--device", "cpu", "--out", tmp_path / "report", "--gate", "p50=+30%",
         "--json", "-", cwd=working_folder,
     )  # fmt: skip
     found = json.loads(answer.stdout)
