@@ -7,7 +7,7 @@ import gc
 import io
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,6 @@ def _own_cores() -> None:
 
 # Before numpy is there, whose libraries count the cores once.
 _own_cores()
-# What is imported stays: until the tests begin, nothing is to be found.
-gc.disable()
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -69,15 +67,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(_group(item.nodeid.split("::")[0]), len(LONGEST)))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over the million objects of torch and pytest, and look for cycles less often.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let the garbage collector pass over what is imported here, the million objects of torch among them.
 
-    They are a twentieth of a worker's time otherwise.
+    Each of its rounds through them takes half a second otherwise, and what times calls begins with one.
     """
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 10)
-    gc.enable()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 10)
+        gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
