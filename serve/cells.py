@@ -71,6 +71,8 @@ class Cells:
             yield _read(self.values, self._places, lives=True)
             return
         for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            if path.stat().st_size < _CELLS * _BYTES:  # it is being made
+                continue
             with (
                 path.open("rb") as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,

@@ -20,6 +20,7 @@ import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from dlops.console import say
+from dlops.errors import InputError
 from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS, request_id
 from dlops.serve.protocol import InferRequest
 from dlops.serve.queue import Answer, Ticket
@@ -27,8 +28,10 @@ from dlops.serve.routes import (
     INFER,
     TIMING_HEADER,
     Application,
+    HeadTooLargeError,
     ReceiveTimeoutError,
     deadline_ns,
+    error_response,
     json_length,
     server_timing,
 )
@@ -44,6 +47,10 @@ _TIMING = TIMING_HEADER.lower().encode()
 _SECURITY = b"".join([f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS.items()])
 # How often slow connections are looked for.
 _SWEEP_S = 0.5
+# Of the JSON's length: up to 9,999 bytes are read on the event loop in well under a millisecond.
+_JSON_DIGITS = 4
+# Of the first line and the headers; what a connection reads at once may be more and is taken.
+_MAX_HEAD_BYTES = 64 * 1024
 _LARGE_BYTES = 64 * 1024
 
 
@@ -60,6 +67,7 @@ class Door(HttpToolsProtocol):
         self._receiving: _Call | None = None
         # When the request that has not come whole yet began to; at first, when the connection was made.
         self._waiting_since: float | None = self.loop.time()
+        self._in_head, self._head_bytes = False, 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -84,12 +92,34 @@ class Door(HttpToolsProtocol):
             call.time_out()
         self.transport.close()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # The parser keeps what is not complete yet to itself, however long it grows.
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(HeadTooLargeError(f"address and headers are larger than {_MAX_HEAD_BYTES} bytes"))
+
+    def send_400_response(self, msg: str) -> None:
+        """As uvicorn's, in the form of all our errors."""
+        self._refuse(InputError("this is no HTTP request that can be understood"))
+
+    def _refuse(self, error: InputError) -> None:
+        """Answer what no request was made of, and end the connection."""
+        response = error_response(error)
+        self.application.count("other", "-", response.status_code, None, 0, failed=True)
+        self.answer(
+            response.status_code, b"content-type: application/json\r\n", [bytes(response.body)], keep_alive=False
+        )  # fmt: skip
+
     def on_message_begin(self) -> None:
         self._receiving = None
+        self._in_head, self._head_bytes = True, 0
         self._waiting_since = self.loop.time()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
         call = self._usual_inference()
         if call is None:
             super().on_headers_complete()
@@ -143,7 +173,8 @@ class Door(HttpToolsProtocol):
                 is_timed = True
             elif name in _UNUSUAL or (name == b"accept-encoding" and value.strip() != b"identity"):
                 return None
-        if length is None or json_bytes is None:
+        # A long header is read in a thread, the usual way.
+        if length is None or json_bytes is None or len(json_bytes) > _JSON_DIGITS:
             return None
         keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
         call = _Call(self, model, length=length, json_bytes=json_bytes, deadline_ms=deadline_ms, keep_alive=keep_alive)
@@ -270,9 +301,9 @@ class _Call:
             self._fail(result)
             return
         assert self._wanted is not None
-        wanted, model = self._wanted, self._model
+        wanted, plan, model = self._wanted, self._plan, self._model
         try:
-            head, body = model.codec.encode(result.outputs, wanted, self._plan)
+            head, body = model.codec.encode(result.outputs, wanted, plan)
         except Exception as error:  # noqa: BLE001 - likewise
             self._fail(error)
             return
@@ -312,6 +343,9 @@ class _Call:
     def _end(self, status: int) -> None:
         self.response_complete = True
         self._chunks = []
+        # The ticket holds this call by its `deliver`, and the request its body: let go of both now, and not when the
+        # garbage collector next comes by.
+        self._ticket = self._wanted = self._plan = None
         application = self._door.application
         application.bodies.release(self._held)
         self._held = 0

@@ -8,6 +8,8 @@ https://github.com/kserve/open-inference-protocol and Triton's grpc_service.prot
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
@@ -21,6 +23,7 @@ from dlops.serve.guard import UnauthorizedError
 from dlops.serve.protocol import Wanted
 from dlops.serve.queue import ClosedError, DeadlineError, OverloadedError
 from dlops.serve.routes import Application, NotReadyError, UnknownModelError, UnsupportedError, deadline_ns
+from dlops.serve.settings import Settings
 from dlops.signature import Array, Feed, Signature
 
 try:
@@ -46,13 +49,23 @@ _CONTENTS = {
 }  # fmt: skip
 # Needs no token, as over HTTP.
 _OPEN = ("ServerLive", "ServerReady")
+_INFERENCES = ("ModelInfer", "ModelStreamInfer")
+# At once, however large a message of the model may be.
+_LEAST_CALLS = 32
 
 
 class GrpcServer:
     """Listens until `stop`. Made on the event loop on which the queue delivers."""
 
-    def __init__(self, application: Application, *, host: str, port: int, max_bytes: int) -> None:
+    def __init__(
+        self, application: Application, signature: Signature, *, host: str, port: int, settings: Settings
+    ) -> None:
+        # A message is received whole before anybody can look at it, so what all together may take is bounded by their
+        # number and by what this model can need.
+        max_bytes = min(settings.max_body_bytes, protocol.json_limit(signature))
+        self._closing = asyncio.Event()
         self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=max(_LEAST_CALLS, settings.max_pending_bytes // max_bytes),
             options=[
                 ("grpc.max_receive_message_length", max_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -60,7 +73,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 1),
             ],
         )
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(application), self._server)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(application, self._closing), self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             self._server.add_insecure_port(address)
@@ -72,13 +85,15 @@ class GrpcServer:
         await self._server.start()
 
     async def stop(self, *, grace_s: float) -> None:
-        """Accept no more, and wait until what was accepted is answered."""
+        """Accept no more, and wait until what was accepted is answered; streams end after what they were asked."""
+        self._closing.set()
         await self._server.stop(grace_s)
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, closing: asyncio.Event) -> None:
         self._application = application
+        self._closing = closing
 
     async def ServerLive(self, request: Any, context: Context) -> Any:
         return await self._answered("ServerLive", context, lambda: service_pb2.ServerLiveResponse(live=True))
@@ -129,16 +144,18 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         """One answer a request, in their order; an error is an answer here, and the stream goes on."""
-        async for request in requests:
-            answer = service_pb2.ModelStreamInferResponse()
+        async for request in _until(self._closing, requests):
+            started_ns = time.perf_counter_ns()
+            answer, status = service_pb2.ModelStreamInferResponse(), grpc.StatusCode.OK
             try:
                 self._guard("ModelStreamInfer", context)
                 answer.infer_response.CopyFrom(await self._infer(request, context))
             except DlopsError as error:
-                answer.error_message = str(error)
+                status, answer.error_message = _status(error), str(error)
                 answer.infer_response.id = request.id
             except Exception as error:  # noqa: BLE001 - a bug of ours is the log's
-                answer.error_message = self._bug(error, "ModelStreamInfer")
+                status, answer.error_message = grpc.StatusCode.INTERNAL, self._bug(error, "ModelStreamInfer")
+            self._count("ModelStreamInfer", status, started_ns)
             yield answer
 
     async def _unsupported(self, name: str, context: Context) -> NoReturn:
@@ -193,11 +210,21 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             status, text = _status(error), str(error)
         except Exception as error:  # noqa: BLE001 - a bug of ours is the log's, and the client gets a line
             status, text = grpc.StatusCode.INTERNAL, self._bug(error, name)
-        model = self._application.model if name == "ModelInfer" else None
-        self._application.count(f"grpc {name}", "gRPC", status.name, model, started_ns, failed=found is None)
+        except asyncio.CancelledError:
+            self._count(name, grpc.StatusCode.CANCELLED, started_ns)
+            raise
+        self._count(name, status, started_ns)
         if found is None:
             await context.abort(status, text)
         return found
+
+    def _count(self, name: str, status: grpc.StatusCode, started_ns: int) -> None:
+        # A failure of this model's, not one of a model that is not there.
+        is_ours = name in _INFERENCES and status is not grpc.StatusCode.NOT_FOUND
+        self._application.count(
+            f"grpc {name}", "gRPC", status.name, self._application.model if is_ours else None, started_ns,
+            failed=status is not grpc.StatusCode.OK,
+        )  # fmt: skip
 
     def _guard(self, name: str, context: Context) -> None:
         if name not in _OPEN:
@@ -241,6 +268,24 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         return response
 
 
+async def _until(closing: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The requests of a stream, until the server is to end and none of them waits."""
+    end = asyncio.ensure_future(closing.wait())
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(requests, None))
+            await asyncio.wait({coming, end}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                coming.cancel()
+                return
+            request = coming.result()
+            if request is None:
+                return
+            yield request
+    finally:
+        end.cancel()
+
+
 def _feed(request: Any, signature: Signature) -> Feed:
     """The request's tensors, checked. Raises InputError naming the one at fault."""
     raw = request.raw_input_contents
@@ -264,7 +309,11 @@ def _feed(request: Any, signature: Signature) -> Feed:
         field = _CONTENTS.get(tensor.datatype)
         if field is None:
             raise InputError(f"{name}: {tensor.datatype} comes in raw_input_contents", field=name)
-        feed[name] = protocol.from_numbers(list(getattr(tensor.contents, field)), spec, shape)
+        numbers = getattr(tensor.contents, field)
+        # Counted before they are made Python's.
+        if len(numbers) != math.prod(shape):
+            raise InputError(f"{name}: {len(numbers)} values, shape {list(shape)} takes {math.prod(shape)}", field=name)
+        feed[name] = protocol.from_numbers(list(numbers), spec, shape)
     signature.check(feed)
     return feed
 

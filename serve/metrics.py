@@ -42,6 +42,10 @@ class _Family:
             place = self._places[labels] = self._cells.index(self._name, labels, count=count)
         return place
 
+    def sums(self) -> dict[Labels, list[int]]:
+        """The cells of all workers together, by labels."""
+        return self._summed(self._cells.workers())
+
     def _summed(self, workers: Iterable[Worker]) -> dict[Labels, list[int]]:
         sums: defaultdict[Labels, list[int]] = defaultdict(list)
         for worker in workers:
@@ -73,9 +77,12 @@ class Gauge(_Family):
 
     def metric(self, workers: Sequence[Worker]) -> Metric:
         metric = GaugeMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, (value,) in self._summed(worker for worker in workers if worker.lives).items():
+        for labels, (value,) in self._summed(workers).items():
             metric.add_metric(labels, value)
         return metric
+
+    def _summed(self, workers: Iterable[Worker]) -> dict[Labels, list[int]]:
+        return super()._summed(worker for worker in workers if worker.lives)
 
 
 class Presence(Gauge):
@@ -83,7 +90,7 @@ class Presence(Gauge):
 
     def metric(self, workers: Sequence[Worker]) -> Metric:
         metric = GaugeMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, (value,) in self._summed(worker for worker in workers if worker.lives).items():
+        for labels, (value,) in self._summed(workers).items():
             if value:
                 metric.add_metric(labels, 1)
         return metric
@@ -97,20 +104,20 @@ class Histogram(_Family):
         unit: float = 1,
     ) -> None:  # fmt: skip
         super().__init__(cells, name, text, labels)
-        self._bounds = tuple(bounds)
+        self.bounds = tuple(bounds)
         self._unit = unit
 
     def observe(self, *labels: str, value: int) -> None:
         # Beside a cell for each bound: one for what is above all of them, and the sum.
-        count = len(self._bounds) + 2
+        count = len(self.bounds) + 2
         place = self._place(labels, count)
         cells = self._cells.values
-        cells[place + bisect_left(self._bounds, value)] += 1
+        cells[place + bisect_left(self.bounds, value)] += 1
         cells[place + count - 1] += value
 
     def metric(self, workers: Sequence[Worker]) -> Metric:
         metric = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        ends = [*[f"{bound * self._unit:g}" for bound in self._bounds], "+Inf"]
+        ends = [*[f"{bound * self._unit:g}" for bound in self.bounds], "+Inf"]
         for labels, (*counts, total) in self._summed(workers).items():
             below, buckets = 0, []
             for end, found in zip(ends, counts, strict=True):

@@ -62,6 +62,8 @@ class ServedModel:
             metrics.batch_rows.observe(value=done.rows)
             metrics.compute_seconds.observe(value=done.compute_ns)
             metrics.batches.add(done.reason)
+            metrics.queue_rows.set(to=self.queue.rows_waiting)
+            metrics.busy_instances.set(to=self.queue.busy_instances)
             if done.padded_rows:
                 metrics.padded_rows.add(by=done.padded_rows)
 
@@ -160,7 +162,8 @@ def load_model(artifact: Artifact, settings: Settings, metrics: Metrics) -> Serv
         for session in sessions:
             self_test(artifact, session)
             _warm_up(session, max_batch)
-        inline = count == 1 and settings.queue_delay_us == 0 and _is_quick(sessions[0], max_batch)
+        # A request may have all the rows that the artifact allows, and runs whole.
+        inline = count == 1 and settings.queue_delay_us == 0 and _is_quick(sessions[0], artifact.signature.max_batch)
         return ServedModel(artifact, sessions, settings, metrics, inline=inline)
     except BaseException:
         for session in sessions:

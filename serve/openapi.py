@@ -1,4 +1,4 @@
-"""The OpenAPI document of the service and the page that shows it.
+"""The OpenAPI document of the service and the page at /docs that shows it.
 
 BentoML writes one for its own endpoints only, and its page loads a tracker from the network: ours stand in front.
 """

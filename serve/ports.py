@@ -7,12 +7,28 @@ import ipaddress
 import socket
 
 from dlops.errors import MachineError, UsageError, from_os_error
-from dlops.serve.settings import Settings
+
+# Closed by the end of the process.
+_HELD: list[socket.socket] = []
 
 
-def grpc_port(settings: Settings) -> int:
-    """The port for gRPC that the settings name, or a free one for 0. Raises MachineError where it is taken."""
-    return usable_port(numeric_host(settings.grpc_host), settings.grpc_port or 0)
+def hold_port(host: str, port: int) -> int:
+    """Keep a port, or a free one for 0, for processes that this one starts and that share it; returns its number.
+
+    It is held for as long as this process lives, and nothing listens on it here: so no other server can take it, not
+    even between now and when the first of them does. Raises MachineError where it is taken.
+    """
+    address = numeric_host(host)
+    number = usable_port(address, port)
+    holder = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        holder.bind((address, number))
+    except OSError as error:
+        holder.close()
+        raise from_os_error(error, doing=f"listening on {authority(address, number)}") from None
+    _HELD.append(holder)
+    return number
 
 
 def numeric_host(host: str) -> str:

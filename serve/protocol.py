@@ -25,6 +25,9 @@ _DTYPES: Mapping[str, str] = {
 }  # fmt: skip
 DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in _DTYPES.items()}
 SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
+# A number in JSON with its comma, brackets and the white space of somebody who formats it, and what stands around them.
+_JSON_NUMBER_BYTES = 64
+_JSON_BASE_BYTES = 64 * 1024
 # The kinds of Python number that JSON holds and a datatype takes: 1.5 is no INT64, true is no FP32.
 _JSON_KINDS: Mapping[str, str] = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
 
@@ -70,6 +73,9 @@ def decode_request(body: bytes, *, json_bytes: int | None, signature: Signature)
             f"Inference-Header-Content-Length is {json_bytes}, the body has {len(body)} bytes",
             field="Inference-Header-Content-Length",
         )
+    limit = json_limit(signature)
+    if (len(body) if json_bytes is None else json_bytes) > limit:
+        raise InputError(f"more JSON than this model's inputs can need: at most {limit} bytes", field="body")
     document = read_json(body if json_bytes is None else body[:json_bytes])
     binary = memoryview(body)[json_bytes if json_bytes is not None else len(body) :]
     parameters = _mapping(document.get("parameters", {}), "parameters")
@@ -87,6 +93,14 @@ def decode_request(body: bytes, *, json_bytes: int | None, signature: Signature)
         outputs=_wanted(document, parameters, signature),
         timeout_us=_timeout(parameters),
     )
+
+
+def json_limit(signature: Signature) -> int:
+    """More bytes than a request's JSON can need: reading more would hold up everything else for nothing."""
+    numbers = 0
+    for spec in signature.inputs:
+        numbers += math.prod(signature.dims[dim].max if isinstance(dim, str) else dim for dim in spec.shape)
+    return _JSON_BASE_BYTES + numbers * _JSON_NUMBER_BYTES
 
 
 def encode_response(
@@ -251,9 +265,12 @@ def _from_json_data(entry: dict[str, Any], spec: TensorSpec, shape: tuple[int, .
 
 def from_numbers(data: list[Any], spec: TensorSpec, shape: tuple[int, ...]) -> Array:
     """A tensor of its numbers in a list. Raises InputError."""
+    wanted = math.prod(shape)
+    # Before anything is made of them: a nested list is no longer than what it holds.
+    if len(data) > wanted:
+        raise InputError(f"{spec.name}: {len(data)} values, shape {list(shape)} takes {wanted}", field=spec.name)
     array = number_array(data, spec.dtype, field=spec.name)
-    if array.size != math.prod(shape):
-        wanted = math.prod(shape)
+    if array.size != wanted:
         raise InputError(f"{spec.name}: {array.size} values, shape {list(shape)} takes {wanted}", field=spec.name)
     return array.reshape(shape)
 

@@ -68,22 +68,15 @@ class Ticket:
     """A request in the queue."""
 
     __slots__ = (
-        "bytes",
-        "cancelled",
-        "deadline_ns",
-        "deliver",
-        "feed",
-        "future",
-        "key",
-        "loop",
-        "rows",
-        "submitted_ns",
-    )
+        "_queue", "bytes", "deadline_ns", "deliver", "feed", "future", "is_dropped", "key", "loop", "rows",
+        "submitted_ns", "timer",
+    )  # fmt: skip
 
     def __init__(
-        self, feed: Feed, rows: int, size: int, deadline_ns: int | None, deliver: Deliver, key: tuple[object, ...],
-        loop: asyncio.AbstractEventLoop,
+        self, queue: InferenceQueue, feed: Feed, rows: int, size: int, deadline_ns: int | None, deliver: Deliver,
+        key: tuple[object, ...], loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
+        self._queue = queue
         self.feed = feed
         self.rows = rows
         self.bytes = size
@@ -92,17 +85,25 @@ class Ticket:
         self.key = key
         self.loop = loop
         self.submitted_ns = time.perf_counter_ns()
-        self.cancelled = False
+        self.is_dropped = False
         self.future: asyncio.Future[Answer] | None = None
+        self.timer: asyncio.TimerHandle | None = None
 
     @property
     def is_wanted(self) -> bool:
         """Whether anybody waits for the answer. A cancelled future says so at once, its callbacks a turn later."""
-        return not (self.cancelled or (self.future is not None and self.future.cancelled()))
+        return not (self.is_dropped or (self.future is not None and self.future.cancelled()))
 
     def cancel(self) -> None:
-        """Drop the request where it has not run; its answer goes nowhere."""
-        self.cancelled = True
+        """Drop the request, and give its place in the queue to others where it has not run; its answer goes nowhere."""
+        self.is_dropped = True
+        self._queue.leave(self)
+
+    def expire(self) -> None:
+        """Its deadline has passed: where it still waits, say so now and not when an instance frees."""
+        if self._queue.leave(self) and self.is_wanted:
+            self.is_dropped = True
+            self.deliver(_late())
 
 
 Results = list[tuple[Ticket, Answer | Exception]]
@@ -180,14 +181,16 @@ class InferenceQueue:
             else:
                 future.set_result(result)
 
-        self.put(feed, rows=rows, deadline_ns=deadline_ns, deliver=settle).future = future
+        ticket = self.put(feed, rows=rows, deadline_ns=deadline_ns, deliver=settle)
+        ticket.future = future
+        future.add_done_callback(lambda future: ticket.cancel() if future.cancelled() else None)
         return future
 
     def put(self, feed: Feed, *, rows: int, deliver: Deliver, deadline_ns: int | None = None) -> Ticket:
         """As `submit`, for callers without a coroutine: `deliver` is called on the event loop, and never from here."""
         size = sum(array.nbytes for array in feed.values())
         key = () if self._fixed or not self._batching else _shape_key(feed)
-        ticket = Ticket(feed, rows, size, deadline_ns, deliver, key, asyncio.get_running_loop())
+        ticket = Ticket(self, feed, rows, size, deadline_ns, deliver, key, asyncio.get_running_loop())
         with self._changed:
             if self._closing:
                 raise ClosedError("the server is shutting down", hint="send the request elsewhere")
@@ -205,7 +208,20 @@ class InferenceQueue:
                 self._turn_is_due = True
                 # Requests that the loop has read in this turn come before it, and so into the same batch.
                 ticket.loop.call_soon(self._turn)
+        if deadline_ns is not None:
+            ticket.timer = ticket.loop.call_later((deadline_ns - ticket.submitted_ns) / 1e9, ticket.expire)
         return ticket
+
+    def leave(self, ticket: Ticket) -> bool:
+        """Take a request out that still waits; whether it did."""
+        with self._changed:
+            try:
+                self._waiting.remove(ticket)
+            except ValueError:
+                return False
+            self._rows -= ticket.rows
+            self._bytes -= ticket.bytes
+            return True
 
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Take no more requests, answer those that wait, end the threads. Returns whether that was done in time.
@@ -219,7 +235,7 @@ class InferenceQueue:
             if self._inline:
                 # A loop that has ended runs nothing any more, and nobody is left to be told.
                 return self._changed.wait_for(
-                    lambda: not self._waiting or not self._waiting[0].loop.is_running(), timeout_s
+                    lambda: not (self._busy[0] or (self._waiting and self._waiting[0].loop.is_running())), timeout_s
                 )
         for thread in self._threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -262,12 +278,15 @@ class InferenceQueue:
             self._turn_is_due = bool(self._waiting)
             if self._turn_is_due:
                 self._waiting[0].loop.call_soon(self._turn)
-            elif self._closing:
-                self._changed.notify_all()
+            self._busy[0] = bool(batch)
         if expired:
             self._deliver(_expired(expired), [])
         if batch:
             self._deliver(*self._run(0, batch, reason))
+        self._busy[0] = False
+        if self._closing:
+            with self._changed:
+                self._changed.notify_all()
 
     def _take(self, now_ns: int) -> tuple[list[Ticket], list[Ticket], Reason]:
         """The next batch, what expired on the way, and why the batch ends. Others keep their order."""
@@ -340,8 +359,15 @@ class InferenceQueue:
         for done in runs:
             self._on_batch(done)
         for ticket, result in results:
+            if ticket.timer is not None:
+                ticket.timer.cancel()
             if ticket.is_wanted:
-                ticket.deliver(result)
+                try:
+                    ticket.deliver(result)
+                except Exception as error:  # noqa: BLE001 - one that cannot be told must not cost the others theirs
+                    ticket.loop.call_exception_handler(
+                        {"message": "an answer could not be delivered", "exception": error}
+                    )
 
 
 def _other_dims(signature: Signature) -> list[list[str]]:
@@ -357,7 +383,11 @@ def _shape_key(feed: Feed) -> tuple[object, ...]:
 
 
 def _expired(tickets: list[Ticket]) -> Results:
-    return [(ticket, DeadlineError("the deadline passed while the request waited")) for ticket in tickets]
+    return [(ticket, _late()) for ticket in tickets]
+
+
+def _late() -> DeadlineError:
+    return DeadlineError("the deadline passed while the request waited")
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

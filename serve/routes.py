@@ -1,4 +1,4 @@
-"""The service's HTTP routes: /predict for people, /v2 for the Open Inference Protocol, /metrics and the API page."""
+"""The service's HTTP routes: the page at / and /predict for people, /v2 for the Open Inference Protocol, /metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -24,7 +24,7 @@ from starlette.types import Scope
 
 from dlops.console import say
 from dlops.errors import DlopsError, InputError, MachineError
-from dlops.serve import protocol
+from dlops.serve import pages, protocol
 from dlops.serve.body import BodyReader, BodyTooLargeError
 from dlops.serve.cells import Cells
 from dlops.serve.guard import REQUEST_ID, Guard, UnauthorizedError, request_id
@@ -37,6 +37,9 @@ from dlops.serve.settings import Settings
 from dlops.serve.supervision import CELLS_DIR
 from dlops.signature import Feed
 from dlops.version import __version__
+
+if TYPE_CHECKING:
+    from dlops.serve.grpc_service import GrpcServer
 
 T = TypeVar("T")
 Times = Sequence[tuple[str, int]]
@@ -52,6 +55,7 @@ _UNSUPPORTED = (
 )  # fmt: skip
 # A request that bears it gets its parts back, as browsers show them.
 TIMING_HEADER = "X-Server-Timing"
+_GAUGES_S = 0.5
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
 # Below this, compressing costs more time than sending.
 _COMPRESS_FROM_BYTES = 1024
@@ -66,6 +70,10 @@ class UnsupportedError(InputError):
 
 class ReceiveTimeoutError(InputError):
     """The request took too long to come: status 408."""
+
+
+class HeadTooLargeError(InputError):
+    """The request's address and headers are too large: status 431."""
 
 
 class UnknownModelError(DlopsError):
@@ -86,6 +94,7 @@ class Application:
         self.inferences: dict[bytes, ServedModel] = {}
         self.receive_timeout_s = settings.receive_timeout_s
         self.draining = False
+        self.grpc: GrpcServer | None = None
         self.bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
         self.guard = Guard(None if settings.token is None else settings.token.get_secret_value())
         self.asgi = Starlette(routes=self._routes(), exception_handlers={HTTPException: _http_error})
@@ -110,6 +119,14 @@ class Application:
         """Whether new requests should be sent here."""
         return self._model is not None and not self.draining
 
+    async def keep_gauges(self) -> None:
+        """Say again and again how full the queue is: a gauge is summed over workers, whichever of them is asked."""
+        while True:
+            if self._model is not None:
+                self.metrics.queue_rows.set(to=self._model.queue.rows_waiting)
+                self.metrics.busy_instances.set(to=self._model.queue.busy_instances)
+            await asyncio.sleep(_GAUGES_S)
+
     def drain(self) -> None:
         """From here on not ready; what comes all the same is answered."""
         self.draining = True
@@ -122,7 +139,13 @@ class Application:
             ("POST", "/predict", self.predict),
             ("GET", "/metrics", self.render_metrics),
             ("GET", "/docs.json", self.openapi),
+            ("GET", "/docs", self.docs),
             ("GET", "/", self.page),
+            ("GET", "/ui/page.css", self.page_file),
+            ("GET", "/ui/page.js", self.page_file),
+            ("GET", "/ui/model.json", self.page_model),
+            ("GET", "/ui/live.json", self.page_live),
+            ("GET", "/ui/samples/{number:int}", self.page_sample),
             ("GET", "/v2", self.server_metadata),
             ("GET", "/v2/", self.server_metadata),
             ("GET", "/v2/health/live", self.live),
@@ -140,7 +163,11 @@ class Application:
                 )
             ],
         ]
-        routes = [Route(path, self._answered(path, handler), methods=[method]) for method, path, handler in table]
+        # A version in the address makes no route of its own: the two are counted together.
+        routes = [
+            Route(path, self._answered(path.replace("/versions/{version}", ""), handler), methods=[method])
+            for method, path, handler in table
+        ]
         everything = ["GET", "POST", "PUT", "PATCH", "DELETE"]
         for what in _UNSUPPORTED:
             routes.append(Route(what, self._answered("unsupported", self.unsupported), methods=everything))
@@ -165,7 +192,8 @@ class Application:
                 response = self.failed(error, where=f"{request.method} {route}", identity=identity)
             if self.draining:
                 response.headers["Connection"] = "close"
-            model = self._model if route.endswith("/infer") else None
+            # A failure of this model's, not one of a model that is not there.
+            model = self._model if route == INFER and response.status_code != 404 else None
             failed = response.status_code >= 400
             self.count(route, request.method, response.status_code, model, started_ns, failed=failed)
             return response
@@ -264,8 +292,26 @@ class Application:
     async def openapi(self, request: Request) -> Response:
         return json_response(openapi_document(None if self.model is None else self.model.artifact))
 
-    async def page(self, request: Request) -> Response:
+    async def docs(self, request: Request) -> Response:
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    async def page(self, request: Request) -> Response:
+        return pages.file_response("page.html")
+
+    async def page_file(self, request: Request) -> Response:
+        return pages.file_response(request.url.path.rpartition("/")[2])
+
+    async def page_model(self, request: Request) -> Response:
+        return json_response(await asyncio.to_thread(pages.model_document, self._loaded()))
+
+    async def page_live(self, request: Request) -> Response:
+        return json_response(pages.live_document(self.metrics))
+
+    async def page_sample(self, request: Request) -> Response:
+        found = await asyncio.to_thread(pages.sample, self._loaded().artifact, request.path_params["number"])
+        if found is None:
+            raise HTTPException(404, "no such sample")
+        return Response(found.content, media_type=found.kind)
 
     async def refused(self, request: Request) -> Response:
         raise request.scope["dlops.error"]
@@ -348,6 +394,8 @@ def error_response(error: DlopsError) -> Response:
     match error:
         case ReceiveTimeoutError():
             status = 408
+        case HeadTooLargeError():
+            status = 431
         case UnauthorizedError():
             status = 401
         case UnknownModelError():

@@ -10,20 +10,17 @@ import asyncio
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from dlops.console import say
 from dlops.errors import DlopsError, UsageError
 from dlops.serve import supervision
-from dlops.serve.ports import authority, grpc_port
+from dlops.serve.ports import authority, hold_port
 from dlops.serve.settings import Settings, variable
 
 # Usage is reported to BentoML only where the user says so, with BENTOML_DO_NOT_TRACK=False.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 
-
-if TYPE_CHECKING:
-    from dlops.serve.grpc_service import GrpcServer
 
 # How long calls over gRPC may go on that were accepted before the end.
 _GRPC_GRACE_S = 60.0
@@ -78,12 +75,12 @@ class Service:
         """Pick the artifact once, for all workers, in the process that starts them."""
         try:
             artifact = choose_artifact(settings)
-            port = None if settings.grpc_port is None else grpc_port(settings)
+            port = None if settings.grpc_port is None else hold_port(settings.grpc_host, settings.grpc_port)
         except DlopsError as error:
             _stop(error)
         os.environ[variable("artifact")] = str(artifact.directory.resolve())
         if port is not None:
-            # The same for all workers, and taken by nobody else when they come to it.
+            # The same for all workers, and held for them.
             os.environ[variable("grpc_port")] = str(port)
         supervision.become_arbiter()
 
@@ -92,17 +89,16 @@ class Service:
         """Load in the background: the process is live at once, and ready when the self-test has passed."""
         supervision.end_with_arbiter()
         drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
-        self._grpc = None
-        if settings.grpc_port is not None:
-            self._grpc = await _start_grpc()
         self._loading = asyncio.create_task(_load())
+        self._refreshing = asyncio.create_task(application.keep_gauges())
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
         """Answer what waits, then free the model."""
         application.metrics.ready.set(to=0)
-        if self._grpc is not None:
-            await self._grpc.stop(grace_s=_GRPC_GRACE_S)
+        self._refreshing.cancel()
+        if application.grpc is not None:
+            await application.grpc.stop(grace_s=_GRPC_GRACE_S)
         model, application.model = application.model, None
         self._loading.cancel()
         if model is not None:
@@ -118,23 +114,11 @@ Service.add_asgi_middleware(  # type: ignore[attr-defined]
 )
 
 
-async def _start_grpc() -> GrpcServer | None:
-    try:
-        from dlops.serve.grpc_service import GrpcServer
-
-        server = GrpcServer(
-            application, host=settings.grpc_host, port=settings.grpc_port or 0, max_bytes=settings.max_body_bytes
-        )
-        await server.start()
-    except DlopsError as error:
-        supervision.end_server(error)
-        return None
-    return server
-
-
 async def _load() -> None:
     try:
         model = await asyncio.to_thread(_open)
+        if settings.grpc_port is not None:
+            await _start_grpc(model)
     except DlopsError as error:
         supervision.end_server(error)
         return
@@ -155,6 +139,16 @@ async def _load() -> None:
         f"{placement.precision}, {placement.threads} threads): self-test passed, ready"
         + ("" if settings.grpc_port is None else f"; gRPC on {authority(settings.grpc_host, settings.grpc_port)}")
     )
+
+
+async def _start_grpc(model: ServedModel) -> None:
+    from dlops.serve.grpc_service import GrpcServer
+
+    assert settings.grpc_port is not None
+    application.grpc = GrpcServer(
+        application, model.signature, host=settings.grpc_host, port=settings.grpc_port, settings=settings
+    )
+    await application.grpc.start()
 
 
 def _open() -> ServedModel:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 
 from dlops.errors import UsageError
 from dlops.manifest import Record, explain_validation
@@ -50,6 +50,16 @@ class Settings(Record):
     grpc_host: str = "127.0.0.1"
     token: SecretStr | None = Field(None, min_length=16)
     drain_delay_s: float = Field(0.0, ge=0, le=3600)
+
+    @field_validator("token", mode="before")
+    @classmethod
+    def _can_be_sent(cls, token: object) -> object:
+        """Files and shells end a secret with a line's end; what is no ASCII can stand in no header."""
+        if not isinstance(token, str):
+            return token
+        if not token.strip().isascii() or not token.strip().isprintable():
+            raise ValueError("must be printable ASCII, to be sent in a header")
+        return token.strip()
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:

@@ -6,6 +6,7 @@ import functools
 import gc
 import io
 import os
+import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ from dlops.preprocess import Decode, Preprocess, Resize, Scale  # noqa: E402
 from dlops.report import Calibration, Interval, Machine, SendingCost, TimingCost  # noqa: E402
 from dlops.samples import Samples  # noqa: E402
 from dlops.signature import DimRange, Signature, TensorSpec  # noqa: E402
+from tests.browser import Browser  # noqa: E402
 
 MakeArtifact = Callable[..., Artifact]
 
@@ -260,6 +262,18 @@ def working_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = train_recipe("cnn", config, run_dir=folder / "runs" / "cnn" / "short")
     export_variants(checkpoint, variants=["onnx-fp32", "onnx-int8"], out=folder / "artifacts", max_drop=5)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One for all tests, which takes longer to start than to show a page."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((path for name in names if (path := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("no chromium or chrome is installed")
+    started = Browser(program, tmp_path_factory.mktemp("browser"))
+    yield started
+    started.close()
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import sys
 import threading
@@ -28,7 +27,7 @@ from dlops.environment import Environment, describe_environment
 from dlops.report import Calibration, Load, Measurement, Report, Verdict
 from dlops.samples import Samples
 from dlops.signature import DimRange, Signature, TensorSpec
-from tests.bench.browser import Browser, Tab
+from tests.browser import Browser, Tab
 
 FEATURES, CLASSES, MAX_BATCH = 16, 10, 64
 MakeArtifact = Callable[..., Artifact]
@@ -383,18 +382,6 @@ def example(calibration: Calibration) -> Callable[..., Measured]:
         return Measured(report=report, samples=measured.samples)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One for all tests, which takes longer to start than to show a page."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((path for name in names if (path := shutil.which(name))), None)
-    if program is None:
-        pytest.skip("no chromium or chrome is installed")
-    started = Browser(program, tmp_path_factory.mktemp("browser"))
-    yield started
-    started.close()
 
 
 @pytest.fixture

@@ -105,3 +105,18 @@ def test_a_line_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
         file.write('["half", [], 1')
     (worker,) = cells.workers()
     assert worker.values == {("n", ()): [3]}
+
+
+def test_a_file_that_is_being_made_is_not_read_yet(tmp_path: Path) -> None:
+    cells = Cells(tmp_path)
+    (tmp_path / "1-new.cells").touch()
+    assert len(list(cells.workers())) == 1
+
+
+def test_a_gauge_is_that_of_the_living(other_worker, tmp_path: Path) -> None:
+    metrics = Metrics(Cells(tmp_path))
+    metrics.ready.set(to=1)
+    assert metrics.ready.sums() == {(): [2]}
+    other_worker.kill()
+    other_worker.wait(10)
+    assert metrics.ready.sums() == {(): [1]}

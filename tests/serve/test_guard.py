@@ -80,7 +80,10 @@ def test_health_needs_no_token(guarded, path: str) -> None:
 def test_a_short_token_is_refused_before_anything_starts() -> None:
     with pytest.raises(UsageError, match="token"):
         Settings.from_environment({"DLOPS_TOKEN": "short"})
-    settings = Settings.from_environment({"DLOPS_TOKEN": TOKEN})
+    with pytest.raises(UsageError, match="printable"):
+        Settings.from_environment({"DLOPS_TOKEN": "ein geheimes w\u00f6rtchen"})
+    # A file's last line's end is none of the secret's.
+    settings = Settings.from_environment({"DLOPS_TOKEN": f"{TOKEN}\n"})
     assert TOKEN not in repr(settings)
     assert settings.to_environment() == {"DLOPS_TOKEN": TOKEN}
 

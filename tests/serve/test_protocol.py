@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dlops.errors import InputError
+from dlops.serve import protocol
 from dlops.serve.protocol import Wanted, decode_request, encode_response, model_config, model_metadata, number_array
 from dlops.signature import DimRange, Signature, TensorSpec
 
@@ -199,3 +200,16 @@ def test_numbers_keep_their_values_or_are_refused() -> None:
         number_array([200], "int8", field="f")
     with pytest.raises(InputError, match="not all BOOL"):
         number_array([1], "bool", field="f")
+
+
+def test_json_is_bounded_by_what_the_inputs_can_need() -> None:
+    signature = Signature(
+        inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 4)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 1)),), dims={"batch": DimRange(max=2)},
+    )  # fmt: skip
+    limit = protocol.json_limit(signature)
+    fits = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 4], "data": [-1.2345678e-38] * 8}]})
+    assert len(fits) < limit
+    assert protocol.decode_request(fits.encode(), json_bytes=None, signature=signature).rows == 2
+    with pytest.raises(InputError, match=f"at most {limit} bytes"):
+        protocol.decode_request(fits.encode().ljust(limit + 1), json_bytes=None, signature=signature)

@@ -313,7 +313,7 @@ def test_a_quick_model_runs_on_the_event_loop_and_joins_what_came_in_one_turn(ma
         futures = [queue.submit(feed(0), rows=1)]
         queue.put(feed(1), rows=1, deliver=lambda result: pytest.fail("nobody waits for it")).cancel()
         futures += [queue.submit(feed(n), rows=1) for n in range(2, 6)]
-        assert queue.rows_waiting == 6
+        assert queue.rows_waiting == 5
         late = queue.submit(feed(9), rows=1, deadline_ns=time.perf_counter_ns() - 1)
         answers = await asyncio.gather(*futures)
         with pytest.raises(DeadlineError):
@@ -404,3 +404,80 @@ def test_why_a_batch_began_with_no_more_rows_is_told(make_queue, session) -> Non
     assert [(one.rows, one.reason) for one in done] == [
         (1, "nothing_more"), (4, "full"), (3, "next_too_large"), (3, "nothing_more"),
     ]  # fmt: skip
+
+
+def test_a_deadline_is_told_when_it_passes_and_not_when_an_instance_frees(make_queue, session) -> None:
+    async def scenario() -> None:
+        queue = make_queue(max_rows=2)
+        first = await occupied(queue, session)
+        late = [queue.submit(feed(n), rows=1, deadline_ns=time.perf_counter_ns() + 20_000_000) for n in (7, 8)]
+        assert queue.is_full
+        for one in late:
+            with pytest.raises(DeadlineError):
+                await asyncio.wait_for(one, 5)
+        assert not first.done(), "the instance still runs"
+        # Their places are others' now.
+        assert (queue.rows_waiting, queue.is_full) == (0, False)
+        session.gate.set()
+        await first
+
+    asyncio.run(scenario())
+    assert [batch[0, 0] for batch in session.seen] == [100]
+
+
+def test_a_client_that_leaves_makes_room_at_once(make_queue, session) -> None:
+    async def scenario() -> None:
+        queue = make_queue(max_rows=2)
+        first = await occupied(queue, session)
+        leaving = [queue.submit(feed(n), rows=1) for n in (7, 8)]
+        assert queue.is_full
+        for one in leaving:
+            one.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        stays = queue.submit(feed(9), rows=1)
+        session.gate.set()
+        await first
+        assert (await stays).outputs["y"][0, 0] == 18
+
+    asyncio.run(scenario())
+    assert [batch[0, 0] for batch in session.seen] == [100, 9]
+
+
+def test_one_answer_that_cannot_be_delivered_costs_no_other_theirs(make_queue, session) -> None:
+    told: list[object] = []
+
+    def broken(result: object) -> None:
+        raise OSError("the connection is gone")
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context["exception"]))
+        queue = make_queue()
+        first = await occupied(queue, session)
+        queue.put(feed(1), rows=1, deliver=broken)
+        after = queue.submit(feed(2), rows=1)
+        session.gate.set()
+        await first
+        assert (await after).outputs["y"][0, 0] == 4
+
+    asyncio.run(scenario())
+    assert [str(error) for error in told] == ["the connection is gone"]
+
+
+def test_closing_waits_for_what_runs_on_the_event_loop(make_queue) -> None:
+    session = OnLoop()
+    session.gate.clear()
+
+    async def scenario() -> None:
+        queue = make_queue(session=session, inline=True)
+        last = queue.submit(feed(1), rows=1)
+        closed: list[bool] = []
+        closing = threading.Thread(target=lambda: closed.append(queue.close(timeout_s=10)))
+        threading.Timer(0.2, closing.start).start()
+        threading.Timer(0.5, lambda: (closed.append(False), session.gate.set())).start()
+        # Holds the event loop up, as a run on it does.
+        await last
+        await asyncio.to_thread(closing.join, 10)
+        assert closed == [False, True]
+
+    asyncio.run(scenario())

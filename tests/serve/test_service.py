@@ -330,7 +330,7 @@ def test_the_api_page_describes_predict_and_loads_nothing_from_elsewhere(client)
         "image/*", "application/octet-stream", "multipart/form-data", "application/json",
     }  # fmt: skip
     assert "/v2/models/{name}/infer" in document["paths"]
-    page = client.get("/").text
+    page = client.get("/docs").text
     assert "http" not in page
     assert client.get("/static_content/swagger-ui-bundle.js").status_code == 200
 

@@ -113,14 +113,23 @@ def test_many_at_once_get_their_own(triton, x, expected) -> None:
 
 def test_a_stream_answers_in_order_and_outlives_an_error(triton, x, expected) -> None:
     answers: queue.Queue = queue.Queue()
+
+    def counts() -> tuple[int, int]:
+        found = triton.get_inference_statistics("digits").model_stats[0].inference_stats
+        return found.success.count, found.fail.count
+
+    before = counts()
     triton.start_stream(callback=lambda result, error: answers.put((result, error)))
     for name, one in (("digits", 0), ("other", 1), ("digits", 2)):
         triton.async_stream_infer(name, [an_input(x[one : one + 1])], request_id=str(one))
-    found = [answers.get(timeout=30) for _ in range(3)]
+    triton.async_stream_infer("digits", [an_input(np.full_like(x[:1], np.nan))])
+    found = [answers.get(timeout=30) for _ in range(4)]
     triton.stop_stream()
-    assert [error is None for _, error in found] == [True, False, True]
+    assert [error is None for _, error in found] == [True, False, True, False]
     assert "unknown model" in str(found[1][1])
     np.testing.assert_allclose(found[2][0].as_numpy("logits")[0], expected[2], rtol=1e-4, atol=1e-4)
+    # The model that is not there has failed nobody.
+    assert counts() == (before[0] + 2, before[1] + 1)
 
 
 def an_infer(x: np.ndarray, **more) -> service_pb2.ModelInferRequest:
@@ -239,4 +248,28 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(digits_artifact) ->
             pytest.raises(MachineError, match="in use"),
             ServerProcess(digits_artifact, grpc_port=taken.getsockname()[1]),
         ):
+            pass
+
+
+def test_an_idle_stream_does_not_keep_a_server_from_ending(digits_artifact, x) -> None:
+    answers: queue.Queue = queue.Queue()
+    with (
+        ServerProcess(digits_artifact, grpc_port=0) as server,
+        triton_grpc.InferenceServerClient(url=f"127.0.0.1:{server.grpc_port}") as client,
+    ):
+        client.start_stream(callback=lambda result, error: answers.put((result, error)))
+        client.async_stream_infer("digits", [an_input(x[:1])])
+        assert answers.get(timeout=30)[1] is None
+        began = time.monotonic()
+        server.close()
+        # gRPC's own time of grace is a minute.
+        assert time.monotonic() - began < 15
+        client.stop_stream()
+
+
+def test_two_servers_do_not_share_a_port(digits_artifact) -> None:
+    with ServerProcess(digits_artifact, grpc_port=0) as server:
+        # The launcher asks before, the process that holds the port afterwards.
+        env = {"DLOPS_GRPC_PORT": str(server.grpc_port)}
+        with pytest.raises(MachineError, match=r"in use|before it was ready"), ServerProcess(digits_artifact, env=env):
             pass

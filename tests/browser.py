@@ -7,6 +7,7 @@ import json
 import os
 import select
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,38 @@ class Browser:
 class Tab:
     """A page of its own in a browser."""
 
-    def __init__(self, browser: Browser, page: str) -> None:
+    def __init__(self, browser: Browser, page: str = "") -> None:
+        """page: its HTML; `visit` takes it to an address instead."""
         self._browser = browser
         self._target = browser.ask("Target.createTarget", {"url": "about:blank"})["targetId"]
         attached = browser.ask("Target.attachToTarget", {"targetId": self._target, "flatten": True})
         self._session = attached["sessionId"]
         frame = self.ask("Page.getFrameTree")["frameTree"]["frame"]["id"]
         self.ask("Page.setDocumentContent", frameId=frame, html=page)
+
+    def visit(self, url: str) -> None:
+        self.ask("Page.navigate", url=url)
+
+    def wait_for(self, script: str, *, within_s: float = 20.0) -> Any:
+        """What an expression is as soon as that is true."""
+        deadline = time.monotonic() + within_s
+        # On a page that is not there yet, nothing is true.
+        tried = f"(() => {{ try {{ return {script} }} catch {{ return false }} }})()"
+        while not (found := self.tell(tried)):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"never true: {script}; the page: {self.tell('document.body?.innerText')}")
+            time.sleep(0.05)
+        return found
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        """Put a file in a field for files, as a person does."""
+        root = self.ask("DOM.getDocument")["root"]["nodeId"]
+        node = self.ask("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.ask("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def screenshot(self) -> bytes:
+        """PNG of all of the page."""
+        return base64.b64decode(self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def close(self) -> None:
         self._browser.ask("Target.closeTarget", {"targetId": self._target})

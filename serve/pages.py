@@ -1,0 +1,107 @@
+"""What the page at / is made of: its files, what is served, samples to try, and the load of the last seconds."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from dlops.artifact import Artifact
+from dlops.serve.metrics import Metrics
+from dlops.signature import Array
+
+if TYPE_CHECKING:
+    from dlops.serve.model import ServedModel
+
+_KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+# Of those that travel with an artifact: enough to see that it works.
+_SAMPLES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A real input as it is sent. kind: its media type."""
+
+    content: bytes
+    kind: str
+
+
+def file_response(name: str) -> Response:
+    """One of the page's own files. Another version of this package may have others, so a browser asks each time."""
+    return Response(_file(name), media_type=_KINDS[Path(name).suffix], headers={"Cache-Control": "no-cache"})
+
+
+@functools.cache
+def _file(name: str) -> bytes:
+    return (Path(__file__).parent / "ui" / name).read_bytes()
+
+
+def model_document(model: ServedModel) -> dict[str, Any]:
+    """What is served, and what one input of it is: "image", "numbers", or null where it takes several tensors."""
+    artifact, preprocess = model.artifact, model.artifact.preprocess
+    kind: str | None
+    shape: Sequence[int | str]
+    if preprocess is not None:
+        kind, shape = preprocess.input, preprocess.shape
+    elif len(artifact.signature.inputs) == 1:
+        kind, shape = "numbers", artifact.signature.inputs[0].shape[1:]
+    else:
+        kind, shape = None, ()
+    return {
+        "name": model.name,
+        "title": artifact.title,
+        "version": model.version,
+        "task": artifact.task,
+        "provider": model.placement.provider,
+        "device": model.placement.device,
+        "precision": model.placement.precision,
+        "instances": len(model.instances),
+        "max_batch": model.max_batch,
+        "input": kind,
+        "shape": shape,
+        "steps": [] if preprocess is None else [step.model_dump(mode="json") for step in preprocess.steps],
+        "samples": 0 if kind is None else min(_SAMPLES, len(artifact.samples())),
+    }
+
+
+def live_document(metrics: Metrics) -> dict[str, Any]:
+    """What waits and runs now, and the latencies of all requests so far, counted by bounds."""
+    counts = [0] * (len(metrics.seconds.bounds) + 1)
+    for (_, part), cells in metrics.seconds.sums().items():
+        if part == "total":
+            counts = [a + b for a, b in zip(counts, cells[:-1], strict=True)]
+    return {
+        "queue_rows": sum(cells[0] for cells in metrics.queue_rows.sums().values()),
+        "busy_instances": sum(cells[0] for cells in metrics.busy_instances.sums().values()),
+        "requests": sum(counts),
+        "bounds_ms": [bound / 1e6 for bound in metrics.seconds.bounds],
+        "counts": counts,
+    }
+
+
+def sample(artifact: Artifact, number: int) -> Sample | None:
+    """One of the samples that travel with the artifact; None where there are not so many."""
+    raws = artifact.samples().raw
+    if not 0 <= number < min(_SAMPLES, len(raws)):
+        return None
+    raw = raws[number]
+    if isinstance(raw, bytes):
+        with Image.open(io.BytesIO(raw)) as image:
+            return Sample(content=raw, kind=Image.MIME.get(image.format or "", "application/octet-stream"))
+    if artifact.preprocess is not None and artifact.preprocess.input == "image":
+        return Sample(content=_png(raw), kind="image/png")
+    return Sample(content=to_json(raw.tolist()), kind="application/json")
+
+
+def _png(pixels: Array) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
