@@ -56,7 +56,10 @@ def become_arbiter() -> None:
     where DLOPS_STOP_ON_STDIN_EOF is set: so a server never outlives the process that holds the other end.
     """
     os.environ[ARBITER_PID] = str(os.getpid())
-    os.environ[CELLS_DIR] = tempfile.mkdtemp(prefix="dlops-cells-")
+    # A launcher's folder outlives a server that is killed, and goes with the launcher.
+    launcher = os.environ.get(FAILURE_FILE)
+    folder = None if launcher is None else Path(launcher).parent
+    os.environ[CELLS_DIR] = tempfile.mkdtemp(prefix="dlops-cells-", dir=folder)
     os.environ.setdefault(FAILURE_FILE, str(Path(os.environ[CELLS_DIR]) / "failure.json"))
     atexit.register(_at_exit)
     if os.environ.pop(STOP_ON_STDIN_EOF, None):

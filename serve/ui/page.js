@@ -64,16 +64,17 @@ function addSample(number) {
 async function askSample(number) {
   const response = await fetch(`./ui/samples/${number}`);
   if (!response.ok) return show({ error: `there is no sample ${number}` });
-  if (model.input === "image") return askImage(await response.blob(), `sample-${number}.png`);
+  if (model.input === "image") {
+    const from = `curl -s ${response.url} | `;
+    return ask(await response.blob(), response.headers.get("Content-Type"), "--data-binary @-", from);
+  }
   $("numbers").value = JSON.stringify(await response.json());
   return askNumbers();
 }
 
-async function askImage(blob, name) {
-  // What a browser cannot show the model may still read.
-  const picture = await createImageBitmap(blob).catch(() => null);
-  const kind = blob.type.startsWith("image/") ? blob.type : "application/octet-stream";
-  await ask(blob, kind, `--data-binary @${quoted(name || "image.png")}`, picture);
+function askImage(file, name) {
+  const kind = file.type.startsWith("image/") ? file.type : "application/octet-stream";
+  return ask(file, kind, `--data-binary @${quoted(name || "image.png")}`);
 }
 
 async function askNumbers() {
@@ -84,13 +85,16 @@ async function askNumbers() {
     return show({ error: `this is no JSON: ${error.message}` });
   }
   const body = `{"inputs": [${text}]}`;
-  return ask(body, "application/json", `-d ${quoted(body)}`, null);
+  return ask(body, "application/json", `-d ${quoted(body)}`);
 }
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-async function ask(body, kind, data, picture) {
-  const curl = `curl ${data} -H ${quoted(`Content-Type: ${kind}`)} ${new URL("./predict", location.href).href}`;
+// data: how curl is told what to send. from: what comes before it in the shell.
+async function ask(body, kind, data, from = "") {
+  // What a browser cannot show the model may still read.
+  const picture = body instanceof Blob ? await createImageBitmap(body).catch(() => null) : null;
+  const curl = `${from}curl ${data} -H ${quoted(`Content-Type: ${kind}`)} ${new URL("./predict", location.href).href}`;
   let response;
   try {
     response = await fetch("./predict", { method: "POST", body, headers: { "Content-Type": kind, "X-Server-Timing": "1" } });
@@ -306,12 +310,13 @@ function plot() {
   $("queue-text").textContent = `${last.rows} rows wait · ${last.busy} instance${last.busy === 1 ? "" : "s"} busy`;
 }
 
-const number = (value) => (value < 10 ? value.toFixed(2) : value.toFixed(0));
+const number = (value) => (Number.isInteger(value) || value >= 10 ? value.toFixed(0) : value.toFixed(2));
 
 function lines(svg, series, unit) {
   const [width, height, left, bottom, top] = [480, 170, 44, 20, 10];
   const all = history.flatMap((point) => series.map(([name]) => point[name])).filter((value) => value !== null);
-  const most = Math.max(1e-3, ...all);
+  // One row, or a thousandth of a millisecond: an empty plot has a scale too.
+  const most = Math.max(unit === "rows" ? 1 : 1e-3, ...all);
   const x = (place) => left + ((KEPT - history.length + place) / (KEPT - 1)) * (width - left - 6);
   const y = (value) => height - bottom - (value / most) * (height - bottom - top);
   svg.replaceChildren();

@@ -186,14 +186,16 @@ def gone(processes: list[psutil.Process], *, within_s: float) -> bool:
     return True
 
 
-def test_workers_end_when_the_process_that_started_them_is_killed(digits_artifact) -> None:
-    with ServerProcess(digits_artifact, workers=2) as server:
+def test_workers_end_when_the_process_that_started_them_is_killed(digits_artifact, tmp_path) -> None:
+    with ServerProcess(digits_artifact, workers=2, env={"TMPDIR": str(tmp_path)}) as server:
         workers = psutil.Process(server.pid).children(recursive=True)
         assert len(workers) == 2
         os.kill(server.pid, signal.SIGKILL)
         assert gone(workers, within_s=30)
         with pytest.raises(httpx.ConnectError):
             httpx.get(server.url)
+    # What it counted in lay in the launcher's folder, which has gone.
+    assert list(tmp_path.glob("dlops-*")) == []
 
 
 def test_a_worker_notices_without_the_kernel_that_its_parent_is_gone() -> None:

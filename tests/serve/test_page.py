@@ -75,6 +75,9 @@ def test_a_sample_that_came_with_the_model_is_answered_as_predict_does(visit, cl
     for part in ("decode", "queue", "copy", "compute", "encode", "in all"):
         assert part in parts
     assert json.loads(page.tell("document.getElementById('raw').textContent"))["model"] == "digits"
+    command = page.tell("document.getElementById('curl').textContent")
+    answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(answer.stdout)["predictions"] == [expected]
 
 
 def test_a_file_is_asked_about_and_the_curl_line_gives_the_same(visit, digit_pngs, tmp_path: Path) -> None:
