@@ -198,7 +198,7 @@ def verdicts(turns: Turns, by_kind: Mapping[str, Sequence[Server]]) -> Iterator[
                 found = ratio(turns, ours, theirs, connections, p99)
                 met = found.value <= 1
                 yield Verdict(
-                    says=f"{connections} connections: p99 at most {theirs}'s: {written(found)} × that, "
+                    says=f"{connections} connections: p99 at most that of {theirs}: {written(found)} × that, "
                     f"{'yes' if met else 'no'}",
                     done=met,
                 )
