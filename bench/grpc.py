@@ -10,11 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from dlops.bench import pacing
 from dlops.bench.transport import Answer, Listener, TransportName
+from dlops.grpc_messages import grpc
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 # Calls on schedule share so many connections, as the calls of one gRPC client do.

@@ -1,7 +1,4 @@
-"""The Open Inference Protocol over gRPC: metadata, requests with raw tensors, statistics.
-
-The messages are tritonclient's, which are generated from the protocol's own definition.
-"""
+"""The Open Inference Protocol over gRPC: metadata, requests with raw tensors, statistics."""
 
 from __future__ import annotations
 
@@ -10,35 +7,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from dlops.bench.grpc import GrpcTransport, open_channel
 from dlops.bench.oip import ASK_TIMEOUT_S, DATATYPES, DTYPES, Address, Described, only_model
 from dlops.bench.server_time import STATISTICS_TIMEOUT_S, Counts, NoStatisticsError
 from dlops.bench.transport import Answer
-from dlops.errors import MachineError, UsageError, missing_package
+from dlops.errors import MachineError, UsageError
+from dlops.grpc_messages import CONTENTS, DecodeError, grpc, service_pb2, service_pb2_grpc
 from dlops.signature import Array, Feed
-
-try:
-    import grpc
-    from google.protobuf.message import DecodeError
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-    from dlops.bench.grpc import GrpcTransport, open_channel
-except ModuleNotFoundError as error:
-    packages = {"tritonclient": "tritonclient", "grpc": "grpcio", "google": "protobuf"}
-    lacking = (error.name or "").partition(".")[0]
-    if lacking not in packages:
-        raise
-    raise missing_package(packages[lacking], extra="triton", needed_for="measuring over gRPC") from None
 
 # Of what a server answers when it is there and does not serve what was asked for.
 _NOT_SERVED = (
     grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED,
 )  # fmt: skip
-# Where an answer holds its numbers when it does not hold them raw; float16 is always raw.
-_CONTENTS = {
-    "FP32": "fp32_contents", "FP64": "fp64_contents", "INT64": "int64_contents", "INT32": "int_contents",
-    "INT16": "int_contents", "INT8": "int_contents", "UINT8": "uint_contents", "BOOL": "bool_contents",
-}  # fmt: skip
 _PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
 
 
@@ -109,7 +90,7 @@ def decode_outputs(body: bytes) -> dict[str, Array]:
     for index, entry in enumerate(response.outputs):
         dtype, shape = np.dtype(DTYPES[entry.datatype]), [int(size) for size in entry.shape]
         if not raw:
-            outputs[entry.name] = np.array(getattr(entry.contents, _CONTENTS[entry.datatype]), dtype).reshape(shape)
+            outputs[entry.name] = np.array(getattr(entry.contents, CONTENTS[entry.datatype]), dtype).reshape(shape)
             continue
         if len(raw[index]) != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"output {entry.name}: {len(raw[index])} bytes for shape {shape}")

@@ -21,13 +21,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from dlops.console import say
 from dlops.errors import InputError
-from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS, request_id
-from dlops.serve.protocol import InferRequest
-from dlops.serve.queue import Answer, Ticket
-from dlops.serve.routes import (
-    INFER,
+from dlops.serve.answers import (
     TIMING_HEADER,
-    Application,
     HeadTooLargeError,
     ReceiveTimeoutError,
     deadline_ns,
@@ -35,6 +30,10 @@ from dlops.serve.routes import (
     json_length,
     server_timing,
 )
+from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS, request_id
+from dlops.serve.protocol import InferRequest
+from dlops.serve.queue import Answer, Ticket
+from dlops.serve.routes import INFER, Application
 
 if TYPE_CHECKING:
     from dlops.serve.codec import Plan

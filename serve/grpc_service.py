@@ -12,43 +12,31 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from dlops.errors import DlopsError, InputError, MachineError, missing_package
+from dlops.errors import DlopsError, InputError, MachineError
+from dlops.grpc_messages import CONTENTS, grpc, json_format, service_pb2, service_pb2_grpc
 from dlops.serve import protocol
-from dlops.serve.body import BodyTooLargeError
-from dlops.serve.guard import UnauthorizedError
+from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError, deadline_ns, statuses
 from dlops.serve.protocol import Wanted
-from dlops.serve.queue import ClosedError, DeadlineError, OverloadedError
-from dlops.serve.routes import Application, NotReadyError, UnknownModelError, UnsupportedError, deadline_ns
+from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
 from dlops.signature import Array, Feed, Signature
 
-try:
-    import grpc
-    from google.protobuf import json_format
-    from google.protobuf.message import Message
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-except ModuleNotFoundError as error:
-    packages = {"tritonclient": "tritonclient", "grpc": "grpcio", "google": "protobuf"}
-    lacking = (error.name or "").partition(".")[0]
-    if lacking not in packages:
-        raise
-    raise missing_package(packages[lacking], extra="triton", needed_for="serving over gRPC") from None
-
-T = TypeVar("T", bound=Message)
+T = TypeVar("T")
 # grpcio has no types.
 Context = Any
 INFER = "grpc ModelInfer"
-# Where a tensor's numbers are that do not come raw; float16 always does.
-_CONTENTS = {
-    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
-    "INT64": "int64_contents", "UINT8": "uint_contents", "FP32": "fp32_contents", "FP64": "fp64_contents",
-}  # fmt: skip
 # Needs no token, as over HTTP.
 _OPEN = ("ServerLive", "ServerReady")
+# What a client may ask for and gets told, in the protocol's own way, that it is not here.
+_UNSUPPORTED = (
+    "SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister", "CudaSharedMemoryStatus",
+    "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting", "LogSettings", "RepositoryIndex",
+    "RepositoryModelLoad", "RepositoryModelUnload",
+)  # fmt: skip
 _INFERENCES = ("ModelInfer", "ModelStreamInfer")
 # At once, however large a message of the model may be.
 _LEAST_CALLS = 32
@@ -158,46 +146,6 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             self._count("ModelStreamInfer", status, started_ns)
             yield answer
 
-    async def _unsupported(self, name: str, context: Context) -> NoReturn:
-        async def refuse() -> Any:
-            raise UnsupportedError(f"{name} is not supported")
-
-        await self._answered(name, context, refuse)
-        raise AssertionError("an unsupported call was answered")
-
-    async def SystemSharedMemoryStatus(self, request: Any, context: Context) -> Any:
-        await self._unsupported("SystemSharedMemoryStatus", context)
-
-    async def SystemSharedMemoryRegister(self, request: Any, context: Context) -> Any:
-        await self._unsupported("SystemSharedMemoryRegister", context)
-
-    async def SystemSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
-        await self._unsupported("SystemSharedMemoryUnregister", context)
-
-    async def CudaSharedMemoryStatus(self, request: Any, context: Context) -> Any:
-        await self._unsupported("CudaSharedMemoryStatus", context)
-
-    async def CudaSharedMemoryRegister(self, request: Any, context: Context) -> Any:
-        await self._unsupported("CudaSharedMemoryRegister", context)
-
-    async def CudaSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
-        await self._unsupported("CudaSharedMemoryUnregister", context)
-
-    async def TraceSetting(self, request: Any, context: Context) -> Any:
-        await self._unsupported("TraceSetting", context)
-
-    async def LogSettings(self, request: Any, context: Context) -> Any:
-        await self._unsupported("LogSettings", context)
-
-    async def RepositoryIndex(self, request: Any, context: Context) -> Any:
-        await self._unsupported("RepositoryIndex", context)
-
-    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
-        await self._unsupported("RepositoryModelLoad", context)
-
-    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
-        await self._unsupported("RepositoryModelUnload", context)
-
     async def _answered(self, name: str, context: Context, answer: Callable[[], Any]) -> Any:
         """The answer, counted; errors end the call with the status that means what HTTP's would."""
         started_ns = time.perf_counter_ns()
@@ -306,7 +254,7 @@ def _feed(request: Any, signature: Signature) -> Feed:
                 raise InputError(f"{name}: both raw and typed contents are given", field=name)
             feed[name] = protocol.from_binary(memoryview(raw[index]), spec, shape)
             continue
-        field = _CONTENTS.get(tensor.datatype)
+        field = CONTENTS.get(tensor.datatype)
         if field is None:
             raise InputError(f"{name}: {tensor.datatype} comes in raw_input_contents", field=name)
         numbers = getattr(tensor.contents, field)
@@ -342,20 +290,18 @@ def _parsed(document: dict[str, Any], message: T) -> T:
 
 
 def _status(error: DlopsError) -> grpc.StatusCode:
-    match error:
-        case UnauthorizedError():
-            return grpc.StatusCode.UNAUTHENTICATED
-        case UnsupportedError() | protocol.SharedMemoryError():
-            return grpc.StatusCode.UNIMPLEMENTED
-        case UnknownModelError():
-            return grpc.StatusCode.NOT_FOUND
-        case BodyTooLargeError() | OverloadedError():
-            return grpc.StatusCode.RESOURCE_EXHAUSTED
-        case InputError():
-            return grpc.StatusCode.INVALID_ARGUMENT
-        case NotReadyError() | ClosedError():
-            return grpc.StatusCode.UNAVAILABLE
-        case DeadlineError():
-            return grpc.StatusCode.DEADLINE_EXCEEDED
-        case _:
-            return grpc.StatusCode.INTERNAL
+    return grpc.StatusCode[statuses(error)[1]]
+
+
+def _refusal(name: str) -> Callable[[Any, Any, Any], Awaitable[Any]]:
+    async def refuse(servicer: _Servicer, request: Any, context: Context) -> Any:
+        async def nothing() -> Any:
+            raise UnsupportedError(f"{name} is not supported")
+
+        return await servicer._answered(name, context, nothing)
+
+    return refuse
+
+
+for _name in _UNSUPPORTED:
+    setattr(_Servicer, _name, _refusal(_name))

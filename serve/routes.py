@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 import os
 import time
 import traceback
-import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
-from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -23,16 +20,33 @@ from starlette.routing import Match, Route, request_response
 from starlette.types import Scope
 
 from dlops.console import say
-from dlops.errors import DlopsError, InputError, MachineError
+from dlops.errors import DlopsError, InputError
 from dlops.serve import pages, protocol
-from dlops.serve.body import BodyReader, BodyTooLargeError
+from dlops.serve.answers import (
+    LENGTH_HEADER,
+    TIMEOUT_HEADER,
+    TIMING_HEADER,
+    NotReadyError,
+    Times,
+    UnknownModelError,
+    UnsupportedError,
+    deadline_ns,
+    error_response,
+    http_error,
+    infer_response,
+    json_length,
+    json_response,
+    server_timing,
+)
+from dlops.serve.body import BodyReader
 from dlops.serve.cells import Cells
-from dlops.serve.guard import REQUEST_ID, Guard, UnauthorizedError, request_id
+from dlops.serve.guard import REQUEST_ID, Guard, request_id
+from dlops.serve.leaving import unless_gone
 from dlops.serve.metrics import CONTENT_TYPE, Metrics
 from dlops.serve.model import ServedModel
 from dlops.serve.openapi import PAGE, PAGE_POLICY, openapi_document
-from dlops.serve.predict import MediaTypeError, read_inputs
-from dlops.serve.queue import Answer, ClosedError, DeadlineError, OverloadedError
+from dlops.serve.predict import read_inputs
+from dlops.serve.queue import Answer, OverloadedError
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import CELLS_DIR
 from dlops.signature import Feed
@@ -41,47 +55,17 @@ from dlops.version import __version__
 if TYPE_CHECKING:
     from dlops.serve.grpc_service import GrpcServer
 
-T = TypeVar("T")
-Times = Sequence[tuple[str, int]]
-"""Part and ns."""
 Handler = Callable[[Request], Awaitable[Response]]
 INFER = "/v2/models/{name}/infer"
-TIMEOUT_HEADER = "X-Request-Timeout-Ms"
-_LENGTH_HEADER = "Inference-Header-Content-Length"
 # Of Triton's extensions: what a client may ask for and gets told, in the protocol's own way, that it is not here.
 _UNSUPPORTED = (
     "/v2/systemsharedmemory/{rest:path}", "/v2/cudasharedmemory/{rest:path}", "/v2/trace/{rest:path}",
     "/v2/models/{name}/trace/{rest:path}", "/v2/logging",
 )  # fmt: skip
-# A request that bears it gets its parts back, as browsers show them.
-TIMING_HEADER = "X-Server-Timing"
 _GAUGES_S = 0.5
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
-# Below this, compressing costs more time than sending.
-_COMPRESS_FROM_BYTES = 1024
-_RETRY_AFTER_S = "1"
 # A body of this size is decoded on the event loop: in well under a millisecond, which is what a thread would cost.
 _INLINE_BYTES = 16 * 1024
-
-
-class UnsupportedError(InputError):
-    """A part of the protocol that this server does not have: status 501."""
-
-
-class ReceiveTimeoutError(InputError):
-    """The request took too long to come: status 408."""
-
-
-class HeadTooLargeError(InputError):
-    """The request's address and headers are too large: status 431."""
-
-
-class UnknownModelError(DlopsError):
-    """There is no model of this name or version: status 404."""
-
-
-class NotReadyError(MachineError):
-    """The model is not loaded yet, or its self-test is still running."""
 
 
 class Application:
@@ -97,7 +81,7 @@ class Application:
         self.grpc: GrpcServer | None = None
         self.bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
         self.guard = Guard(None if settings.token is None else settings.token.get_secret_value())
-        self.asgi = Starlette(routes=self._routes(), exception_handlers={HTTPException: _http_error})
+        self.asgi = Starlette(routes=self._routes(), exception_handlers={HTTPException: http_error})
         # What GuardMiddleware lets answer where a request has no token.
         self.refuse = request_response(self._answered("other", self.refused))
 
@@ -184,7 +168,7 @@ class Application:
             try:
                 response = await handler(request)
             except HTTPException as error:
-                response = await _http_error(request, error)
+                response = await http_error(request, error)
             except ClientDisconnect:
                 response = Response(status_code=499)  # nginx's number for it; nobody reads the answer
             except Exception as error:  # noqa: BLE001 - a request that hits a bug of ours gets an answer too
@@ -225,7 +209,7 @@ class Application:
             kind = request.headers.get("content-type", "")
             raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
             decode_ns = time.perf_counter_ns()
-            feed = await _unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
+            feed = await unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
             decode_ns = time.perf_counter_ns() - decode_ns
             answer = await self._run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
@@ -251,7 +235,7 @@ class Application:
             answer.outputs, wanted.outputs, model=model.name, version=model.version, identity=wanted.id
         )
         times = self.account(model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns)
-        return _infer_response(encoded, request.headers.get("accept-encoding", ""), _timing(request, times))
+        return infer_response(encoded, request.headers.get("accept-encoding", ""), _timing(request, times))
 
     async def live(self, request: Request) -> Response:
         return Response(status_code=200)
@@ -356,7 +340,7 @@ class Application:
         self, model: ServedModel, request: Request, feed: Feed, *, rows: int, deadline_ns: int | None
     ) -> Answer:
         """The queue's answer. A client that leaves meanwhile takes its request out of the queue."""
-        return await _unless_gone(request, model.queue.submit(feed, rows=rows, deadline_ns=deadline_ns))
+        return await unless_gone(request, model.queue.submit(feed, rows=rows, deadline_ns=deadline_ns))
 
     def account(
         self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int
@@ -386,46 +370,6 @@ class _Elsewhere(Route):
         return (Match.PARTIAL if match is Match.FULL else match), child_scope
 
 
-def error_response(error: DlopsError) -> Response:
-    """The JSON answer to an error that was raised on purpose: {"error": ..., "field": ... where there is one}."""
-    document: dict[str, str] = {"error": str(error)}
-    if isinstance(error, InputError) and error.field is not None:
-        document["field"] = error.field
-    match error:
-        case ReceiveTimeoutError():
-            status = 408
-        case HeadTooLargeError():
-            status = 431
-        case UnauthorizedError():
-            status = 401
-        case UnknownModelError():
-            status = 404
-        case UnsupportedError() | protocol.SharedMemoryError():
-            status = 501
-        case BodyTooLargeError():
-            status = 413
-        case MediaTypeError():
-            status = 415
-        case InputError():
-            status = 400
-        case OverloadedError():
-            status = 429
-        case NotReadyError() | ClosedError():
-            status = 503
-        case DeadlineError():
-            status = 504
-        case _:
-            status = 500
-    headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
-    if status == 401:
-        headers = {"WWW-Authenticate": "Bearer"}
-    return json_response(document, status=status, headers=headers)
-
-
-def json_response(document: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(to_json(document), status_code=status, headers=headers, media_type="application/json")
-
-
 def _check_finite(outputs: Feed) -> None:
     """Raise InputError where the model gave NaN or infinity: no label follows from that, and JSON has neither.
 
@@ -438,75 +382,10 @@ def _check_finite(outputs: Feed) -> None:
         )
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return json_response({"error": error.detail}, status=error.status_code, headers=dict(error.headers or {}))
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The work's result. It is cancelled, and ClientDisconnect raised, where the client leaves before."""
-    future = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        either: set[asyncio.Future[Any]] = {future, gone}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            raise ClientDisconnect
-        return future.result()
-    finally:
-        future.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def deadline_ns(started_ns: int, *, header: str | None, timeout_us: int | None = None) -> int | None:
-    """When a request is no longer wanted, by its header and by its own parameter; the earlier of the two.
-
-    Raises InputError for a header that is no number of milliseconds.
-    """
-    ends = [] if timeout_us is None else [started_ns + timeout_us * 1000]
-    if header is not None:
-        if not (header.isascii() and header.isdigit() and len(header) <= 9 and int(header) > 0):
-            raise InputError(f"{TIMEOUT_HEADER} must be a whole number of milliseconds above 0", field=TIMEOUT_HEADER)
-        ends.append(started_ns + int(header) * 1_000_000)
-    return min(ends, default=None)
-
-
-def json_length(text: str) -> int:
-    """What Inference-Header-Content-Length says. Raises InputError."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 18):
-        raise InputError(f"{_LENGTH_HEADER} is not a number of bytes", field=_LENGTH_HEADER)
-    return int(text)
-
-
 def _json_bytes(request: Request) -> int | None:
-    text = request.headers.get(_LENGTH_HEADER)
+    text = request.headers.get(LENGTH_HEADER)
     return None if text is None else json_length(text)
-
-
-def server_timing(times: Times) -> str:
-    """The parts of a request's time in ms, as the Server-Timing header has them."""
-    return ", ".join([f"{part};dur={ns / 1e6:.3f}" for part, ns in times])
 
 
 def _timing(request: Request, times: Times) -> dict[str, str]:
     return {"Server-Timing": server_timing(times)} if TIMING_HEADER in request.headers else {}
-
-
-def _infer_response(encoded: protocol.Encoded, accepted: str, more: dict[str, str]) -> Response:
-    headers = dict(more)
-    if encoded.json_bytes is not None:
-        headers[_LENGTH_HEADER] = str(encoded.json_bytes)
-    body = encoded.body
-    # The first that both know, as Triton chooses; clients that name none get it plain.
-    encodings = [part.partition(";")[0].strip().lower() for part in accepted.split(",")]
-    chosen = next((name for name in encodings if name in ("gzip", "deflate")), None)
-    if chosen is not None and len(body) >= _COMPRESS_FROM_BYTES:
-        body = gzip.compress(body, 1) if chosen == "gzip" else zlib.compress(body, 1)
-        headers["Content-Encoding"] = chosen
-    kind = "application/json" if encoded.json_bytes is None else "application/octet-stream"
-    return Response(body, headers=headers, media_type=kind)

@@ -29,6 +29,7 @@ from dlops.bench.run import measure
 from dlops.bench.table import table_text
 from dlops.bench.transport import Answer
 from dlops.errors import MachineError, UsageError
+from dlops.grpc_messages import CONTENTS
 
 Status = grpc.StatusCode
 
@@ -339,7 +340,7 @@ def test_an_answer_that_is_not_whole_is_refused(response, said: str) -> None:
 
 @pytest.mark.parametrize("datatype", ["FP32", "FP64", "INT64", "INT32", "INT16", "INT8", "UINT8", "BOOL"])
 def test_typed_numbers_are_read_as_raw_ones_are(datatype: str) -> None:
-    field = oip_grpc._CONTENTS[datatype]
+    field = CONTENTS[datatype]
     array = np.array([[0, 1], [1, 0]], oip_grpc.DTYPES[datatype])
     entry = {"name": "y", "datatype": datatype, "shape": array.shape}
     typed = service_pb2.ModelInferResponse(outputs=[entry | {"contents": {field: array.ravel().tolist()}}])
@@ -357,8 +358,9 @@ def test_typed_numbers_are_read_as_raw_ones_are(datatype: str) -> None:
 )
 def test_a_missing_package_is_one_clear_line(module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "dlops.bench.oip_grpc")
-    with pytest.raises(MachineError, match=f"measuring over gRPC needs {package}, which is not") as caught:
+    for importer in ("dlops.bench.oip_grpc", "dlops.bench.grpc", "dlops.grpc_messages"):
+        monkeypatch.delitem(sys.modules, importer)
+    with pytest.raises(MachineError, match=f"gRPC needs {package}, which is not") as caught:
         find_endpoint("oip+grpc://127.0.0.1:1/m", model=None)
     assert caught.value.hint == "pip install 'dlops[triton]'"
 

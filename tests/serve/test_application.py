@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import httpx
-import numpy as np
 import pytest
 
-from dlops.runtimes import Placement
 from dlops.serve.cells import Cells
 from dlops.serve.metrics import Metrics
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
-from dlops.signature import Feed
+from tests.serve.held import HeldSession
 
 PNG = {"Content-Type": "image/png"}
-
-
-class HeldSession:
-    """Zeros as logits, once `gate` is set."""
-
-    placement = Placement(runtime="fake", device="cpu", provider="fake", precision="fp32", threads=1)
-
-    def __init__(self, signature) -> None:
-        self.signature = signature
-        self.gate = threading.Event()
-        self.entered = threading.Event()
-        self.rows: list[int] = []
-        self.broken = False
-
-    def run(self, feed: Feed) -> Feed:
-        self.entered.set()
-        assert self.gate.wait(10)
-        if self.broken:
-            raise RuntimeError("the secret text of a runtime")
-        self.rows.append(len(feed["image"]))
-        return {"logits": np.zeros((len(feed["image"]), 10), np.float32)}
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture

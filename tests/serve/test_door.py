@@ -16,41 +16,15 @@ import pytest
 import uvicorn
 
 from dlops.artifact import Artifact
-from dlops.runtimes import Placement
 from dlops.serve.door import Door, install
 from dlops.serve.guard import GuardMiddleware
 from dlops.serve.launch import ServerProcess
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
-from dlops.signature import Feed
+from tests.serve.held import HeldSession
 
 ADDRESS = "/v2/models/digits/infer"
-
-
-class Held:
-    """As logits, the first ten pixels, once `gate` is set."""
-
-    placement = Placement(runtime="fake", device="cpu", provider="fake", precision="fp32", threads=1)
-
-    def __init__(self, signature) -> None:
-        self.signature = signature
-        self.gate = threading.Event()
-        self.entered = threading.Event()
-        self.rows: list[int] = []
-        self.gate.set()
-
-    def run(self, feed: Feed) -> Feed:
-        self.entered.set()
-        assert self.gate.wait(10)
-        image = np.asarray(feed["image"])
-        if (image == 9).any():
-            raise RuntimeError("the secret text of a runtime")
-        self.rows.append(len(image))
-        return {"logits": image.reshape(len(image), -1)[:, :10].copy()}
-
-    def close(self) -> None:
-        pass
 
 
 @contextmanager
@@ -74,8 +48,10 @@ def listening(app: Application, model: ServedModel) -> Iterator[int]:
 
 
 @pytest.fixture
-def session(digits_artifact: Artifact) -> Held:
-    return Held(digits_artifact.signature)
+def session(digits_artifact: Artifact) -> HeldSession:
+    session = HeldSession(digits_artifact.signature)
+    session.gate.set()
+    return session
 
 
 @pytest.fixture
