@@ -17,11 +17,13 @@ from dlops.runtimes.session import Placement, SessionOptions, check_bound, check
 from dlops.signature import Array, Feed, Signature
 
 _DEVICE = "CPU"
+_CAN = "OPTIMIZATION_CAPABILITIES"
 # How lines of its exceptions begin that name its sources or the call, and not what is wrong.
 _WHERE = ("Exception from ", "Check '", "While validating")
-# What floating-point kernels are to compute in, by what the file stores. Left to itself OpenVINO takes bfloat16 for
-# fp32 on every CPU that multiplies it.
-_HINTS = {"fp16": "f16", "bf16": "bf16"}
+# What floating-point kernels are to compute in, by what the file stores, and the name under which the CPU must have it;
+# else fp32. Left to itself OpenVINO takes bfloat16 for fp32 on every CPU that multiplies it, and for fp16 on those that
+# do not multiply that: with a tenth of its precision.
+_HINTS = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 # Its names in the graph that runs for operators whose products make the time.
 _PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell", "RNNSeq"})
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8"}
@@ -39,7 +41,7 @@ class OpenVinoSession:
         core = ov.Core()
         try:
             model = core.read_model(path, artifact.path("weights"))
-            self._compiled = core.compile_model(model, _DEVICE, _settings(artifact.variant.precision, options))
+            self._compiled = core.compile_model(model, _DEVICE, _settings(core, artifact.variant.precision, options))
         except RuntimeError as error:
             raise CorruptError(f"{artifact.title}: OpenVINO cannot load it: {reason_of(error)}") from error
         self.signature = artifact.signature
@@ -113,9 +115,10 @@ def reason_of(error: RuntimeError) -> str:
     return (told or lines or [type(error).__name__])[0][:300]
 
 
-def _settings(precision: str, options: SessionOptions) -> dict[str, Any]:
+def _settings(core: ov.Core, precision: str, options: SessionOptions) -> dict[str, Any]:
+    hint, capability = _HINTS.get(precision, ("f32", "FP32"))
     return {
-        "INFERENCE_PRECISION_HINT": _HINTS.get(precision, "f32"),
+        "INFERENCE_PRECISION_HINT": hint if capability in core.get_property(_DEVICE, _CAN) else "f32",
         "INFERENCE_NUM_THREADS": options.threads or available_cores(),
         # One request at a time, on all of those threads.
         "PERFORMANCE_HINT": "LATENCY",

@@ -42,18 +42,29 @@ def test_the_pair_opens_in_openvinos_own_tools(openvino_artifact: Artifact) -> N
     np.testing.assert_allclose(found, samples.outputs["logits"], rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("int8", "f32"), ("fp16", "f16"), ("bf16", "bf16")])
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "hint"),
+    [
+        ("fp32", {"FP32", "BF16", "FP16"}, "f32"), ("int8", {"FP32", "BF16", "FP16", "INT8"}, "f32"),
+        ("fp16", {"FP32", "BF16", "FP16"}, "f16"), ("fp16", {"FP32", "BF16"}, "f32"),
+        ("bf16", {"FP32", "BF16"}, "bf16"), ("bf16", {"FP32"}, "f32"),
+    ],
+)  # fmt: skip
 def test_each_precision_is_asked_for_by_name_and_two_sessions_share_no_pinned_core(
-    openvino_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, precision: str, hint: str
+    openvino_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, precision: str, capabilities: set[str], hint: str
 ) -> None:
-    """Where the CPU multiplies bfloat16, OpenVINO takes it for fp32 unless it is told otherwise."""
-    compile_model, told = ov.Core.compile_model, {}
+    """Where the CPU multiplies bfloat16, OpenVINO takes it for fp32, and for fp16 too, unless it is told otherwise."""
+    compile_model, get_property, told = ov.Core.compile_model, ov.Core.get_property, {}
+
+    def known(self: ov.Core, device: str, name: str) -> object:
+        return list(capabilities) if name == "OPTIMIZATION_CAPABILITIES" else get_property(self, device, name)
 
     def recorded(self: ov.Core, model: ov.Model, device: str, settings: dict[str, object]) -> ov.CompiledModel:
         told.update(settings, device=device)
         return compile_model(self, model, device, settings)
 
     monkeypatch.setattr(ov.Core, "compile_model", recorded)
+    monkeypatch.setattr(ov.Core, "get_property", known)
     variant = openvino_artifact.variant.model_copy(update={"precision": precision})
     artifact = openvino_artifact.model_copy(update={"variant": variant})
     open_session(artifact, OPTIONS).close()
