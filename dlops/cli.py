@@ -102,26 +102,35 @@ def verify(
 
 @app.command()
 def serve(
-    artifact: Annotated[Path | None, typer.Argument(help="An artifact's folder; the newest if left out.")] = None,
+    artifacts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ARTIFACT]...", help="Artifacts, or folders of them; the newest if left out."),
+    ] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 3000,
     grpc_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Speak the protocol over gRPC too; 0 takes a free one.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    versions: Annotated[
+        int, typer.Option(min=0, help="How many of a model's newest numbered ones in a folder; 0 for all.")
+    ] = 1,
+    model_control: Annotated[
+        Literal["none", "explicit"], typer.Option(help="explicit: clients may load and unload models.")
+    ] = "none",
     device: Device = "auto",
     threads: Threads = None,
     trust: Trust = False,
 ) -> None:
-    """Serve an artifact with BentoML.
+    """Serve artifacts with BentoML.
 
     /predict takes images and numbers, /v2 is for Triton's clients, the page at / describes both.
     """
-    from dlops.serve.launch import serve_artifact
+    from dlops.serve.launch import serve_artifacts
 
-    status = serve_artifact(
-        find_artifact(artifact), host=host, port=port, device=device, threads=threads, workers=workers, trust=trust,
-        grpc_port=grpc_port,
+    status = serve_artifacts(
+        artifacts or [find_artifact(None).directory], host=host, port=port, device=device, threads=threads,
+        workers=workers, trust=trust, grpc_port=grpc_port, model_control=model_control, versions=versions,
     )  # fmt: skip
     raise typer.Exit(status)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 _BYTES = 8
 _SUFFIX = ".cells"
-# Of one worker: what it counts has labels from fixed sets, so it needs hundreds.
-_CELLS = 128 * 1024
+# Of one worker: a model needs hundreds, each version that it gets about a hundred more. What is not used takes no room.
+_CELLS = 1024 * 1024
 
 Key = tuple[str, tuple[str, ...]]
 """A name and the values of its labels."""
@@ -64,6 +64,17 @@ class Cells:
             os.write(self._keys, json.dumps([name, labels, first, count]).encode() + b"\n")
         self._places[name, labels] = first, count
         return first
+
+    def living(self) -> list[int]:
+        """The process ids of the server's workers that live, this one's among them."""
+        if self._folder is None:
+            return [os.getpid()]
+        found = []
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            with path.open("rb") as file:
+                if _is_locked(file.fileno()):
+                    found.append(int(path.name.partition("-")[0]))
+        return found
 
     def workers(self) -> Iterator[Worker]:
         """What each worker of the server has counted so far, this one among them."""

@@ -151,7 +151,7 @@ class Door(HttpToolsProtocol):
         """The request at hand, where its kind is ours and nothing else is under way on this connection."""
         if self.cycle is not None and not self.cycle.response_complete:
             return None
-        model = self.application.inferences.get(self.url)
+        model = self.application.models.paths.get(self.url)
         # A client that does not read its answers is waited for on the usual way.
         if model is None or self.flow.write_paused or self.parser.get_method() != b"POST":
             return None
@@ -227,6 +227,7 @@ class _Call:
         self._length = length
         self._json_bytes = json_bytes
         self._deadline_ms = deadline_ms
+        model.hold()
         self._started_ns = time.perf_counter_ns()
         self._chunks: list[bytes] = []
         self._held = 0
@@ -341,6 +342,7 @@ class _Call:
 
     def _end(self, status: int) -> None:
         self.response_complete = True
+        self._model.release()
         self._chunks = []
         # The ticket holds this call by its `deliver`, and the request its body: let go of both now, and not when the
         # garbage collector next comes by.

@@ -20,8 +20,9 @@ from dlops.errors import DlopsError, InputError, MachineError
 from dlops.grpc_messages import CONTENTS, grpc, json_format, service_pb2, service_pb2_grpc
 from dlops.serve import protocol
 from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError, deadline_ns, statuses
+from dlops.serve.model import ServedModel
 from dlops.serve.protocol import Wanted
-from dlops.serve.routes import Application
+from dlops.serve.routes import Application, check_load
 from dlops.serve.settings import Settings
 from dlops.signature import Array, Feed, Signature
 
@@ -34,8 +35,7 @@ _OPEN = ("ServerLive", "ServerReady")
 # What a client may ask for and gets told, in the protocol's own way, that it is not here.
 _UNSUPPORTED = (
     "SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister", "CudaSharedMemoryStatus",
-    "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting", "LogSettings", "RepositoryIndex",
-    "RepositoryModelLoad", "RepositoryModelUnload",
+    "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting", "LogSettings",
 )  # fmt: skip
 _INFERENCES = ("ModelInfer", "ModelStreamInfer")
 # At once, however large a message of the model may be.
@@ -45,12 +45,12 @@ _LEAST_CALLS = 32
 class GrpcServer:
     """Listens until `stop`. Made on the event loop on which the queue delivers."""
 
-    def __init__(
-        self, application: Application, signature: Signature, *, host: str, port: int, settings: Settings
-    ) -> None:
+    def __init__(self, application: Application, *, host: str, port: int, settings: Settings) -> None:
         # A message is received whole before anybody can look at it, so what all together may take is bounded by their
-        # number and by what this model can need.
-        max_bytes = min(settings.max_body_bytes, protocol.json_limit(signature))
+        # number and by what the models can need; those that may come yet can need anything.
+        max_bytes = settings.max_body_bytes
+        if settings.model_control == "none":
+            max_bytes = min(max_bytes, max(protocol.json_limit(model.signature) for model in application.models))
         self._closing = asyncio.Event()
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=max(_LEAST_CALLS, settings.max_pending_bytes // max_bytes),
@@ -93,7 +93,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     async def ModelReady(self, request: Any, context: Context) -> Any:
         def ready() -> Any:
             try:
-                self._application.model_named(request.name, request.version)
+                self._application.models.find(request.name, request.version)
             except (NotReadyError, UnknownModelError):
                 return service_pb2.ModelReadyResponse(ready=False)
             return service_pb2.ModelReadyResponse(ready=True)
@@ -108,27 +108,51 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def ModelMetadata(self, request: Any, context: Context) -> Any:
         def metadata() -> Any:
-            model = self._application.model_named(request.name, request.version)
+            model = self._application.models.find(request.name, request.version)
             return _parsed(model.metadata(), service_pb2.ModelMetadataResponse())
 
         return await self._answered("ModelMetadata", context, metadata)
 
     async def ModelConfig(self, request: Any, context: Context) -> Any:
         def config() -> Any:
-            model = self._application.model_named(request.name, request.version)
+            model = self._application.models.find(request.name, request.version)
             return _parsed({"config": model.config()}, service_pb2.ModelConfigResponse())
 
         return await self._answered("ModelConfig", context, config)
 
     async def ModelStatistics(self, request: Any, context: Context) -> Any:
         def statistics() -> Any:
-            model = self._application.model_named(request.name, request.version)
-            return _parsed(model.statistics.as_json(), service_pb2.ModelStatisticsResponse())
+            document = self._application.statistics_of(request.name, request.version)
+            return _parsed(document, service_pb2.ModelStatisticsResponse())
 
         return await self._answered("ModelStatistics", context, statistics)
 
+    async def RepositoryIndex(self, request: Any, context: Context) -> Any:
+        async def index() -> Any:
+            rows = await self._application.control.index(ready=request.ready)
+            return _parsed({"models": rows}, service_pb2.RepositoryIndexResponse())
+
+        return await self._answered("RepositoryIndex", context, index)
+
+    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
+        async def load() -> Any:
+            check_load(request.parameters)
+            await self._application.control.load(request.model_name)
+            return service_pb2.RepositoryModelLoadResponse()
+
+        return await self._answered("RepositoryModelLoad", context, load)
+
+    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
+        async def unload() -> Any:
+            await self._application.control.unload(request.model_name)
+            return service_pb2.RepositoryModelUnloadResponse()
+
+        return await self._answered("RepositoryModelUnload", context, unload)
+
     async def ModelInfer(self, request: Any, context: Context) -> Any:
-        return await self._answered("ModelInfer", context, lambda: self._infer(request, context))
+        return await self._answered(
+            "ModelInfer", context, lambda: self._infer(request, context), model=self._asked(request)
+        )
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         """One answer a request, in their order; an error is an answer here, and the stream goes on."""
@@ -143,10 +167,12 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                 answer.infer_response.id = request.id
             except Exception as error:  # noqa: BLE001 - a bug of ours is the log's
                 status, answer.error_message = grpc.StatusCode.INTERNAL, self._bug(error, "ModelStreamInfer")
-            self._count("ModelStreamInfer", status, started_ns)
+            self._count("ModelStreamInfer", status, started_ns, self._asked(request))
             yield answer
 
-    async def _answered(self, name: str, context: Context, answer: Callable[[], Any]) -> Any:
+    async def _answered(
+        self, name: str, context: Context, answer: Callable[[], Any], *, model: ServedModel | None = None
+    ) -> Any:
         """The answer, counted; errors end the call with the status that means what HTTP's would."""
         started_ns = time.perf_counter_ns()
         status, found = grpc.StatusCode.OK, None
@@ -159,20 +185,23 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         except Exception as error:  # noqa: BLE001 - a bug of ours is the log's, and the client gets a line
             status, text = grpc.StatusCode.INTERNAL, self._bug(error, name)
         except asyncio.CancelledError:
-            self._count(name, grpc.StatusCode.CANCELLED, started_ns)
+            self._count(name, grpc.StatusCode.CANCELLED, started_ns, model)
             raise
-        self._count(name, status, started_ns)
+        self._count(name, status, started_ns, model)
         if found is None:
             await context.abort(status, text)
         return found
 
-    def _count(self, name: str, status: grpc.StatusCode, started_ns: int) -> None:
-        # A failure of this model's, not one of a model that is not there.
-        is_ours = name in _INFERENCES and status is not grpc.StatusCode.NOT_FOUND
-        self._application.count(
-            f"grpc {name}", "gRPC", status.name, self._application.model if is_ours else None, started_ns,
-            failed=status is not grpc.StatusCode.OK,
-        )  # fmt: skip
+    def _count(self, name: str, status: grpc.StatusCode, started_ns: int, model: ServedModel | None) -> None:
+        failed = status is not grpc.StatusCode.OK
+        self._application.count(f"grpc {name}", "gRPC", status.name, model, started_ns, failed=failed)
+
+    def _asked(self, request: Any) -> ServedModel | None:
+        """The model that is to infer: a failure is not one of a model that is not there."""
+        try:
+            return self._application.models.find(request.model_name, request.model_version)
+        except (NotReadyError, UnknownModelError):
+            return None
 
     def _guard(self, name: str, context: Context) -> None:
         if name not in _OPEN:
@@ -185,8 +214,12 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def _infer(self, request: Any, context: Context) -> Any:
         started_ns = time.perf_counter_ns()
+        model = self._application.models.find(request.model_name, request.model_version)
+        with model.used():
+            return await self._run(model, request, context, started_ns)
+
+    async def _run(self, model: ServedModel, request: Any, context: Context, started_ns: int) -> Any:
         application = self._application
-        model = application.model_named(request.model_name, request.model_version)
         application.check_room(model)
         held = application.bodies.hold(request.ByteSize())
         try:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -20,12 +20,14 @@ from dlops.console import say
 from dlops.errors import MachineError, missing_package
 from dlops.runtimes.session import Device
 from dlops.serve.ports import authority, numeric_host, reachable, usable_port
-from dlops.serve.settings import Settings
+from dlops.serve.repository import Entry, Repository, absolute, open_entry
+from dlops.serve.settings import ModelControl, Settings
 from dlops.serve.supervision import ARBITER_PID, CELLS_DIR, FAILURE_FILE, STOP_ON_STDIN_EOF, Family, read_failure
 
 _SERVICE = "dlops.serve.service:Service"
 _POLL_S = 0.05
 _LOG_TAIL_LINES = 30
+_TITLES = 5
 
 
 def check_installed() -> None:
@@ -34,26 +36,36 @@ def check_installed() -> None:
         raise missing_package("bentoml", extra="serve", needed_for="serving")
 
 
-def serve_artifact(
-    artifact: Artifact, *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
+def serve_artifacts(
+    sources: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
     threads: int | None = None, workers: int = 1, trust: bool = False, grpc_port: int | None = None,
+    model_control: ModelControl = "none", versions: int = 1,
 ) -> int:  # fmt: skip
-    """Serve in the foreground until a signal ends it. port: 0 takes a free one. trust: as in SessionOptions. grpc_port:
-    on which gRPC is spoken too; None for not at all.
+    """Serve in the foreground until a signal ends it.
+
+    sources: artifacts and folders of artifacts, as `Repository` takes them. port: 0 takes a free one. trust: as in
+    SessionOptions. grpc_port: on which gRPC is spoken too; None for not at all. model_control, versions: as in
+    Settings.
 
     Returns the exit status: 130 after Ctrl-C, 143 after SIGTERM, both once what was accepted is answered. Raises
-    MachineError where the port is taken or the device is missing, GateError where the artifact fails its self-test.
+    UsageError where there is nothing to serve, MachineError where the port is taken or the device is missing,
+    GateError where an artifact fails its self-test.
     """
     address = numeric_host(host)
     port = usable_port(address, port)
+    # Said before anything starts.
+    entries = Repository(sources, versions=versions or None).entries()
+    for entry in entries:
+        open_entry(entry)
     settings = Settings(
-        artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers, trust=trust,
+        artifact=absolute(sources), device=device, threads=threads, workers=workers, trust=trust,
         grpc_host=address, grpc_port=None if grpc_port is None else usable_port(address, grpc_port),
+        model_control=model_control, versions=versions,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dlops-serve-") as folder:
         failure_file = Path(folder) / "failure.json"
         where = f"http://{authority(address, port)}"
-        say(f"starting {artifact.title} version {artifact.version} on {where} (Ctrl-C ends it)")
+        say(f"starting {_titles(entries)} on {where} (Ctrl-C ends it)")
         process = _start(settings, address, port, failure_file=failure_file, env=None, log=sys.stderr.fileno())
         received = _wait_forwarding_signals(process)
         failure = read_failure(failure_file)
@@ -69,21 +81,23 @@ def serve_artifact(
 class ServerProcess:
     """A server in a child process for as long as a `with` block lasts; ready when the block begins.
 
+    sources: artifacts and folders of artifacts.
     port, grpc_port: 0 takes a free one; without a grpc_port there is no gRPC. env: added to the child's environment,
     DLOPS_MAX_QUEUE_ROWS, say. `url`, `pid`, `port`, `grpc_port` and `log_path` describe it; the log is deleted at the
     end of the block unless it failed to start.
     """
 
     def __init__(
-        self, artifact: Artifact, *, host: str = "127.0.0.1", port: int = 0, env: Mapping[str, str] | None = None,
+        self, *sources: Artifact | Path, host: str = "127.0.0.1", port: int = 0, env: Mapping[str, str] | None = None,
         device: Device = "auto", threads: int | None = None, workers: int = 1, start_timeout_s: float = 120.0,
         stop_timeout_s: float = 20.0, grpc_port: int | None = None,
     ) -> None:  # fmt: skip
         self._settings = Settings(
-            artifact=str(artifact.directory.resolve()), device=device, threads=threads, workers=workers
-        )
+            artifact=absolute([one.directory if isinstance(one, Artifact) else one for one in sources]),
+            device=device, threads=threads, workers=workers,
+        )  # fmt: skip
         self._wanted_grpc_port = grpc_port
-        self._title = artifact.title
+        self._title = ", ".join(one.title if isinstance(one, Artifact) else str(one) for one in sources)
         self._host = host
         self._wanted_port = port
         self._env = env
@@ -171,6 +185,11 @@ class ServerProcess:
                     f"its log ends:\n{self.log_tail()}"
                 )
             time.sleep(_POLL_S)
+
+
+def _titles(entries: Sequence[Entry]) -> str:
+    shown = ", ".join(entry.title for entry in entries[:_TITLES])
+    return shown + (f" and {len(entries) - _TITLES} more" if len(entries) > _TITLES else "")
 
 
 def _start(

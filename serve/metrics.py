@@ -9,12 +9,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from dlops.serve.cells import Cells, Worker
+
+if TYPE_CHECKING:
+    from dlops.serve.model import ServedModel
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # From a small network on a CPU to a large one under load.
@@ -133,20 +137,24 @@ class Metrics(Collector):
     def __init__(self, cells: Cells) -> None:
         self.cells = cells
         seconds = tuple(round(bound * 1e9) for bound in _SECONDS)
-        self.requests = Counter(cells, "dlops_requests", "Requests answered.", ("route", "method", "status"))
+        model = ("model",)
+        self.requests = Counter(
+            cells, "dlops_requests", "Requests answered; those that are for no model have none.",
+            ("model", "route", "method", "status"),
+        )  # fmt: skip
         self.seconds = Histogram(
             cells, "dlops_request_seconds", "Time of requests that were answered with a result, and its parts.",
-            ("route", "part"), bounds=seconds, unit=1e-9,
+            ("model", "route", "part"), bounds=seconds, unit=1e-9,
         )  # fmt: skip
-        self.batch_rows = Histogram(cells, "dlops_batch_rows", "Rows in a run, padding apart.", bounds=_ROWS)
-        self.padded_rows = Counter(cells, "dlops_padded_rows", "Rows that were run and that no request asked for.")
-        self.batches = Counter(cells, "dlops_batches", "Runs, by why they began with no more rows.", ("reason",))
+        self.batch_rows = Histogram(cells, "dlops_batch_rows", "Rows in a run, padding apart.", model, bounds=_ROWS)
+        self.padded_rows = Counter(cells, "dlops_padded_rows", "Rows that were run and nobody asked for.", model)
+        self.batches = Counter(cells, "dlops_batches", "Runs, by why they began with no more rows.", (*model, "reason"))
         self.compute_seconds = Histogram(
-            cells, "dlops_batch_compute_seconds", "Time of a run of the model.", bounds=seconds, unit=1e-9
+            cells, "dlops_batch_compute_seconds", "Time of a run of the model.", model, bounds=seconds, unit=1e-9
         )
-        self.queue_rows = Gauge(cells, "dlops_queue_rows", "Rows that wait.")
-        self.busy_instances = Gauge(cells, "dlops_busy_instances", "Instances that run a batch at this moment.")
-        self.instances = Gauge(cells, "dlops_instances", "Instances that serve.")
+        self.queue_rows = Gauge(cells, "dlops_queue_rows", "Rows that wait.", model)
+        self.busy_instances = Gauge(cells, "dlops_busy_instances", "Instances that run at this moment.", model)
+        self.instances = Gauge(cells, "dlops_instances", "Instances that serve.", model)
         self.ready = Gauge(cells, "dlops_ready", "Workers that passed their self-test and serve.")
         self.model = Presence(
             cells, "dlops_model_info", "What is served.",
@@ -154,6 +162,16 @@ class Metrics(Collector):
         )  # fmt: skip
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+
+    def show_load(self, models: Iterable[ServedModel]) -> None:
+        """Say how full the queues of this worker's models are; versions of one name are summed."""
+        loads: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        for model in models:
+            rows, busy = loads[model.name]
+            loads[model.name] = (rows + model.queue.rows_waiting, busy + model.queue.busy_instances)
+        for name, (rows, busy) in loads.items():
+            self.queue_rows.set(name, to=rows)
+            self.busy_instances.set(name, to=busy)
 
     def collect(self) -> Iterator[Metric]:
         """One family after another, as prometheus_client asks for them."""

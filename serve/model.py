@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from dlops.artifact import Artifact, newest_artifact, open_artifact
+from dlops.artifact import Artifact
 from dlops.environment import available_cores
-from dlops.errors import UsageError
 from dlops.parity import self_test
 from dlops.runtimes import Placement, SessionOptions, open_session
 from dlops.runtimes.session import Session
@@ -20,12 +20,12 @@ from dlops.serve.decoding import Decoder
 from dlops.serve.instance import Instance, bucket_sizes, zeros
 from dlops.serve.metrics import Metrics
 from dlops.serve.queue import BatchDone, InferenceQueue
+from dlops.serve.repository import Entry, open_entry
 from dlops.serve.settings import Settings
 from dlops.serve.statistics import Statistics
 from dlops.signature import Feed, Signature
 from dlops.tasks import open_task
 
-_STORE = "bentoml:"
 # A run of so little holds up the other requests for no longer than handing it to a thread and back would.
 _INLINE_NS = 300_000
 _TIMED = 7
@@ -40,17 +40,23 @@ _PLATFORMS = {"onnx": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
 class ServedModel:
     """An artifact behind a queue. Made by `load_model`; `close` answers what waits and frees the sessions.
 
-    sessions: of this artifact, one an instance. inline: the one instance runs on the event loop.
+    sessions: of this artifact, one an instance. name, version: what it is called here, its own where they are left
+    out. inline: the one instance runs on the event loop.
     """
 
     def __init__(
         self, artifact: Artifact, sessions: Sequence[Session], settings: Settings,
-        metrics: Metrics, *, inline: bool = False,
+        metrics: Metrics, *, name: str | None = None, version: str | None = None, inline: bool = False,
     ) -> None:  # fmt: skip
         self.artifact = artifact
+        self.name = artifact.name if name is None else name
+        self.version = artifact.version if version is None else version
+        self._users = 0
+        self._unused: asyncio.Event | None = None
+        self._metrics = metrics
         self.signature: Signature = artifact.signature
         self.placement: Placement = sessions[0].placement
-        self.statistics = Statistics(metrics.cells, name=artifact.name, version=artifact.version)
+        self.statistics = Statistics(metrics.cells, name=self.name, version=self.version)
         self.max_batch = min(settings.max_batch, artifact.signature.max_batch)
         self.inline = inline
         buckets = bucket_sizes(self.max_batch) if settings.cuda_graphs else ()
@@ -59,13 +65,11 @@ class ServedModel:
 
         def count(done: BatchDone) -> None:
             self.statistics.add_batch(done)
-            metrics.batch_rows.observe(value=done.rows)
-            metrics.compute_seconds.observe(value=done.compute_ns)
-            metrics.batches.add(done.reason)
-            metrics.queue_rows.set(to=self.queue.rows_waiting)
-            metrics.busy_instances.set(to=self.queue.busy_instances)
+            metrics.batch_rows.observe(self.name, value=done.rows)
+            metrics.compute_seconds.observe(self.name, value=done.compute_ns)
+            metrics.batches.add(self.name, done.reason)
             if done.padded_rows:
-                metrics.padded_rows.add(by=done.padded_rows)
+                metrics.padded_rows.add(self.name, by=done.padded_rows)
 
         self.queue = InferenceQueue(
             self.instances,
@@ -78,16 +82,12 @@ class ServedModel:
             batching=artifact.variant.precision != "int8dyn",
             on_batch=count,
         )
-        self.codec = Codec(self.signature, name=artifact.name, version=artifact.version)
+        self.codec = Codec(self.signature, name=self.name, version=self.version)
         self.decoder = Decoder(artifact, max_pixels=settings.max_pixels)
 
     @property
-    def name(self) -> str:
-        return self.artifact.name
-
-    @property
-    def version(self) -> str:
-        return self.artifact.version
+    def title(self) -> str:
+        return f"{self.name} version {self.version}"
 
     @property
     def platform(self) -> str:
@@ -121,6 +121,39 @@ class ServedModel:
             "threads": str(self.placement.threads),
         }
 
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """For as long as a request goes on that is to be answered by this model: until then `retire` waits."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def hold(self) -> None:
+        """As `used` at its beginning, and `release` as at its end."""
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if self._unused is not None and not self._users:
+            self._unused.set()
+
+    async def retire(self) -> None:
+        """Close once the last request that came to this model is answered. No new ones may come from here on."""
+        if self._users:
+            self._unused = asyncio.Event()
+            await self._unused.wait()
+        await asyncio.to_thread(self.close)
+
+    def summary(self) -> str:
+        """What is served and where, in a line."""
+        placement = self.placement
+        return (
+            f"{self.title} ({self.artifact.slug}) on {placement.provider} ({placement.runtime}, "
+            f"{placement.precision}, {placement.threads} threads)"
+        )
+
     def close(self) -> None:
         """Answer what waits, then free the sessions. Blocks until then; not on the event loop."""
         self.queue.close()
@@ -129,28 +162,13 @@ class ServedModel:
             instance.close()
 
 
-def choose_artifact(settings: Settings) -> Artifact:
-    """The artifact that the settings name, its digests checked; the newest under ./artifacts where they name none."""
-    if settings.artifact is None:
-        return newest_artifact()
-    if not settings.artifact.startswith(_STORE):
-        return open_artifact(settings.artifact)
-    import bentoml
-    from bentoml.exceptions import BentoMLException
-
-    tag = settings.artifact.removeprefix(_STORE)
-    try:
-        return open_artifact(Path(bentoml.models.get(tag).path))
-    except BentoMLException as error:
-        raise UsageError(f"{tag}: not in BentoML's model store ({error})", hint="bentoml models list") from None
-
-
-def load_model(artifact: Artifact, settings: Settings, metrics: Metrics) -> ServedModel:
+def load_model(entry: Entry, settings: Settings, metrics: Metrics) -> ServedModel:
     """Open a session an instance, run the artifact's own samples through each, and warm it up. Blocks; takes seconds.
 
     Raises GateError where the samples give other outputs here than they should, MachineError where the device or
-    package is missing.
+    package is missing, UsageError where the artifact's files are not what they should be.
     """
+    artifact = open_entry(entry)
     sessions: list[Session] = []
     try:
         sessions.append(_open(artifact, settings, count=settings.instances or 1))
@@ -164,7 +182,7 @@ def load_model(artifact: Artifact, settings: Settings, metrics: Metrics) -> Serv
             _warm_up(session, max_batch)
         # A request may have all the rows that the artifact allows, and runs whole.
         inline = count == 1 and settings.queue_delay_us == 0 and _is_quick(sessions[0], artifact.signature.max_batch)
-        return ServedModel(artifact, sessions, settings, metrics, inline=inline)
+        return ServedModel(artifact, sessions, settings, metrics, name=entry.name, version=entry.version, inline=inline)
     except BaseException:
         for session in sessions:
             session.close()

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from dlops.artifact import Artifact
 from dlops.serve.guard import PAGE_HEADERS
 from dlops.version import __version__
+
+if TYPE_CHECKING:
+    from dlops.artifact import Artifact
+    from dlops.serve.model import ServedModel
 
 # Swagger UI as BentoML ships it, from this server: nothing is fetched from elsewhere.
 _SCRIPT = 'SwaggerUIBundle({url: "./docs.json", dom_id: "#swagger-ui", validatorUrl: null});'
@@ -31,6 +35,7 @@ PAGE = f"""<!DOCTYPE html>
 _HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
 PAGE_POLICY = f"{PAGE_HEADERS['content-security-policy']}; script-src 'self' 'sha256-{_HASH}'"
 _MODEL = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+_VERSION = [*_MODEL, {"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]
 _TENSOR = {
     "type": "object",
     "required": ["name", "datatype", "shape"],
@@ -99,41 +104,54 @@ _SCHEMAS: dict[str, Any] = {
 }
 
 
-def openapi_document(artifact: Artifact | None) -> dict[str, Any]:
-    """OpenAPI 3.0 of every route. artifact: what is served, for the title and the texts; None before it is loaded."""
-    title = "dlops" if artifact is None else f"{artifact.title} version {artifact.version}"
-    about = _shown(artifact)
-    model = "/v2/models/{name}"
+def openapi_document(models: Sequence[ServedModel]) -> dict[str, Any]:
+    """OpenAPI 3.0 of every route. models: what is served, for the title and the texts; none before it is loaded."""
+    title = " · ".join(model.title for model in models) or "dlops"
+    artifact = models[0].artifact if len(models) == 1 else None
+    paths: dict[str, Any] = {
+        "/predict": {"post": _predict(artifact)},
+        "/models/{name}/predict": {"post": _predict(artifact, _MODEL)},
+        "/models/{name}/versions/{version}/predict": {"post": _predict(artifact, _VERSION)},
+        "/v2": {"get": _get("Server metadata")},
+        "/v2/health/live": {"get": _get("Whether the process answers")},
+        "/v2/health/ready": {"get": _get("Whether the models passed their self-tests and take requests")},
+        "/v2/models/stats": {"get": _get("Counts and times of all models, over all workers")},
+        "/v2/repository/index": {"post": _repository("What is there to serve, and what is served")},
+        "/v2/repository/models/{name}/load": {
+            "post": _repository("Serve what the repository has of this name now, on all workers", _MODEL)
+        },
+        "/v2/repository/models/{name}/unload": {"post": _repository("Serve nothing of this name any more", _MODEL)},
+        "/metrics": {"get": _get("Prometheus metrics")},
+        "/livez": {"get": _get("Whether the process answers")},
+        "/readyz": {"get": _get("As /v2/health/ready")},
+    }
+    for base, parameters in (("/v2/models/{name}", _MODEL), ("/v2/models/{name}/versions/{version}", _VERSION)):
+        paths |= {
+            base: {"get": _get("Model metadata: tensors, versions", parameters)},
+            f"{base}/ready": {"get": _get("Whether this model is ready", parameters)},
+            f"{base}/config": {"get": _get("Model configuration, as Triton has it", parameters)},
+            f"{base}/stats": {"get": _get("Counts and times of this model, over all workers", parameters)},
+            f"{base}/infer": {"post": _infer(parameters)},
+        }
     return {
         "openapi": "3.0.3",
-        "info": {"title": title, "version": __version__, "description": about},
-        "paths": {
-            "/predict": {"post": _predict(artifact)},
-            "/v2": {"get": _get("Server metadata")},
-            "/v2/health/live": {"get": _get("Whether the process answers")},
-            "/v2/health/ready": {"get": _get("Whether the model passed its self-test and takes requests")},
-            "/v2/models/stats": {"get": _get("Counts and times of all models, over all workers")},
-            model: {"get": _get("Model metadata: tensors, versions", _MODEL)},
-            f"{model}/ready": {"get": _get("Whether this model is ready", _MODEL)},
-            f"{model}/config": {"get": _get("Model configuration, as Triton has it", _MODEL)},
-            f"{model}/stats": {"get": _get("Counts and times of this model, over all workers", _MODEL)},
-            f"{model}/infer": {"post": _infer()},
-            "/metrics": {"get": _get("Prometheus metrics")},
-            "/livez": {"get": _get("Whether the process answers")},
-            "/readyz": {"get": _get("As /v2/health/ready")},
-        },
+        "info": {"title": title, "version": __version__, "description": _shown(models)},
+        "paths": paths,
         "components": {"schemas": _SCHEMAS},
     }
 
 
-def _shown(artifact: Artifact | None) -> str:
-    if artifact is None:
-        return "The model is still loading."
-    shapes = ", ".join(f"{s.name}: {s.dtype} {list(s.shape)}" for s in artifact.signature.inputs)
-    return f"A {artifact.task} model, {artifact.slug}. Tensors for /v2: {shapes}."
+def _shown(models: Sequence[ServedModel]) -> str:
+    if not models:
+        return "The model is still loading, or none is served."
+    return " ".join(
+        f"{model.title}: {model.artifact.task}, {model.artifact.slug}; tensors for /v2: "
+        + ", ".join(f"{s.name}: {s.dtype} {list(s.shape)}" for s in model.signature.inputs) + "."
+        for model in models
+    )  # fmt: skip
 
 
-def _predict(artifact: Artifact | None) -> dict[str, Any]:
+def _predict(artifact: Artifact | None, parameters: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     binary = {"schema": {"type": "string", "format": "binary"}}
     content: dict[str, Any] = {"application/json": _body("Numbers")}
     # A model that takes numbers has no use for files.
@@ -143,16 +161,17 @@ def _predict(artifact: Artifact | None) -> dict[str, Any]:
     return {
         "summary": "Labels with probabilities",
         "description": "One image, several in a form, or pixels or features as JSON.",
+        "parameters": list(parameters),
         "requestBody": {"required": True, "content": content},
         "responses": _responses("Predictions"),
     }
 
 
-def _infer() -> dict[str, Any]:
+def _infer(parameters: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "summary": "Inference by the Open Inference Protocol",
         "description": "JSON, or JSON and then raw tensors with Inference-Header-Content-Length.",
-        "parameters": _MODEL,
+        "parameters": list(parameters),
         "requestBody": {"required": True, "content": {"application/json": _body("InferRequest")}},
         "responses": _responses("InferResponse"),
     }
@@ -160,6 +179,21 @@ def _infer() -> dict[str, Any]:
 
 def _get(summary: str, parameters: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     return {"summary": summary, "parameters": parameters or [], "responses": {"200": {"description": "Yes, or it."}}}
+
+
+def _repository(summary: str, parameters: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    error = {"content": {"application/json": _body("Error")}}
+    return {
+        "summary": summary,
+        "parameters": list(parameters),
+        "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}},
+        "responses": {
+            "200": {"description": "Done, or the list."},
+            "404": {"description": "There is no such model.", **error},
+            "500": {"description": "It could not be loaded; what was served before still is.", **error},
+            "501": {"description": "This server's models do not change while it runs.", **error},
+        },
+    }
 
 
 def _body(schema: str) -> dict[str, Any]:
@@ -171,6 +205,7 @@ def _responses(schema: str) -> dict[str, Any]:
     return {
         "200": {"description": "The answer.", "content": {"application/json": _body(schema)}},
         "400": {"description": "The request does not fit; field says which part.", **error},
+        "404": {"description": "There is no such model or version.", **error},
         "413": {"description": "The body is too large.", **error},
         "429": {"description": "The queue is full; Retry-After says when to come back.", **error},
         "503": {"description": "Not ready, or shutting down.", **error},

@@ -1,10 +1,11 @@
-"""What the page at / is made of: its files, what is served, samples to try, and the load of the last seconds."""
+"""The pages for people: the one at / with its files, what is served, samples to try and the load, and the API's."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 from pydantic_core import to_json
-from starlette.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
 
 from dlops.artifact import Artifact
+from dlops.serve.answers import json_response
 from dlops.serve.metrics import Metrics
+from dlops.serve.models import Models
+from dlops.serve.openapi import PAGE, PAGE_POLICY, openapi_document
 from dlops.signature import Array
 
 if TYPE_CHECKING:
     from dlops.serve.model import ServedModel
 
+Handler = Callable[[Request], Awaitable[Response]]
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # Of those that travel with an artifact: enough to see that it works.
 _SAMPLES = 8
@@ -32,6 +39,60 @@ class Sample:
 
     content: bytes
     kind: str
+
+
+class Pages:
+    """Their routes."""
+
+    def __init__(self, models: Models, metrics: Metrics) -> None:
+        self._models = models
+        self._metrics = metrics
+
+    def table(self) -> list[tuple[str, str, Handler]]:
+        """Method, path and handler."""
+        return [
+            ("GET", "/docs.json", self._openapi),
+            ("GET", "/docs", self._docs),
+            ("GET", "/", self._page),
+            ("GET", "/ui/page.css", self._file),
+            ("GET", "/ui/page.js", self._file),
+            ("GET", "/ui/model.json", self._model),
+            ("GET", "/ui/live.json", self._live),
+            ("GET", "/ui/samples/{number:int}", self._sample),
+        ]
+
+    async def _openapi(self, request: Request) -> Response:
+        return json_response(openapi_document(list(self._models)))
+
+    async def _docs(self, request: Request) -> Response:
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    async def _page(self, request: Request) -> Response:
+        return file_response("page.html")
+
+    async def _file(self, request: Request) -> Response:
+        return file_response(request.url.path.rpartition("/")[2])
+
+    async def _model(self, request: Request) -> Response:
+        document = await asyncio.to_thread(model_document, self._shown(request))
+        return json_response(document | {"models": self._models.names})
+
+    async def _live(self, request: Request) -> Response:
+        self._metrics.show_load(self._models)
+        return json_response(live_document(self._metrics))
+
+    async def _sample(self, request: Request) -> Response:
+        found = await asyncio.to_thread(sample, self._shown(request).artifact, request.path_params["number"])
+        if found is None:
+            raise HTTPException(404, "no such sample")
+        return Response(found.content, media_type=found.kind)
+
+    def _shown(self, request: Request) -> ServedModel:
+        """The model that the address names, or the first."""
+        self._models.check_loaded()
+        if self._models.first is None:
+            raise HTTPException(404, "no model is served")
+        return self._models.find(request.query_params.get("model", self._models.first.name))
 
 
 def file_response(name: str) -> Response:
@@ -57,7 +118,7 @@ def model_document(model: ServedModel) -> dict[str, Any]:
         kind, shape = None, ()
     return {
         "name": model.name,
-        "title": artifact.title,
+        "title": f"{model.name}/{artifact.slug}",
         "version": model.version,
         "task": artifact.task,
         "provider": model.placement.provider,
@@ -75,7 +136,7 @@ def model_document(model: ServedModel) -> dict[str, Any]:
 def live_document(metrics: Metrics) -> dict[str, Any]:
     """What waits and runs now, and the latencies of all requests so far, counted by bounds."""
     counts = [0] * (len(metrics.seconds.bounds) + 1)
-    for (_, part), cells in metrics.seconds.sums().items():
+    for (_, _, part), cells in metrics.seconds.sums().items():
         if part == "total":
             counts = [a + b for a, b in zip(counts, cells[:-1], strict=True)]
     return {

@@ -6,29 +6,26 @@ import asyncio
 import os
 import time
 import traceback
-from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Match, Route, request_response
 from starlette.types import Scope
 
 from dlops.console import say
 from dlops.errors import DlopsError, InputError
-from dlops.serve import pages, protocol
+from dlops.serve import protocol
 from dlops.serve.answers import (
     LENGTH_HEADER,
     TIMEOUT_HEADER,
     TIMING_HEADER,
     NotReadyError,
     Times,
-    UnknownModelError,
     UnsupportedError,
     deadline_ns,
     error_response,
@@ -44,7 +41,8 @@ from dlops.serve.guard import REQUEST_ID, Guard, request_id
 from dlops.serve.leaving import unless_gone
 from dlops.serve.metrics import CONTENT_TYPE, Metrics
 from dlops.serve.model import ServedModel
-from dlops.serve.openapi import PAGE, PAGE_POLICY, openapi_document
+from dlops.serve.models import Models
+from dlops.serve.pages import Handler, Pages
 from dlops.serve.predict import read_inputs
 from dlops.serve.queue import Answer, OverloadedError
 from dlops.serve.settings import Settings
@@ -53,29 +51,33 @@ from dlops.signature import Feed
 from dlops.version import __version__
 
 if TYPE_CHECKING:
+    from dlops.serve.control import Control
     from dlops.serve.grpc_service import GrpcServer
 
-Handler = Callable[[Request], Awaitable[Response]]
 INFER = "/v2/models/{name}/infer"
+# In a request's scope: the model that it is for.
+_MODEL = "dlops.model"
 # Of Triton's extensions: what a client may ask for and gets told, in the protocol's own way, that it is not here.
 _UNSUPPORTED = (
     "/v2/systemsharedmemory/{rest:path}", "/v2/cudasharedmemory/{rest:path}", "/v2/trace/{rest:path}",
     "/v2/models/{name}/trace/{rest:path}", "/v2/logging",
 )  # fmt: skip
 _GAUGES_S = 0.5
-_EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
+_EXTENSIONS = [
+    "binary_tensor_data", "model_configuration", "model_repository", "model_repository(unload_dependents)",
+    "statistics",
+]  # fmt: skip
 # A body of this size is decoded on the event loop: in well under a millisecond, which is what a thread would cost.
 _INLINE_BYTES = 16 * 1024
 
 
 class Application:
-    """The routes, and what they share. `model` is None until it is loaded and its self-test has passed."""
+    """The routes, and what they share. `control` is there once the worker has begun."""
 
     def __init__(self, settings: Settings) -> None:
         self.metrics = Metrics(Cells(os.environ.get(CELLS_DIR)))
-        self._model: ServedModel | None = None
-        # By the addresses at which each model is asked, as they are sent.
-        self.inferences: dict[bytes, ServedModel] = {}
+        self.models = Models()
+        self._control: Control | None = None
         self.receive_timeout_s = settings.receive_timeout_s
         self.draining = False
         self.grpc: GrpcServer | None = None
@@ -86,29 +88,25 @@ class Application:
         self.refuse = request_response(self._answered("other", self.refused))
 
     @property
-    def model(self) -> ServedModel | None:
-        return self._model
+    def control(self) -> Control:
+        """What models are served, and how that changes. Raises NotReadyError before the worker has begun."""
+        if self._control is None:
+            raise NotReadyError("the server is starting", hint="GET /v2/health/ready says when it is ready")
+        return self._control
 
-    @model.setter
-    def model(self, model: ServedModel | None) -> None:
-        self._model = model
-        self.inferences = {}
-        if model is not None:
-            name, version = (quote(part, safe="").encode() for part in (model.name, model.version))
-            for path in (b"/v2/models/%s/infer" % name, b"/v2/models/%s/versions/%s/infer" % (name, version)):
-                self.inferences[path] = model
+    @control.setter
+    def control(self, control: Control) -> None:
+        self._control = control
 
     @property
     def is_ready(self) -> bool:
         """Whether new requests should be sent here."""
-        return self._model is not None and not self.draining
+        return self.models.is_loaded and not self.draining
 
     async def keep_gauges(self) -> None:
         """Say again and again how full the queue is: a gauge is summed over workers, whichever of them is asked."""
         while True:
-            if self._model is not None:
-                self.metrics.queue_rows.set(to=self._model.queue.rows_waiting)
-                self.metrics.busy_instances.set(to=self._model.queue.busy_instances)
+            self.metrics.show_load(self.models)
             await asyncio.sleep(_GAUGES_S)
 
     def drain(self) -> None:
@@ -121,20 +119,18 @@ class Application:
         versioned = model + "/versions/{version}"
         table: list[tuple[str, str, Handler]] = [
             ("POST", "/predict", self.predict),
+            ("POST", "/models/{name}/predict", self.predict),
+            ("POST", "/models/{name}/versions/{version}/predict", self.predict),
             ("GET", "/metrics", self.render_metrics),
-            ("GET", "/docs.json", self.openapi),
-            ("GET", "/docs", self.docs),
-            ("GET", "/", self.page),
-            ("GET", "/ui/page.css", self.page_file),
-            ("GET", "/ui/page.js", self.page_file),
-            ("GET", "/ui/model.json", self.page_model),
-            ("GET", "/ui/live.json", self.page_live),
-            ("GET", "/ui/samples/{number:int}", self.page_sample),
+            *Pages(self.models, self.metrics).table(),
             ("GET", "/v2", self.server_metadata),
             ("GET", "/v2/", self.server_metadata),
             ("GET", "/v2/health/live", self.live),
             ("GET", "/v2/health/ready", self.ready),
             ("GET", "/v2/models/stats", self.statistics),
+            ("POST", "/v2/repository/index", self.repository_index),
+            ("POST", "/v2/repository/models/{name}/load", self.repository_load),
+            ("POST", "/v2/repository/models/{name}/unload", self.repository_unload),
             *[
                 (method, prefix + path, handler)
                 for prefix in (model, versioned)
@@ -176,10 +172,10 @@ class Application:
                 response = self.failed(error, where=f"{request.method} {route}", identity=identity)
             if self.draining:
                 response.headers["Connection"] = "close"
-            # A failure of this model's, not one of a model that is not there.
-            model = self._model if route == INFER and response.status_code != 404 else None
-            failed = response.status_code >= 400
-            self.count(route, request.method, response.status_code, model, started_ns, failed=failed)
+            model: ServedModel | None = request.scope.get(_MODEL)
+            self.count(
+                route, request.method, response.status_code, model, started_ns, failed=response.status_code >= 400
+            )
             return response
 
         return endpoint
@@ -195,23 +191,25 @@ class Application:
     def count(
         self, route: str, method: str, status: int | str, model: ServedModel | None, started_ns: int, *, failed: bool
     ) -> None:
-        """An answer has been made. model: that was to infer, where that was asked."""
+        """An answer has been made. model: that was to infer; None where none was asked, or one that is not there."""
         if failed and model is not None:
             model.statistics.add_failure(time.perf_counter_ns() - started_ns)
-        self.metrics.requests.add(route, method, str(status))
+        self.metrics.requests.add("" if model is None else model.name, route, method, str(status))
 
     async def predict(self, request: Request) -> Response:
         """Labels with probabilities for images or numbers."""
         started_ns = time.perf_counter_ns()
-        model = self._model_that_takes_more()
-        until_ns = deadline_ns(started_ns, header=request.headers.get(TIMEOUT_HEADER))
-        async with self.bodies.read(request) as body:
-            kind = request.headers.get("content-type", "")
-            raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
-            decode_ns = time.perf_counter_ns()
-            feed = await unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
-            decode_ns = time.perf_counter_ns() - decode_ns
-            answer = await self._run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
+        model = self._asked(request)
+        with model.used():
+            self.check_room(model)
+            until_ns = deadline_ns(started_ns, header=request.headers.get(TIMEOUT_HEADER))
+            async with self.bodies.read(request) as body:
+                kind = request.headers.get("content-type", "")
+                raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
+                decode_ns = time.perf_counter_ns()
+                feed = await unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
+                decode_ns = time.perf_counter_ns() - decode_ns
+                answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
         document = {"model": model.name, "version": model.version, "predictions": model.answers(answer.outputs)}
         times = self.account(model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns)
@@ -220,17 +218,19 @@ class Application:
     async def infer(self, request: Request) -> Response:
         """An inference request of the Open Inference Protocol."""
         started_ns = time.perf_counter_ns()
-        self._model_of(request)
-        model = self._model_that_takes_more()
-        header = request.headers.get(TIMEOUT_HEADER)
-        deadline_ns(started_ns, header=header)
-        async with self.bodies.read(request) as body:
-            decode_ns = time.perf_counter_ns()
-            decode = partial(protocol.decode_request, body, json_bytes=_json_bytes(request), signature=model.signature)
-            wanted = decode() if len(body) <= _INLINE_BYTES else await model.decoder.offload(decode)
-            decode_ns = time.perf_counter_ns() - decode_ns
-            until_ns = deadline_ns(started_ns, header=header, timeout_us=wanted.timeout_us)
-            answer = await self._run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=until_ns)
+        model = self._asked(request)
+        with model.used():
+            self.check_room(model)
+            header = request.headers.get(TIMEOUT_HEADER)
+            deadline_ns(started_ns, header=header)
+            async with self.bodies.read(request) as body:
+                decode_ns = time.perf_counter_ns()
+                json_bytes = _json_bytes(request)
+                decode = partial(protocol.decode_request, body, json_bytes=json_bytes, signature=model.signature)
+                wanted = decode() if len(body) <= _INLINE_BYTES else await model.decoder.offload(decode)
+                decode_ns = time.perf_counter_ns() - decode_ns
+                until_ns = deadline_ns(started_ns, header=header, timeout_us=wanted.timeout_us)
+                answer = await _run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=until_ns)
         encoded = protocol.encode_response(
             answer.outputs, wanted.outputs, model=model.name, version=model.version, identity=wanted.id
         )
@@ -241,9 +241,7 @@ class Application:
         return Response(status_code=200)
 
     async def ready(self, request: Request) -> Response:
-        self._loaded()
-        if self.draining:
-            raise NotReadyError("the server is shutting down", hint="send requests elsewhere")
+        self._check_ready()
         return Response(status_code=200)
 
     async def server_metadata(self, request: Request) -> Response:
@@ -254,48 +252,60 @@ class Application:
         return {"name": "dlops", "version": __version__, "extensions": _EXTENSIONS}
 
     async def model_ready(self, request: Request) -> Response:
-        self._model_of(request)
+        self._named(request)
+        self._check_ready()
         return Response(status_code=200)
 
     async def model_metadata(self, request: Request) -> Response:
-        return json_response(self._model_of(request).metadata())
+        return json_response(self.metadata_of(**request.path_params))
 
     async def model_config(self, request: Request) -> Response:
-        return json_response(self._model_of(request).config())
+        return json_response(self._named(request).config())
 
     async def statistics(self, request: Request) -> Response:
-        model = self._model_of(request) if "name" in request.path_params else self._loaded()
-        return json_response(model.statistics.as_json())
+        return json_response(self.statistics_of(**request.path_params))
+
+    def metadata_of(self, name: str, version: str = "") -> dict[str, Any]:
+        """The answer to GET /v2/models/NAME. Raises NotReadyError, UnknownModelError."""
+        versions = [model.version for model in self.models.versions(name)]
+        return self.models.find(name, version).metadata() | {"versions": versions[::-1]}
+
+    def statistics_of(self, name: str = "", version: str = "") -> dict[str, Any]:
+        """Of one version, of all versions of one name, or of all models. Raises NotReadyError, UnknownModelError."""
+        if version:
+            models = [self.models.find(name, version)]
+        elif name:
+            models = self.models.versions(name)
+        else:
+            self.models.check_loaded()
+            models = list(self.models)
+        return {"model_stats": [model.statistics.as_json() for model in models]}
+
+    async def repository_index(self, request: Request) -> Response:
+        async with self.bodies.read(request) as body:
+            document = protocol.read_json(body) if body else {}
+        ready = document.get("ready", False)
+        if not isinstance(ready, bool):
+            raise InputError("ready must be true or false", field="ready")
+        return json_response(await self.control.index(ready=ready))
+
+    async def repository_load(self, request: Request) -> Response:
+        async with self.bodies.read(request) as body:
+            document = protocol.read_json(body) if body else {}
+        check_load(document.get("parameters", {}))
+        await self.control.load(request.path_params["name"])
+        return Response(status_code=200)
+
+    async def repository_unload(self, request: Request) -> Response:
+        # Whether what depends on it goes too: nothing does.
+        async with self.bodies.read(request):
+            pass
+        await self.control.unload(request.path_params["name"])
+        return Response(status_code=200)
 
     async def render_metrics(self, request: Request) -> Response:
-        if self.model is not None:
-            self.metrics.queue_rows.set(to=self.model.queue.rows_waiting)
-            self.metrics.busy_instances.set(to=self.model.queue.busy_instances)
+        self.metrics.show_load(self.models)
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
-
-    async def openapi(self, request: Request) -> Response:
-        return json_response(openapi_document(None if self.model is None else self.model.artifact))
-
-    async def docs(self, request: Request) -> Response:
-        return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
-
-    async def page(self, request: Request) -> Response:
-        return pages.file_response("page.html")
-
-    async def page_file(self, request: Request) -> Response:
-        return pages.file_response(request.url.path.rpartition("/")[2])
-
-    async def page_model(self, request: Request) -> Response:
-        return json_response(await asyncio.to_thread(pages.model_document, self._loaded()))
-
-    async def page_live(self, request: Request) -> Response:
-        return json_response(pages.live_document(self.metrics))
-
-    async def page_sample(self, request: Request) -> Response:
-        found = await asyncio.to_thread(pages.sample, self._loaded().artifact, request.path_params["number"])
-        if found is None:
-            raise HTTPException(404, "no such sample")
-        return Response(found.content, media_type=found.kind)
 
     async def refused(self, request: Request) -> Response:
         raise request.scope["dlops.error"]
@@ -310,37 +320,27 @@ class Application:
             return RedirectResponse(request.url.replace(path="/" + path.strip("/")))
         raise HTTPException(404, f"no route {request.method} {request.url.path[:200]}")
 
-    def _loaded(self) -> ServedModel:
-        if self.model is None:
-            raise NotReadyError("the model is not ready", hint="GET /v2/health/ready says when it is")
-        return self.model
+    def _check_ready(self) -> None:
+        self.models.check_loaded()
+        if self.draining:
+            raise NotReadyError("the server is shutting down", hint="send requests elsewhere")
 
-    def model_named(self, name: str = "", version: str = "") -> ServedModel:
-        """The model of this name and version; an empty one means any. Raises NotReadyError, UnknownModelError."""
-        model = self._loaded()
-        for kind, given, own in (("name", name, model.name), ("version", version, model.version)):
-            if given not in ("", own):
-                raise UnknownModelError(f"unknown model {kind} {given[:200]!r}, this server has {own!r}")
-        return model
+    def _named(self, request: Request) -> ServedModel:
+        """The model that the address names, or the only one where it names none."""
+        if "name" not in request.path_params:
+            return self.models.only()
+        return self.models.find(request.path_params["name"], request.path_params.get("version", ""))
 
-    def _model_of(self, request: Request) -> ServedModel:
-        return self.model_named(request.path_params.get("name", ""), request.path_params.get("version", ""))
-
-    def _model_that_takes_more(self) -> ServedModel:
-        model = self._loaded()
-        self.check_room(model)
+    def _asked(self, request: Request) -> ServedModel:
+        """The same, for a request that counts as one to this model."""
+        model: ServedModel = self._named(request)
+        request.scope[_MODEL] = model
         return model
 
     def check_room(self, model: ServedModel) -> None:
         """Raise OverloadedError where the queue is full: then a request is turned away before its body is read."""
         if model.queue.is_full:
             raise OverloadedError("the queue is full", hint="try again")
-
-    async def _run(
-        self, model: ServedModel, request: Request, feed: Feed, *, rows: int, deadline_ns: int | None
-    ) -> Answer:
-        """The queue's answer. A client that leaves meanwhile takes its request out of the queue."""
-        return await unless_gone(request, model.queue.submit(feed, rows=rows, deadline_ns=deadline_ns))
 
     def account(
         self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int
@@ -357,7 +357,7 @@ class Application:
             ("compute", answer.compute_ns), ("encode", encode_ns),
         )  # fmt: skip
         for part, ns in times:
-            self.metrics.seconds.observe(route, part, value=ns)
+            self.metrics.seconds.observe(model.name, route, part, value=ns)
         return times
 
 
@@ -368,6 +368,17 @@ class _Elsewhere(Route):
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, child_scope = super().matches(scope)
         return (Match.PARTIAL if match is Match.FULL else match), child_scope
+
+
+async def _run(model: ServedModel, request: Request, feed: Feed, *, rows: int, deadline_ns: int | None) -> Answer:
+    """The queue's answer. A client that leaves meanwhile takes its request out of the queue."""
+    return await unless_gone(request, model.queue.submit(feed, rows=rows, deadline_ns=deadline_ns))
+
+
+def check_load(parameters: object) -> None:
+    """Raise UnsupportedError for a load that brings a configuration or files: models come from the repository."""
+    if parameters:
+        raise UnsupportedError("a model's configuration and files come from the repository alone", hint="send none")
 
 
 def _check_finite(outputs: Feed) -> None:

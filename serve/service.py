@@ -1,7 +1,7 @@
 """The BentoML service: `bentoml serve` in the project folder, or `dlops serve`, runs this.
 
-The process that starts the workers picks the artifact; each worker loads it, runs its samples through it, and turns
-ready only then. A worker whose artifact fails says why in one line and ends the whole server.
+The process that starts the workers picks the artifacts; each worker loads them, runs their samples through them, and
+turns ready only then. A worker in which one fails at the start says why in one line and ends the whole server.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from dlops.console import say
@@ -40,9 +41,10 @@ import bentoml  # noqa: E402
 from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
 from dlops.serve import door  # noqa: E402
+from dlops.serve.control import Control, State, write_state  # noqa: E402
 from dlops.serve.drain import drain_on_sigterm  # noqa: E402
 from dlops.serve.guard import GuardMiddleware  # noqa: E402
-from dlops.serve.model import ServedModel, choose_artifact, load_model  # noqa: E402
+from dlops.serve.repository import Repository, absolute, open_entry  # noqa: E402
 from dlops.serve.routes import Application  # noqa: E402
 
 # BentoML's command line asks, and remembers the answer, before it imports this module.
@@ -67,42 +69,47 @@ door.install(application)
     endpoints={"livez": "/v2/health/live", "readyz": "/v2/health/ready"},
 )
 class Service:
-    """One artifact: /predict for people, /v2 for Triton's clients."""
+    """/predict for people, /v2 for Triton's clients."""
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def choose() -> None:
-        """Pick the artifact once, for all workers, in the process that starts them."""
+        """Pick what is served once, for all workers, in the process that starts them."""
         try:
-            artifact = choose_artifact(settings)
+            state = State(generation=1, entries=_repository().entries())
+            for entry in state.entries:
+                open_entry(entry)
             port = None if settings.grpc_port is None else hold_port(settings.grpc_host, settings.grpc_port)
         except DlopsError as error:
             _stop(error)
-        os.environ[variable("artifact")] = str(artifact.directory.resolve())
+        # What is relative means the folder in which the server was started.
+        os.environ |= Settings(artifact=absolute(settings.artifact)).to_environment()
         if port is not None:
             # The same for all workers, and held for them.
             os.environ[variable("grpc_port")] = str(port)
         supervision.become_arbiter()
+        write_state(Path(os.environ[supervision.CELLS_DIR]), state)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def begin(self) -> None:
         """Load in the background: the process is live at once, and ready when the self-test has passed."""
         supervision.end_with_arbiter()
         drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
+        application.control = Control(
+            application.models, _repository(), settings, application.metrics, Path(os.environ[supervision.CELLS_DIR])
+        )
         self._loading = asyncio.create_task(_load())
         self._refreshing = asyncio.create_task(application.keep_gauges())
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
-        """Answer what waits, then free the model."""
+        """Answer what waits, then free the models."""
         application.metrics.ready.set(to=0)
         self._refreshing.cancel()
         if application.grpc is not None:
             await application.grpc.stop(grace_s=_GRPC_GRACE_S)
-        model, application.model = application.model, None
         self._loading.cancel()
-        if model is not None:
-            await asyncio.to_thread(model.close)
+        await application.control.end()
 
     def __is_ready__(self) -> bool:
         return application.is_ready
@@ -115,10 +122,11 @@ Service.add_asgi_middleware(  # type: ignore[attr-defined]
 
 
 async def _load() -> None:
+    control = application.control
     try:
-        model = await asyncio.to_thread(_open)
+        await control.begin()
         if settings.grpc_port is not None:
-            await _start_grpc(model)
+            await _start_grpc()
     except DlopsError as error:
         supervision.end_server(error)
         return
@@ -128,28 +136,20 @@ async def _load() -> None:
     # A full collection of a large heap would stall requests; what is loaded by now stays until the end.
     gc.collect()
     gc.freeze()
-    application.model = model
     if not application.draining:
         application.metrics.ready.set(to=1)
-    application.metrics.instances.set(to=len(model.instances))
-    application.metrics.model.set(*model.describe().values(), to=1)
-    placement = model.placement
-    say(
-        f"serving {model.artifact.title} version {model.version} on {placement.provider} ({placement.runtime}, "
-        f"{placement.precision}, {placement.threads} threads): self-test passed, ready"
-        + ("" if settings.grpc_port is None else f"; gRPC on {authority(settings.grpc_host, settings.grpc_port)}")
-    )
+    if settings.model_control == "explicit":
+        await control.follow()
 
 
-async def _start_grpc(model: ServedModel) -> None:
+async def _start_grpc() -> None:
     from dlops.serve.grpc_service import GrpcServer
 
     assert settings.grpc_port is not None
-    application.grpc = GrpcServer(
-        application, model.signature, host=settings.grpc_host, port=settings.grpc_port, settings=settings
-    )
+    application.grpc = GrpcServer(application, host=settings.grpc_host, port=settings.grpc_port, settings=settings)
     await application.grpc.start()
+    say(f"gRPC on {authority(settings.grpc_host, settings.grpc_port)}")
 
 
-def _open() -> ServedModel:
-    return load_model(choose_artifact(settings), settings, application.metrics)
+def _repository() -> Repository:
+    return Repository(settings.artifact, versions=settings.versions or None)

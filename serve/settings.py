@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 
@@ -14,11 +15,13 @@ from dlops.preprocess import MAX_PIXELS
 from dlops.runtimes.session import Device
 
 _PREFIX = "DLOPS_"
+ModelControl = Literal["none", "explicit"]
 
 
 class Settings(Record):
-    """artifact: a folder, or `bentoml:<tag>` for one in BentoML's model store; None for the newest under ./artifacts.
-
+    """artifact: a folder with one or with many below it, or `bentoml:<tag>` for one in BentoML's model store; as a
+    variable one of them, or a JSON list. None at all is the newest under ./artifacts. versions: how many of a model's
+    newest numbered ones in a folder are served, 0 for all. model_control: explicit where clients may load and unload.
     trust: run native code that was made elsewhere. threads: for one operator; None for this worker's share of the
     cores. workers: processes. instances: sessions a worker, each with a thread of its own; None for two on a GPU and
     one on a CPU. cuda_graphs: batches are padded to sizes whose graphs were captured at the start; needs a GPU.
@@ -31,7 +34,9 @@ class Settings(Record):
     grpc_port: on which the protocol is spoken over gRPC too, 0 for a free one; None for not at all. grpc_host: for it.
     """
 
-    artifact: str | None = None
+    artifact: tuple[str, ...] = ()
+    versions: int = Field(1, ge=0)
+    model_control: ModelControl = "none"
     device: Device = "auto"
     trust: bool = False
     threads: int | None = Field(None, ge=1)
@@ -61,6 +66,18 @@ class Settings(Record):
             raise ValueError("must be printable ASCII, to be sent in a header")
         return token.strip()
 
+    @field_validator("artifact", mode="before")
+    @classmethod
+    def _one_or_a_list(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if not value.startswith("["):
+            return (value,)
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"must be a folder or a JSON list of them: {error}") from None
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Read `DLOPS_ARTIFACT`, `DLOPS_DEVICE`, ... Raises UsageError naming every variable with a bad value."""
@@ -74,10 +91,13 @@ class Settings(Record):
     def to_environment(self) -> dict[str, str]:
         """The variables that `from_environment` reads, for a child process; defaults leave what is set there alone."""
         values = self.model_dump(exclude_defaults=True)
-        return {
-            variable(name): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-            for name, value in values.items()
-        }
+        return {variable(name): _text(value) for name, value in values.items()}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return json.dumps(value) if isinstance(value, tuple) else str(value)
 
 
 def variable(name: str) -> str:

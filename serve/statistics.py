@@ -55,7 +55,7 @@ class Statistics:
         values[place + 1] += done.compute_ns
 
     def as_json(self) -> dict[str, Any]:
-        """The answer to GET /v2/models/NAME/stats, with every key that perf_analyzer reads."""
+        """This model's part of the answer to GET /v2/models/stats, with every key that perf_analyzer reads."""
         sums: dict[tuple[str, str], list[int]] = {}
         last_ms = 0
         for worker in self._cells.workers():
@@ -70,7 +70,7 @@ class Statistics:
                 sums[group, what] = [so_far[0] + values[0], so_far[1] + values[1]]
         inference = {part: _pair_json(sums["part", part]) for part in _PARTS}
         batches = sorted((int(what), pair) for (group, what), pair in sums.items() if group == "batch")
-        model = {
+        return {
             "name": self._name,
             "version": self._version,
             "last_inference": last_ms,
@@ -84,7 +84,6 @@ class Statistics:
             ],
             "memory_usage": [],
         }
-        return {"model_stats": [model]}
 
     def _pair(self, group: str, what: str) -> int:
         return self._cells.index("statistics", (self._name, self._version, group, what), count=2)

@@ -8,6 +8,9 @@ const PARTS = ["decode", "queue", "copy", "compute", "encode"];
 const WATCH_MS = 1000;
 const KEPT = 120;
 let model = null;
+// The model that the address of this page names, and nothing where it names none.
+const named = new URLSearchParams(location.search).get("model");
+const about = (address) => (named === null ? address : `${address}?model=${encodeURIComponent(named)}`);
 
 function element(kind, text = "", className = "") {
   const made = document.createElement(kind);
@@ -19,7 +22,7 @@ function element(kind, text = "", className = "") {
 
 async function start() {
   try {
-    const response = await fetch("./ui/model.json");
+    const response = await fetch(about("./ui/model.json"));
     const document_ = await response.json();
     if (!response.ok) throw new Error(document_.error);
     model = document_;
@@ -40,8 +43,19 @@ async function start() {
     $("shape").textContent = `of shape [${model.shape.join(", ")}]`;
     for (let number = 0; number < model.samples; number += 1) addSample(number);
   }
+  showModels();
   const asked = new URLSearchParams(location.search).get("sample");
   if (asked !== null) askSample(Number(asked));
+}
+
+function showModels() {
+  $("models-block").hidden = model.models.length < 2;
+  for (const name of model.models) {
+    const option = element("option", name);
+    option.value = name;
+    option.selected = name === model.name;
+    $("models").append(option);
+  }
 }
 
 function addSample(number) {
@@ -50,7 +64,7 @@ function addSample(number) {
   button.title = `ask about sample ${number}`;
   if (model.input === "image") {
     const picture = element("img");
-    picture.src = `./ui/samples/${number}`;
+    picture.src = about(`./ui/samples/${number}`);
     picture.alt = `sample ${number}`;
     button.append(picture);
   } else {
@@ -62,10 +76,10 @@ function addSample(number) {
 }
 
 async function askSample(number) {
-  const response = await fetch(`./ui/samples/${number}`);
+  const response = await fetch(about(`./ui/samples/${number}`));
   if (!response.ok) return show({ error: `there is no sample ${number}` });
   if (model.input === "image") {
-    const from = `curl -s ${response.url} | `;
+    const from = `curl -s ${quoted(response.url)} | `;
     return ask(await response.blob(), response.headers.get("Content-Type"), "--data-binary @-", from);
   }
   $("numbers").value = JSON.stringify(await response.json());
@@ -94,10 +108,11 @@ const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 async function ask(body, kind, data, from = "") {
   // What a browser cannot show the model may still read.
   const picture = body instanceof Blob ? await createImageBitmap(body).catch(() => null) : null;
-  const curl = `${from}curl ${data} -H ${quoted(`Content-Type: ${kind}`)} ${new URL("./predict", location.href).href}`;
+  const predict = model.models.length < 2 ? "./predict" : `./models/${encodeURIComponent(model.name)}/predict`;
+  const curl = `${from}curl ${data} -H ${quoted(`Content-Type: ${kind}`)} ${new URL(predict, location.href).href}`;
   let response;
   try {
-    response = await fetch("./predict", { method: "POST", body, headers: { "Content-Type": kind, "X-Server-Timing": "1" } });
+    response = await fetch(predict, { method: "POST", body, headers: { "Content-Type": kind, "X-Server-Timing": "1" } });
   } catch {
     return show({ error: "the server does not answer" });
   }
@@ -348,6 +363,9 @@ function lines(svg, series, unit) {
   });
 }
 
+$("models").addEventListener("change", (event) => {
+  location.search = new URLSearchParams({ model: event.target.value });
+});
 $("file").addEventListener("change", (event) => {
   const [file] = event.target.files;
   if (file) askImage(file, file.name);

@@ -34,6 +34,7 @@ from dlops.serve.cells import Cells
 from dlops.serve.metrics import Metrics
 from dlops.serve.model import load_model
 from dlops.serve.predict import to_feed
+from dlops.serve.repository import entry_of
 from dlops.serve.settings import Settings
 from dlops.signature import DimRange, Signature, TensorSpec
 
@@ -177,7 +178,7 @@ def test_it_is_served_from_encoded_images_to_labels(
         bodies.append(encoded.getvalue())
     answers = []
     for artifact in (made["onnx-fp32-raw"], exported_dense["onnx-fp32"]):
-        served = load_model(artifact, Settings(device="cpu", threads=1), Metrics(Cells()))
+        served = load_model(entry_of(artifact), Settings(device="cpu", threads=1), Metrics(Cells()))
         session = served.instances[0].session
         try:
             answers.append(served.answers(session.run(to_feed(artifact, bodies))))

@@ -29,10 +29,10 @@ def application(digits_artifact, session, monkeypatch) -> Iterator[Application]:
     monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
     settings = Settings(max_queue_rows=2, max_body_bytes=10_000, max_pending_bytes=12_000)
     app = Application(settings)
-    app.model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    app.models.replace([ServedModel(digits_artifact, [session], settings, app.metrics)])
     yield app
     session.gate.set()
-    app.model.close()
+    app.models.only().close()
 
 
 @asynccontextmanager
@@ -49,7 +49,7 @@ def test_a_full_queue_answers_429_with_retry_after_and_takes_again(application, 
             taken = [ask()]
             await asyncio.to_thread(session.entered.wait, 10)
             taken += [ask(), ask()]
-            while not application.model.queue.is_full:
+            while not application.models.only().queue.is_full:
                 await asyncio.sleep(0.01)
             refused = await ask()
             assert refused.status_code == 429
@@ -174,7 +174,7 @@ def test_nothing_is_ready_before_the_model_is(digits_artifact, digit_pngs) -> No
 
 def test_requests_during_shutdown_answer_503(application, session, digit_pngs) -> None:
     session.gate.set()
-    application.model.queue.close()
+    application.models.only().queue.close()
 
     async def scenario() -> None:
         async with connected(application) as client:

@@ -21,7 +21,7 @@ from dlops.serve.cells import Cells
 from dlops.serve.metrics import Metrics
 
 metrics = Metrics(Cells(sys.argv[1]))
-metrics.requests.add("/predict", "POST", "200", by=5)
+metrics.requests.add("digits", "/predict", "POST", "200", by=5)
 metrics.ready.set(to=1)
 print("counted", flush=True)
 sys.stdin.read()
@@ -45,12 +45,12 @@ def lines(metrics: Metrics, name: str) -> list[str]:
 
 def test_all_workers_are_summed_and_a_killed_ones_counts_stay(other_worker, tmp_path: Path) -> None:
     metrics = Metrics(Cells(tmp_path))
-    metrics.requests.add("/predict", "POST", "200")
-    metrics.requests.add("/predict", "POST", "400")
+    metrics.requests.add("digits", "/predict", "POST", "200")
+    metrics.requests.add("digits", "/predict", "POST", "400")
     metrics.ready.set(to=1)
     counted = [
-        'dlops_requests_total{method="POST",route="/predict",status="200"} 6.0',
-        'dlops_requests_total{method="POST",route="/predict",status="400"} 1.0',
+        'dlops_requests_total{method="POST",model="digits",route="/predict",status="200"} 6.0',
+        'dlops_requests_total{method="POST",model="digits",route="/predict",status="400"} 1.0',
     ]
     assert lines(metrics, "dlops_requests_total") == counted
     assert lines(metrics, "dlops_ready") == ["dlops_ready 2.0"]
@@ -64,14 +64,15 @@ def test_all_workers_are_summed_and_a_killed_ones_counts_stay(other_worker, tmp_
 def test_a_histogram_is_cumulative_and_in_seconds() -> None:
     metrics = Metrics(Cells())
     for ms in (0.05, 0.1, 3, 100_000):
-        metrics.compute_seconds.observe(value=round(ms * 1e6))
+        metrics.compute_seconds.observe("digits", value=round(ms * 1e6))
     found = lines(metrics, "dlops_batch_compute_seconds")
-    assert found[0] == 'dlops_batch_compute_seconds_bucket{le="0.0001"} 2.0'
-    assert 'dlops_batch_compute_seconds_bucket{le="0.0025"} 2.0' in found
-    assert 'dlops_batch_compute_seconds_bucket{le="0.005"} 3.0' in found
-    assert 'dlops_batch_compute_seconds_bucket{le="60"} 3.0' in found
+    assert found[0] == 'dlops_batch_compute_seconds_bucket{le="0.0001",model="digits"} 2.0'
+    assert 'dlops_batch_compute_seconds_bucket{le="0.0025",model="digits"} 2.0' in found
+    assert 'dlops_batch_compute_seconds_bucket{le="0.005",model="digits"} 3.0' in found
+    assert 'dlops_batch_compute_seconds_bucket{le="60",model="digits"} 3.0' in found
     assert found[-3:-1] == [
-        'dlops_batch_compute_seconds_bucket{le="+Inf"} 4.0', "dlops_batch_compute_seconds_count 4.0"
+        'dlops_batch_compute_seconds_bucket{le="+Inf",model="digits"} 4.0',
+        'dlops_batch_compute_seconds_count{model="digits"} 4.0',
     ]  # fmt: skip
     assert float(found[-1].split()[1]) == pytest.approx(100.00315)
 
@@ -84,12 +85,12 @@ def test_statistics_are_summed_over_workers_and_kept_apart_by_version(tmp_path: 
         done = BatchDone(rows=3, padded_rows=1, copy_ns=2, compute_ns=30, reason="full", instance=0)
         statistics.add_batch(done)
     one.add_failure(7)
-    (model,) = one.as_json()["model_stats"]
+    model = one.as_json()
     assert (model["inference_count"], model["execution_count"]) == (6, 2)
     assert model["inference_stats"]["success"] == {"count": 2, "ns": 200}
     assert model["inference_stats"]["fail"] == {"count": 1, "ns": 7}
     assert model["batch_stats"][0]["compute_infer"] == {"count": 2, "ns": 60}
-    assert second_version.as_json()["model_stats"][0]["inference_count"] == 3
+    assert second_version.as_json()["inference_count"] == 3
 
 
 def test_labels_that_do_not_fit_are_a_bug() -> None:

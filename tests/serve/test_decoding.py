@@ -41,9 +41,9 @@ def application(digits_artifact, monkeypatch) -> Iterator[Application]:
     settings = Settings(max_pixels=1_000_000)
     app = Application(settings)
     session = open_session(digits_artifact, SessionOptions(device="cpu", threads=1))
-    app.model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    app.models.replace([ServedModel(digits_artifact, [session], settings, app.metrics)])
     yield app
-    app.model.close()
+    app.models.only().close()
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_where_too_many_pictures_wait_requests_are_turned_away_until_they_are_de
                 client.post("/predict", content=content, headers={"Content-Type": "image/png"})
             )
             taken = [ask(large) for _ in range(4)]
-            while application.model.decoder._pending_pixels < 4_000_000:
+            while application.models.only().decoder._pending_pixels < 4_000_000:
                 await asyncio.sleep(0.01)
             refused = await ask(small)
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
@@ -123,7 +123,7 @@ def test_where_too_many_pictures_wait_requests_are_turned_away_until_they_are_de
             assert (await ask(large)).status_code == 200
 
     asyncio.run(scenario())
-    assert application.model.decoder._pending_pixels == 0
+    assert application.models.only().decoder._pending_pixels == 0
 
 
 def test_a_deadline_ends_the_work_between_two_pictures(application, slow, digit_pngs) -> None:
@@ -164,4 +164,4 @@ def test_nothing_more_is_decoded_for_a_client_that_has_left(application, slow, d
 
     asyncio.run(scenario())
     assert 1 <= len(slow) <= 5
-    assert application.model.decoder._pending_pixels == 0
+    assert application.models.only().decoder._pending_pixels == 0

@@ -30,7 +30,7 @@ ADDRESS = "/v2/models/digits/infer"
 @contextmanager
 def listening(app: Application, model: ServedModel) -> Iterator[int]:
     """The port of a server in a thread of this process, whose connections are doors."""
-    app.model = model
+    app.models.replace([model])
     Door.application = app
     guarded = GuardMiddleware(app.asgi, app.guard, app.refuse)
     with socket.socket() as listener:
@@ -290,7 +290,7 @@ def test_a_full_queue_says_so_before_the_body_and_goes_on(threaded_port, session
     assert session.entered.wait(10)
     for value in (1, 2):
         connections[value].send(request_of(images(value)))
-    while not app.model.queue.is_full:
+    while not app.models.only().queue.is_full:
         time.sleep(0.01)
     late = request_of(images(3))
     connections[3].send(late[:200])
@@ -313,7 +313,7 @@ def test_a_client_that_leaves_is_not_computed_for_and_gives_its_memory_back(thre
         assert session.entered.wait(10)
         with connected(threaded_port) as leaving:
             leaving.send(request_of(images(1)))
-            while app.model.queue.rows_waiting == 0:
+            while app.models.only().queue.rows_waiting == 0:
                 time.sleep(0.01)
         with connected(threaded_port) as half:
             half.send(request_of(images(1))[:300])
@@ -414,10 +414,10 @@ def test_metrics_and_statistics_count_what_the_door_answers(port, app) -> None:
         connection.send(request_of(images(np.inf)))
         assert connection.answer()[0].status == 400
     text = app.metrics.render().decode()
-    assert 'dlops_requests_total{method="POST",route="/v2/models/{name}/infer",status="200"} 3.0' in text
-    assert 'dlops_requests_total{method="POST",route="/v2/models/{name}/infer",status="400"} 1.0' in text
-    assert 'dlops_request_seconds_count{part="queue",route="/v2/models/{name}/infer"} 3.0' in text
-    (model,) = app.model.statistics.as_json()["model_stats"]
+    assert 'dlops_requests_total{method="POST",model="digits",route="/v2/models/{name}/infer",status="200"} 3.0' in text
+    assert 'dlops_requests_total{method="POST",model="digits",route="/v2/models/{name}/infer",status="400"} 1.0' in text
+    assert 'dlops_request_seconds_count{model="digits",part="queue",route="/v2/models/{name}/infer"} 3.0' in text
+    (model,) = app.statistics_of()["model_stats"]
     assert (model["inference_count"], model["inference_stats"]["fail"]["count"]) == (6, 1)
 
 

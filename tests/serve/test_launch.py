@@ -20,17 +20,16 @@ import psutil
 import pytest
 
 from dlops.errors import CorruptError, DlopsError, GateError, MachineError, UsageError
-from dlops.serve.launch import ServerProcess, serve_artifact
+from dlops.serve.launch import ServerProcess, serve_artifacts
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import read_failure, write_failure
 
 FOREGROUND = """
 import sys
-from dlops.artifact import open_artifact
 from dlops.errors import DlopsError
-from dlops.serve.launch import serve_artifact
+from dlops.serve.launch import serve_artifacts
 try:
-    sys.exit(serve_artifact(open_artifact(sys.argv[1]), port=int(sys.argv[2])))
+    sys.exit(serve_artifacts([sys.argv[1]], port=int(sys.argv[2])))
 except DlopsError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_status)
@@ -279,7 +278,7 @@ def test_a_port_in_use_is_an_error_of_the_machine(digits_artifact) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         for start in (
-            lambda: serve_artifact(digits_artifact, port=port),
+            lambda: serve_artifacts([digits_artifact.directory], port=port),
             lambda: ServerProcess(digits_artifact, port=port).__enter__(),
         ):
             with pytest.raises(MachineError, match=f"port {port} on 127.0.0.1 is in use") as caught:
@@ -289,7 +288,7 @@ def test_a_port_in_use_is_an_error_of_the_machine(digits_artifact) -> None:
 
 def test_a_host_that_is_none_is_refused(digits_artifact) -> None:
     with pytest.raises(UsageError, match="no-such-host"):
-        serve_artifact(digits_artifact, host="no-such-host.invalid")
+        serve_artifacts([digits_artifact.directory], host="no-such-host.invalid")
 
 
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(digits_artifact) -> None:

@@ -9,11 +9,12 @@ from dlops.serve import model as models
 from dlops.serve.cells import Cells
 from dlops.serve.metrics import Metrics
 from dlops.serve.model import load_model
+from dlops.serve.repository import entry_of
 from dlops.serve.settings import Settings
 
 
 def loaded(artifact: Artifact, **options):
-    model = load_model(artifact, Settings(device="cpu", threads=1, **options), Metrics(Cells()))
+    model = load_model(entry_of(artifact), Settings(device="cpu", threads=1, **options), Metrics(Cells()))
     model.close()
     return model
 

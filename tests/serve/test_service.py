@@ -316,10 +316,10 @@ def test_metrics_have_bounded_labels(client, digit_pngs) -> None:
     answer_works(client, digit_pngs[0])
     text = client.get("/metrics").text
     assert "junk" not in text
-    assert 'dlops_requests_total{method="POST",route="/predict",status="200"}' in text
+    assert 'dlops_requests_total{method="POST",model="digits",route="/predict",status="200"}' in text
     for part in ("total", "decode", "queue", "compute"):
-        assert f'dlops_request_seconds_count{{part="{part}",route="/predict"}}' in text
-    assert "dlops_queue_rows 0.0" in text
+        assert f'dlops_request_seconds_count{{model="digits",part="{part}",route="/predict"}}' in text
+    assert 'dlops_queue_rows{model="digits"} 0.0' in text
     assert "dlops_ready 1.0" in text
     assert 'variant="onnx-fp32"' in text
 
@@ -358,7 +358,7 @@ def test_it_listens_on_this_machine_only(server: ServerProcess) -> None:
 
 
 def test_the_log_says_what_is_served_and_where(server: ServerProcess) -> None:
-    assert "serving digits/onnx-fp32 version 1 on CPUExecutionProvider" in server.log_path.read_text()
+    assert "serving digits version 1 (onnx-fp32) on CPUExecutionProvider" in server.log_path.read_text()
 
 
 def test_a_body_announced_too_large_is_refused_before_it_is_sent(server: ServerProcess) -> None:

@@ -71,7 +71,7 @@ def test_async_infer_by_version_with_a_timeout(triton, x) -> None:
 
 
 def test_errors_arrive_as_the_clients_own_exception_with_our_text(triton, x) -> None:
-    with pytest.raises(InferenceServerException, match="unknown model name 'other'"):
+    with pytest.raises(InferenceServerException, match="unknown model 'other'"):
         triton.infer("other", [an_input(x)])
     with pytest.raises(InferenceServerException, match=r"shape \[20, 1, 64\], expected \[batch, 1, 8, 8\]"):
         triton.infer("digits", [an_input(x.reshape(20, 1, 64))])

@@ -86,7 +86,7 @@ def test_both_doors_give_the_same_numbers_and_count_together(triton, server, x, 
     (http,) = httpx.get(f"{server.url}/v2/models/digits/stats").json()["model_stats"]
     assert http["inference_stats"]["success"]["count"] == after.inference_stats.success.count
     assert (
-        'dlops_requests_total{method="gRPC",route="grpc ModelInfer",status="OK"}'
+        'dlops_requests_total{method="gRPC",model="digits",route="grpc ModelInfer",status="OK"}'
         in httpx.get(f"{server.url}/metrics").text
     )
 
@@ -179,7 +179,7 @@ def changed(x: np.ndarray, kind: str) -> service_pb2.ModelInferRequest:
 @pytest.mark.parametrize(
     ("kind", "code", "said"),
     [
-        ("model", "NOT_FOUND", "unknown model name 'other'"), ("version", "NOT_FOUND", "version '9'"),
+        ("model", "NOT_FOUND", "unknown model 'other'"), ("version", "NOT_FOUND", "version '9'"),
         ("name", "INVALID_ARGUMENT", "unknown input 'picture'"), ("datatype", "INVALID_ARGUMENT", "expected FP32"),
         ("shape", "INVALID_ARGUMENT", "expected [batch, 1, 8, 8]"), ("negative", "INVALID_ARGUMENT", "batch is -1"),
         ("bytes", "INVALID_ARGUMENT", "4 bytes"), ("raw", "INVALID_ARGUMENT", "2 raw tensors for 1 inputs"),
@@ -234,7 +234,7 @@ def test_what_was_accepted_before_the_end_is_answered(slow_artifact) -> None:
         grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
     ):
         pending = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer.future(an_infer(slow), timeout=60)
-        while "dlops_busy_instances 1.0" not in httpx.get(f"{server.url}/metrics").text:
+        while 'dlops_busy_instances{model="digits"} 1.0' not in httpx.get(f"{server.url}/metrics").text:
             time.sleep(0.02)
         server.close()
         assert len(pending.result(30).raw_output_contents) == 1
