@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -14,9 +15,9 @@ from starlette.responses import Response
 from dlops.errors import DlopsError, InputError, MachineError
 from dlops.serve.body import BodyTooLargeError
 from dlops.serve.guard import UnauthorizedError
+from dlops.serve.outcome import ClosedError, DeadlineError, OverloadedError
 from dlops.serve.predict import MediaTypeError
 from dlops.serve.protocol import Encoded, SharedMemoryError
-from dlops.serve.queue import ClosedError, DeadlineError, OverloadedError
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -24,7 +25,8 @@ LENGTH_HEADER = "Inference-Header-Content-Length"
 TIMING_HEADER = "X-Server-Timing"
 # Below this, compressing costs more time than sending.
 _COMPRESS_FROM_BYTES = 1024
-_RETRY_AFTER_S = "1"
+# However long the wait: it is a guess, and a client that never comes back is no use to anybody.
+_MOST_RETRY_AFTER_S = 60
 
 Times = Sequence[tuple[str, int]]
 """Part and ns."""
@@ -80,7 +82,10 @@ def error_response(error: DlopsError) -> Response:
     if isinstance(error, InputError) and error.field is not None:
         document["field"] = error.field
     status, _ = statuses(error)
-    headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else {}
+    headers = {}
+    if status in (429, 503):
+        retry_s = math.ceil(error.retry_after_s) if isinstance(error, OverloadedError) else 1
+        headers["Retry-After"] = str(min(max(1, retry_s), _MOST_RETRY_AFTER_S))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return json_response(document, status=status, headers=headers)

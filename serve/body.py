@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from starlette.requests import ClientDisconnect, Request
 
 from dlops.errors import InputError
-from dlops.serve.queue import OverloadedError
+from dlops.serve.outcome import OverloadedError
 
 # zlib's window bits: gzip's header alone, and zlib's own.
 _WINDOW_BITS: Mapping[str, int] = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}

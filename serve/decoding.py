@@ -20,8 +20,8 @@ from dlops.artifact import Artifact
 from dlops.environment import available_cores
 from dlops.errors import InputError
 from dlops.preprocess import IMAGE_FORMATS, Preprocess, Resize
+from dlops.serve.outcome import DeadlineError, OverloadedError
 from dlops.serve.predict import to_feed
-from dlops.serve.queue import DeadlineError, OverloadedError
 from dlops.signature import Feed
 
 T = TypeVar("T")

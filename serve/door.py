@@ -31,8 +31,9 @@ from dlops.serve.answers import (
     server_timing,
 )
 from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS, request_id
+from dlops.serve.outcome import Answer
 from dlops.serve.protocol import InferRequest
-from dlops.serve.queue import Answer, Ticket
+from dlops.serve.queue import Ticket
 from dlops.serve.routes import INFER, Application
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ class _Call:
         try:
             application.guard.check(None if self.authorization is None else self.authorization.decode("latin-1"))
             application.bodies.announced(self._length.decode("latin-1"))
-            application.check_room(self._model)
+            application.check_room(self._model, deadline_ns=self._deadline_ns(None))
         except Exception as error:  # noqa: BLE001 - likewise
             self._fail(error)
 
@@ -274,7 +275,7 @@ class _Call:
         model = self._model
         try:
             wanted, self._plan = model.codec.decode(body, json_bytes=json_length(self._json_bytes.decode("latin-1")))
-            deadline_ns = self._deadline_ns(wanted)
+            deadline_ns = self._deadline_ns(wanted.timeout_us)
             self._decode_ns = time.perf_counter_ns() - began_ns
             self._wanted = wanted
             self._ticket = model.queue.put(
@@ -314,11 +315,11 @@ class _Call:
             head += b"server-timing: %s\r\n" % server_timing(times).encode()
         self._write(200, head, body)
 
-    def _deadline_ns(self, wanted: InferRequest) -> int | None:
-        if self._deadline_ms is None and wanted.timeout_us is None:
+    def _deadline_ns(self, timeout_us: int | None) -> int | None:
+        if self._deadline_ms is None and timeout_us is None:
             return None
         header = None if self._deadline_ms is None else self._deadline_ms.decode("latin-1")
-        return deadline_ns(self._started_ns, header=header, timeout_us=wanted.timeout_us)
+        return deadline_ns(self._started_ns, header=header, timeout_us=timeout_us)
 
     def _fail(self, error: Exception) -> None:
         response = self._door.application.failed(error, where=f"POST {INFER}", identity=self._identity())

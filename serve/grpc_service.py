@@ -220,15 +220,15 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def _run(self, model: ServedModel, request: Any, context: Context, started_ns: int) -> Any:
         application = self._application
-        application.check_room(model)
+        timeout = request.parameters["timeout"].int64_param if "timeout" in request.parameters else 0
+        until_ns = deadline_ns(started_ns, header=None, timeout_us=timeout or None)
+        left_s = context.time_remaining()
+        if left_s is not None:
+            own_ns = started_ns + int(left_s * 1e9)
+            until_ns = own_ns if until_ns is None else min(until_ns, own_ns)
+        application.check_room(model, deadline_ns=until_ns)
         held = application.bodies.hold(request.ByteSize())
         try:
-            timeout = request.parameters["timeout"].int64_param if "timeout" in request.parameters else 0
-            until_ns = deadline_ns(started_ns, header=None, timeout_us=timeout or None)
-            left_s = context.time_remaining()
-            if left_s is not None:
-                own_ns = started_ns + int(left_s * 1e9)
-                until_ns = own_ns if until_ns is None else min(until_ns, own_ns)
             feed = _feed(request, model.signature)
             wanted = _wanted(request, [spec.name for spec in model.signature.outputs])
             rows = protocol.rows_of(feed, model.signature)

@@ -19,7 +19,8 @@ from dlops.serve.codec import Codec
 from dlops.serve.decoding import Decoder
 from dlops.serve.instance import Instance, bucket_sizes, zeros
 from dlops.serve.metrics import Metrics
-from dlops.serve.queue import BatchDone, InferenceQueue
+from dlops.serve.outcome import BatchDone
+from dlops.serve.queue import InferenceQueue
 from dlops.serve.repository import Entry, open_entry
 from dlops.serve.settings import Settings
 from dlops.serve.statistics import Statistics
@@ -75,6 +76,7 @@ class ServedModel:
             self.instances,
             max_rows=settings.max_queue_rows,
             max_bytes=settings.max_queue_bytes,
+            max_wait_ns=round(settings.max_wait_s * 1e9),
             max_batch=self.max_batch,
             delay_ns=settings.queue_delay_us * 1000,
             inline=inline,

@@ -12,54 +12,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
-from dlops.errors import DlopsError, MachineError
 from dlops.serve.instance import Instance
+from dlops.serve.outcome import Answer, BatchDone, ClosedError, DeadlineError, OverloadedError, Reason
+from dlops.serve.pace import Pace
 from dlops.signature import Feed, Signature
 
-# Why a batch was taken when it was: it had all the rows that a run may have, the next request did not fit, nothing
-# else waited (or not of that shape), or the queue is closing.
-Reason = Literal["full", "next_too_large", "nothing_more", "closing"]
-
-
-class OverloadedError(MachineError):
-    """The queue is full; the request was not taken. Trying again later may work."""
-
-
-class DeadlineError(DlopsError):
-    """The request's deadline passed while it waited; it was not run."""
-
-
-class ClosedError(MachineError):
-    """The queue takes no more requests."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Answer:
-    """outputs: this request's rows. queue_ns, copy_ns, compute_ns: waiting, joining, running. batch_rows: of the run
-    it was part of."""
-
-    outputs: Feed
-    queue_ns: int
-    copy_ns: int
-    compute_ns: int
-    batch_rows: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchDone:
-    """One run of an instance: its rows, how long it took, and why it began with no more of them."""
-
-    rows: int
-    padded_rows: int
-    copy_ns: int
-    compute_ns: int
-    reason: Reason
-    instance: int
-
+# A request is taken where it would be done in this part of the time that it has: what was waited for and comes too late
+# is work for nothing, and the pace of the next runs is known only roughly.
+_SURE = 2 / 3
 
 Deliver = Callable[[Answer | Exception], None]
 
@@ -114,13 +76,14 @@ class InferenceQueue:
 
     Every instance has a thread of its own; or, `inline`, the one instance runs on the event loop, at the end of the
     turn in which requests came: for a model that is done before a thread would have begun. batching: join requests of
-    equal shape along the first axis. max_bytes: of the tensors that wait. delay_ns: that an instance waits for more
-    rows after the first. on_batch is called on the event loop after each run.
+    equal shape along the first axis. max_bytes: of the tensors that wait. max_wait_ns: by the pace of the last runs,
+    above which requests are turned away that have no deadline; those that have one are where they would miss it.
+    delay_ns: that an instance waits for more rows after the first. on_batch is called on the event loop after each run.
     """
 
     def __init__(
         self, instances: Sequence[Instance], *, max_rows: int, max_batch: int, max_bytes: int = 2**62,
-        batching: bool = True, delay_ns: int = 0, inline: bool = False,
+        max_wait_ns: int = 2**62, batching: bool = True, delay_ns: int = 0, inline: bool = False,
         on_batch: Callable[[BatchDone], None] = lambda done: None, name: str = "dlops",
     ) -> None:  # fmt: skip
         if inline and (len(instances) > 1 or delay_ns):
@@ -128,6 +91,7 @@ class InferenceQueue:
         self._instances = tuple(instances)
         self._max_rows = max_rows
         self._max_bytes = max_bytes
+        self._max_wait_ns = max_wait_ns
         self._max_batch = max_batch
         self._batching = batching and _has_batch_axes(instances[0].session.signature)
         self._fixed = not any(len(dims) for dims in _other_dims(instances[0].session.signature))
@@ -137,6 +101,8 @@ class InferenceQueue:
         self._waiting: deque[Ticket] = deque()
         self._rows = 0
         self._bytes = 0
+        self._pace = Pace(len(instances))
+        self._running = 0
         self._busy = [False] * len(instances)
         self._closing = False
         self._turn_is_due = False
@@ -162,10 +128,28 @@ class InferenceQueue:
         """Whether requests are joined: not where a tensor has no batch axis, nor where the caller said no."""
         return self._batching
 
-    @property
-    def is_full(self) -> bool:
-        """Whether not even one more row would be taken."""
-        return self._rows >= self._max_rows or self._bytes >= self._max_bytes
+    def refusal(self, *, rows: int = 1, size: int = 1, deadline_ns: int | None = None) -> OverloadedError | None:
+        """Why a request of so many rows and bytes would not be taken now; None where it would be."""
+        # An empty queue takes any request, so that one larger than the bounds is slow and not impossible.
+        if self._waiting and self._rows + rows > self._max_rows:
+            return OverloadedError(f"{self._rows} rows wait already, at most {self._max_rows}", hint="try again")
+        if self._waiting and self._bytes + size > self._max_bytes:
+            return OverloadedError(f"{self._bytes} bytes wait already, at most {self._max_bytes}", hint="try again")
+        # An idle model as well: what its last runs took may have been the machine's fault.
+        if not (self._waiting or self._running):
+            return None
+        wait_ns = self._pace.ns_for(self._rows + self._running + rows)
+        has_ns: float = self._max_wait_ns
+        if deadline_ns is not None:
+            has_ns = _SURE * (deadline_ns - time.perf_counter_ns())
+        # One whose deadline has passed already is told that.
+        if wait_ns <= has_ns or has_ns <= 0:
+            return None
+        error = OverloadedError(
+            f"the answer would take {wait_ns / 1e9:.2g} s, and has {has_ns / 1e9:.2g} s", hint="try again"
+        )
+        error.retry_after_s = (wait_ns - has_ns) / 1e9
+        return error
 
     def submit(self, feed: Feed, *, rows: int, deadline_ns: int | None = None) -> asyncio.Future[Answer]:
         """Queue one request; call on the event loop. Cancelling the future drops the request if it has not run.
@@ -194,11 +178,9 @@ class InferenceQueue:
         with self._changed:
             if self._closing:
                 raise ClosedError("the server is shutting down", hint="send the request elsewhere")
-            # An empty queue takes any request, so that one larger than the bounds is slow and not impossible.
-            if self._waiting and self._rows + rows > self._max_rows:
-                raise OverloadedError(f"{self._rows} rows wait already, at most {self._max_rows}", hint="try again")
-            if self._waiting and self._bytes + size > self._max_bytes:
-                raise OverloadedError(f"{self._bytes} bytes wait already, at most {self._max_bytes}", hint="try again")
+            refusal = self.refusal(rows=rows, size=size, deadline_ns=deadline_ns)
+            if refusal is not None:
+                raise refusal
             self._waiting.append(ticket)
             self._rows += rows
             self._bytes += size
@@ -253,14 +235,15 @@ class InferenceQueue:
                         return
                     continue
                 batch, expired, reason = self._take(time.perf_counter_ns())
-                self._busy[number] = bool(batch)
+                self._begin(number, batch)
                 if self._waiting:
                     self._changed.notify()
             if expired:
                 _on_loop(expired[0].loop, partial(self._deliver, _expired(expired), []))
             if batch:
                 results, done = self._run(number, batch, reason)
-                self._busy[number] = False
+                with self._changed:
+                    self._end(number, batch, done)
                 _on_loop(batch[0].loop, partial(self._deliver, results, done))
 
     def _gather(self) -> None:
@@ -278,15 +261,27 @@ class InferenceQueue:
             self._turn_is_due = bool(self._waiting)
             if self._turn_is_due:
                 self._waiting[0].loop.call_soon(self._turn)
-            self._busy[0] = bool(batch)
+            self._begin(0, batch)
         if expired:
             self._deliver(_expired(expired), [])
         if batch:
-            self._deliver(*self._run(0, batch, reason))
-        self._busy[0] = False
+            results, done = self._run(0, batch, reason)
+            with self._changed:
+                self._end(0, batch, done)
+            self._deliver(results, done)
         if self._closing:
             with self._changed:
                 self._changed.notify_all()
+
+    def _begin(self, number: int, batch: list[Ticket]) -> None:
+        self._busy[number] = bool(batch)
+        self._running += sum([ticket.rows for ticket in batch])
+
+    def _end(self, number: int, batch: list[Ticket], done: list[BatchDone]) -> None:
+        self._busy[number] = False
+        self._running -= sum([ticket.rows for ticket in batch])
+        for one in done:
+            self._pace.add(rows=one.rows, ns=one.copy_ns + one.compute_ns)
 
     def _take(self, now_ns: int) -> tuple[list[Ticket], list[Ticket], Reason]:
         """The next batch, what expired on the way, and why the batch ends. Others keep their order."""

@@ -42,9 +42,9 @@ from dlops.serve.leaving import unless_gone
 from dlops.serve.metrics import CONTENT_TYPE, Metrics
 from dlops.serve.model import ServedModel
 from dlops.serve.models import Models
+from dlops.serve.outcome import Answer
 from dlops.serve.pages import Handler, Pages
 from dlops.serve.predict import read_inputs
-from dlops.serve.queue import Answer, OverloadedError
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import CELLS_DIR
 from dlops.signature import Feed
@@ -201,8 +201,8 @@ class Application:
         started_ns = time.perf_counter_ns()
         model = self._asked(request)
         with model.used():
-            self.check_room(model)
             until_ns = deadline_ns(started_ns, header=request.headers.get(TIMEOUT_HEADER))
+            self.check_room(model, deadline_ns=until_ns)
             async with self.bodies.read(request) as body:
                 kind = request.headers.get("content-type", "")
                 raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
@@ -220,9 +220,8 @@ class Application:
         started_ns = time.perf_counter_ns()
         model = self._asked(request)
         with model.used():
-            self.check_room(model)
             header = request.headers.get(TIMEOUT_HEADER)
-            deadline_ns(started_ns, header=header)
+            self.check_room(model, deadline_ns=deadline_ns(started_ns, header=header))
             async with self.bodies.read(request) as body:
                 decode_ns = time.perf_counter_ns()
                 json_bytes = _json_bytes(request)
@@ -337,10 +336,11 @@ class Application:
         request.scope[_MODEL] = model
         return model
 
-    def check_room(self, model: ServedModel) -> None:
-        """Raise OverloadedError where the queue is full: then a request is turned away before its body is read."""
-        if model.queue.is_full:
-            raise OverloadedError("the queue is full", hint="try again")
+    def check_room(self, model: ServedModel, *, deadline_ns: int | None) -> None:
+        """Raise OverloadedError where the queue would not take a request: then its body need not be read."""
+        refusal = model.queue.refusal(deadline_ns=deadline_ns)
+        if refusal is not None:
+            raise refusal
 
     def account(
         self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int

@@ -25,7 +25,9 @@ class Settings(Record):
     trust: run native code that was made elsewhere. threads: for one operator; None for this worker's share of the
     cores. workers: processes. instances: sessions a worker, each with a thread of its own; None for two on a GPU and
     one on a CPU. cuda_graphs: batches are padded to sizes whose graphs were captured at the start; needs a GPU.
-    max_queue_rows, max_queue_bytes: that may wait before requests are turned away. queue_delay_us: that an instance
+    max_queue_rows, max_queue_bytes: that may wait before requests are turned away. max_wait_s: likewise, for requests
+    without a deadline, as the pace of the last runs says; those with one are turned away where they would miss it.
+    queue_delay_us: that an instance
     waits for more rows after the first. max_batch: rows in one run, cut to what the artifact allows. max_body_bytes:
     of one request, as sent and as decompressed. max_pending_bytes: of all bodies held at once. max_pixels: of all
     pictures of one request together; four times as many may wait to be decoded. drain_delay_s: between SIGTERM, when
@@ -45,6 +47,7 @@ class Settings(Record):
     cuda_graphs: bool = False
     max_queue_rows: int = Field(1024, ge=1)
     max_queue_bytes: int = Field(256 * 1024 * 1024, ge=1)
+    max_wait_s: float = Field(30.0, gt=0)
     queue_delay_us: int = Field(0, ge=0, le=10_000_000)
     max_batch: int = Field(32, ge=1)
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from dlops.serve.cells import Cells
-from dlops.serve.queue import BatchDone
+from dlops.serve.outcome import BatchDone
 
 _PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
 _NONE = {"count": 0, "ns": 0}

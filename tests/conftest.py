@@ -20,6 +20,8 @@ def _own_cores() -> None:
     Otherwise each takes them all for its threads, and threads that wait for one another spin on cores that the other
     process computes on: training a small network then takes ten times as long.
     """
+    # A thread that waits for another one gives its core up: with three groups on two cores there is work for it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker is None or not hasattr(os, "sched_setaffinity"):
         return

@@ -91,7 +91,7 @@ def test_versions_are_added_up_and_our_own_service_is_read() -> None:
     ours = Statistics(Cells(), name="m", version="1")
     ours.add_success(rows=3, total_ns=100, queue_ns=50, compute_ns=30, input_ns=5)
     ours.add_failure(7)
-    model = ours.as_json()["model_stats"][0]
+    model = ours.as_json()
     assert Counts.of([model, model]) == replace(
         NONE, requests=2, failures=2, items=6, queue_ns=100, compute_input_ns=10, compute_infer_ns=60,
         compute_output_ns=30,

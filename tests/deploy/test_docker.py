@@ -64,7 +64,7 @@ def test_the_variables_are_ones_that_the_service_reads(context: Path) -> None:
 
     given = dict(re.findall(r"(\w+)=(\S+)", dict(instructions(context / "Dockerfile"))["ENV"]))
     settings = Settings.from_environment(given)
-    assert settings.artifact == "/srv/artifact"
+    assert settings.artifact == ("/srv/artifact",)
     assert settings.device in (*DEVICES,)
     assert {name for name in given if name.startswith("DLOPS_")} == {"DLOPS_ARTIFACT", "DLOPS_DEVICE"}
     assert given["BENTOML_DO_NOT_TRACK"] == "True"

@@ -49,12 +49,12 @@ def test_a_full_queue_answers_429_with_retry_after_and_takes_again(application, 
             taken = [ask()]
             await asyncio.to_thread(session.entered.wait, 10)
             taken += [ask(), ask()]
-            while not application.models.only().queue.is_full:
+            while application.models.only().queue.refusal() is None:
                 await asyncio.sleep(0.01)
             refused = await ask()
             assert refused.status_code == 429
             assert refused.headers["Retry-After"] == "1"
-            assert "full" in refused.json()["error"]
+            assert "rows wait already" in refused.json()["error"]
             session.gate.set()
             assert [response.status_code for response in await asyncio.gather(*taken)] == [200, 200, 200]
             assert (await ask()).status_code == 200

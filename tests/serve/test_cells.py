@@ -12,7 +12,7 @@ import pytest
 
 from dlops.serve.cells import Cells
 from dlops.serve.metrics import Metrics
-from dlops.serve.queue import BatchDone
+from dlops.serve.outcome import BatchDone
 from dlops.serve.statistics import Statistics
 
 WORKER = """

@@ -290,7 +290,7 @@ def test_a_full_queue_says_so_before_the_body_and_goes_on(threaded_port, session
     assert session.entered.wait(10)
     for value in (1, 2):
         connections[value].send(request_of(images(value)))
-    while not app.models.only().queue.is_full:
+    while app.models.only().queue.refusal() is None:
         time.sleep(0.01)
     late = request_of(images(3))
     connections[3].send(late[:200])

@@ -10,7 +10,9 @@ import pytest
 
 from dlops.runtimes import Placement
 from dlops.serve.instance import Instance
-from dlops.serve.queue import Answer, BatchDone, ClosedError, DeadlineError, InferenceQueue, OverloadedError
+from dlops.serve.outcome import Answer, BatchDone, ClosedError, DeadlineError, OverloadedError
+from dlops.serve.pace import Pace
+from dlops.serve.queue import InferenceQueue
 from dlops.signature import DimRange, Feed, Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -168,10 +170,10 @@ def test_a_full_queue_refuses_and_takes_again_when_it_has_drained(make_queue, se
         with pytest.raises(OverloadedError, match="2 rows wait"):
             queue.submit(feed(1, 2), rows=2)
         waiting.append(queue.submit(feed(3), rows=1))
-        assert queue.is_full
+        assert queue.refusal() is not None
         session.gate.set()
         await asyncio.gather(first, *waiting)
-        assert not queue.is_full
+        assert queue.refusal() is None
         assert (await queue.submit(feed(4), rows=1)).outputs["y"][0, 0] == 8
 
     asyncio.run(scenario())
@@ -382,10 +384,10 @@ def test_the_bytes_that_wait_are_bounded_too(make_queue, session) -> None:
         with pytest.raises(OverloadedError, match="8 bytes wait already, at most 16"):
             queue.submit(feed(1, 2), rows=2)
         last = queue.submit(feed(2), rows=1)
-        assert queue.is_full
+        assert queue.refusal() is not None
         session.gate.set()
         await asyncio.gather(first, waiting, last)
-        assert not queue.is_full
+        assert queue.refusal() is None
 
     asyncio.run(scenario())
 
@@ -411,13 +413,13 @@ def test_a_deadline_is_told_when_it_passes_and_not_when_an_instance_frees(make_q
         queue = make_queue(max_rows=2)
         first = await occupied(queue, session)
         late = [queue.submit(feed(n), rows=1, deadline_ns=time.perf_counter_ns() + 20_000_000) for n in (7, 8)]
-        assert queue.is_full
+        assert queue.refusal() is not None
         for one in late:
             with pytest.raises(DeadlineError):
                 await asyncio.wait_for(one, 5)
         assert not first.done(), "the instance still runs"
         # Their places are others' now.
-        assert (queue.rows_waiting, queue.is_full) == (0, False)
+        assert (queue.rows_waiting, queue.refusal()) == (0, None)
         session.gate.set()
         await first
 
@@ -430,7 +432,7 @@ def test_a_client_that_leaves_makes_room_at_once(make_queue, session) -> None:
         queue = make_queue(max_rows=2)
         first = await occupied(queue, session)
         leaving = [queue.submit(feed(n), rows=1) for n in (7, 8)]
-        assert queue.is_full
+        assert queue.refusal() is not None
         for one in leaving:
             one.cancel()
         await asyncio.sleep(0)
@@ -481,3 +483,45 @@ def test_closing_waits_for_what_runs_on_the_event_loop(make_queue) -> None:
         assert closed == [False, True]
 
     asyncio.run(scenario())
+
+
+def test_what_would_miss_its_deadline_is_turned_away_before_it_waits(make_queue, session) -> None:
+    async def scenario() -> None:
+        queue = make_queue(max_wait_ns=60 * 10**9)
+        # Ten seconds a row, in every run so far.
+        queue._pace.add(rows=3, ns=30 * 10**9)
+        now = time.perf_counter_ns
+        # Nothing runs: what the last runs took may have been the machine's fault.
+        assert queue.refusal(deadline_ns=now() + 10**9) is None
+        first = await occupied(queue, session)
+        taken = [queue.submit(feed(1), rows=1, deadline_ns=now() + 100 * 10**9), queue.submit(feed(2), rows=1)]
+        # Three rows before it and itself: 40 s.
+        refusal = queue.refusal(deadline_ns=now() + 30 * 10**9)
+        assert refusal is not None
+        assert "would take 40 s, and has 20 s" in str(refusal)
+        assert refusal.retry_after_s == pytest.approx(20, abs=0.1)
+        with pytest.raises(OverloadedError, match="would take 40 s"):
+            queue.submit(feed(3), rows=1, deadline_ns=now() + 59 * 10**9)
+        assert queue.refusal(deadline_ns=now() + 61 * 10**9) is None
+        assert queue.refusal(rows=3) is None
+        refusal = queue.refusal(rows=4)
+        assert refusal is not None
+        assert "would take 70 s, and has 60 s" in str(refusal)
+        session.gate.set()
+        await asyncio.gather(first, *taken)
+        # And the runs since were quick.
+        for _ in range(20):
+            await queue.submit(feed(4), rows=1)
+        assert queue._pace.ns_for(1) < 10**9
+
+    asyncio.run(scenario())
+
+
+def test_the_pace_is_the_last_runs_and_counts_all_instances() -> None:
+    pace = Pace(2)
+    assert pace.ns_for(10) == 0
+    pace.add(rows=4, ns=4000)
+    assert pace.ns_for(10) == 5000
+    for _ in range(20):
+        pace.add(rows=4, ns=40_000)
+    assert pace.ns_for(10) == pytest.approx(50_000, rel=0.05)

@@ -1,0 +1,147 @@
+"""100,000 malformed requests: no answer but declared ones, no restart, no growth."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import httpx
+import psutil
+from hypothesis import HealthCheck, Phase, given, settings
+
+from dlops.artifact import Artifact
+from dlops.serve.launch import ServerProcess
+from tests.benchmarks.peers.environments import environment
+from tests.serve.malformed import ALLOWED, binary_requests, good, requests, status_of
+
+RAW, MESSAGES, SLOW, OF_THE_PAGE = 60_000, 30_000, 200, 150
+THREADS = 8
+WORKERS = 1
+
+
+def test_a_hundred_thousand_malformed_requests(
+    write_page: Callable[..., Path], digits_artifact: Artifact, tmp_path: Path
+) -> None:
+    counts: dict[str, Counter[str]] = {}
+    lock = threading.Lock()
+    bad: list[str] = []
+    limits = {"DLOPS_MAX_BODY_BYTES": "200000", "DLOPS_RECEIVE_TIMEOUT_S": "2", "DLOPS_MODEL_CONTROL": "explicit"}
+
+    def send(port: int, kind: str, request: bytes) -> None:
+        try:
+            status = status_of(port, request)
+        except TimeoutError:
+            status = -1
+        with lock:
+            counts.setdefault(kind, Counter())[str(status)] += 1
+            if status not in ALLOWED | {200, None}:
+                bad.append(f"{kind}: {status} for {request[:200]!r}")
+
+    with ServerProcess(digits_artifact, env=limits) as server, ThreadPoolExecutor(THREADS) as threads:
+        workers = psutil.Process(server.pid).children()
+
+        def memory_mb() -> float:
+            return sum(one.memory_info().rss for one in workers) / 1e6
+
+        for kind, request in islice(requests(seed=99), 2000):  # what grows once, buffers and caches
+            send(server.port, f"{kind} (before)", request)
+        counts.clear()
+        memory = [memory_mb()]
+        for part in range(6):
+            each = islice(requests(seed=part), RAW // 6)
+            list(threads.map(lambda one: send(server.port, *one), each))
+            assert status_of(server.port, good()) == 200
+            memory.append(memory_mb())
+
+        @settings(
+            max_examples=MESSAGES, deadline=None, database=None, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(request=binary_requests())
+        def messages(request: bytes) -> None:
+            send(server.port, "messages of the protocol (hypothesis)", request)
+
+        messages()
+        memory.append(memory_mb())
+        slow(server.port, counts.setdefault("slow senders", Counter()))
+        found = of_the_page(server, tmp_path)
+        counts["routes of the OpenAPI page (schemathesis)"] = Counter(found)
+        memory.append(memory_mb())
+        assert status_of(server.port, good()) == 200
+        assert psutil.Process(server.pid).children() == workers
+        log = server.log_path.read_text()
+    total = sum(sum(of.values()) for of in counts.values())
+    write_page(
+        "serving-malformed",
+        title="Malformed requests",
+        says=f"{total:,} requests that no client should send, to one worker with a body limit of 200 kB, each on a "
+        f"connection of its own. None stands for a connection that ended without an answer, as one that was cut off "
+        f"may. Answers were {', '.join(sorted({status for of in counts.values() for status in of}))}; the worker was "
+        f"never restarted, and had {', '.join(f'{one:.0f}' for one in memory)} MB at the beginning, after each sixth "
+        f"of the first {RAW:,}, and after each of the rest.",
+        header=["kind", "requests", "answers"],
+        rows=[
+            [kind, f"{sum(of.values()):,}", ", ".join(f"{count:,} × {status}" for status, count in sorted(of.items()))]
+            for kind, of in counts.items()
+        ],
+    )
+    assert not bad, bad[:5]
+    assert "a bug in dlops" not in log
+    assert max(memory) <= 1.1 * memory[0] + 20
+    assert total >= 90_000
+
+
+def slow(port: int, counts: Counter[str]) -> None:
+    """A byte now and then, from many at once; good ones are answered meanwhile."""
+    clients = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(SLOW)]
+    request = good()
+    for place in range(8):
+        for client in clients:
+            try:
+                client.sendall(request[place : place + 1])
+            except ConnectionError:
+                continue
+        began = time.perf_counter()
+        assert status_of(port, good()) == 200
+        assert time.perf_counter() - began < 5
+        time.sleep(0.5)
+    for client in clients:
+        try:
+            answer = client.recv(100)
+        except ConnectionError:
+            answer = b""
+        client.close()
+        counts[answer.split(b" ")[1].decode() if answer else "None"] += 1
+    assert set(counts) <= {"408", "None"}
+
+
+def of_the_page(server: ServerProcess, folder: Path) -> dict[str, int]:
+    """What schemathesis makes of our OpenAPI document; raises AssertionError where it finds an undeclared answer."""
+    home = environment("schemathesis")
+    before = answers(server)
+    ran = subprocess.run(
+        [
+            str(home / "bin" / "schemathesis"), "run", f"{server.url}/docs.json", "--max-examples", str(OF_THE_PAGE),
+            "--checks", "not_a_server_error,response_schema_conformance,content_type_conformance", "--seed", "0",
+            "--phases", "examples,coverage,fuzzing", "--no-color",
+        ],
+        cwd=folder, capture_output=True, text=True, timeout=1800, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
+    return {status: count - before.get(status, 0) for status, count in answers(server).items()}
+
+
+def answers(server: ServerProcess) -> dict[str, int]:
+    """By status, as the server counts them."""
+    counts: Counter[str] = Counter()
+    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith("dlops_requests_total{"):
+            counts[line.partition('status="')[2].partition('"')[0]] += int(float(line.rpartition(" ")[2]))
+    return dict(counts)
