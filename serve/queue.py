@@ -11,7 +11,8 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from dlops.serve.instance import Instance
@@ -103,6 +104,7 @@ class InferenceQueue:
         self._bytes = 0
         self._pace = Pace(len(instances))
         self._running = 0
+        self._expected = 0
         self._busy = [False] * len(instances)
         self._closing = False
         self._turn_is_due = False
@@ -136,9 +138,9 @@ class InferenceQueue:
         if self._waiting and self._bytes + size > self._max_bytes:
             return OverloadedError(f"{self._bytes} bytes wait already, at most {self._max_bytes}", hint="try again")
         # An idle model as well: what its last runs took may have been the machine's fault.
-        if not (self._waiting or self._running):
+        if not (self._waiting or self._running or self._expected):
             return None
-        wait_ns = self._pace.ns_for(self._rows + self._running + rows)
+        wait_ns = self._pace.ns_for(self._rows + self._running + self._expected + rows)
         has_ns: float = self._max_wait_ns
         if deadline_ns is not None:
             has_ns = _SURE * (deadline_ns - time.perf_counter_ns())
@@ -150,6 +152,16 @@ class InferenceQueue:
         )
         error.retry_after_s = (wait_ns - has_ns) / 1e9
         return error
+
+    @contextmanager
+    def expecting(self, rows: int) -> Iterator[None]:
+        """While a request of so many rows is read and decoded: what comes later must not take its place, as the work on
+        it would be for nothing. On the event loop."""
+        self._expected += rows
+        try:
+            yield
+        finally:
+            self._expected -= rows
 
     def submit(self, feed: Feed, *, rows: int, deadline_ns: int | None = None) -> asyncio.Future[Answer]:
         """Queue one request; call on the event loop. Cancelling the future drops the request if it has not run.

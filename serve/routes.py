@@ -205,9 +205,11 @@ class Application:
             self.check_room(model, deadline_ns=until_ns)
             async with self.bodies.read(request) as body:
                 kind = request.headers.get("content-type", "")
-                raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
+                with model.queue.expecting(1):
+                    raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
                 decode_ns = time.perf_counter_ns()
-                feed = await unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
+                with model.queue.expecting(len(raws)):
+                    feed = await unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
                 decode_ns = time.perf_counter_ns() - decode_ns
                 answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)

@@ -504,6 +504,9 @@ def test_what_would_miss_its_deadline_is_turned_away_before_it_waits(make_queue,
             queue.submit(feed(3), rows=1, deadline_ns=now() + 59 * 10**9)
         assert queue.refusal(deadline_ns=now() + 61 * 10**9) is None
         assert queue.refusal(rows=3) is None
+        with queue.expecting(1):  # another one is being decoded
+            assert queue.refusal(rows=2) is None
+            assert queue.refusal(rows=3) is not None
         refusal = queue.refusal(rows=4)
         assert refusal is not None
         assert "would take 70 s, and has 60 s" in str(refusal)
