@@ -8,12 +8,13 @@ ones came from.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dlops.serve import protocol
-from dlops.serve.protocol import InferRequest, Wanted
+from dlops.serve.protocol import Encoded, InferRequest, Wanted
 from dlops.signature import Array, Feed, Signature
 
 # Of a header that is worth keeping, and how many are kept: a client that sends ever new ones fills no memory.
@@ -45,8 +46,9 @@ class Plan:
 class Codec:
     """Of one model; used by one thread at a time."""
 
-    def __init__(self, signature: Signature, *, name: str, version: str) -> None:
+    def __init__(self, signature: Signature, *, name: str, version: str, labels: Sequence[str] = ()) -> None:
         self._signature = signature
+        self._labels = labels
         self._name = name
         self._version = version
         self._plans: dict[bytes, Plan] = {}
@@ -77,10 +79,15 @@ class Codec:
             return lines, [body]
         return head[0], [head[1], *[array.tobytes() for array in arrays]]
 
+    def encoded(self, outputs: Feed, request: InferRequest) -> Encoded:
+        """The answer, worked out anew."""
+        return protocol.encode_response(
+            outputs, request.outputs, model=self._name, version=self._version, identity=request.id, labels=self._labels,
+            batched=self._signature.inputs[0].is_batched,
+        )  # fmt: skip
+
     def _encoded(self, outputs: Feed, request: InferRequest) -> tuple[bytes, list[bytes]]:
-        encoded = protocol.encode_response(
-            outputs, request.outputs, model=self._name, version=self._version, identity=request.id
-        )
+        encoded = self.encoded(outputs, request)
         if encoded.json_bytes is None:
             return b"content-type: application/json\r\n", [encoded.body]
         lines = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
@@ -91,11 +98,11 @@ class Codec:
         arrays = request.feed
         sizes = sum(array.nbytes for array in arrays.values())
         if (
-            json_bytes > _HEADER_BYTES
+            not 0 < json_bytes <= _HEADER_BYTES
             or request.id is not None
             or sizes != len(body) - json_bytes
             or any(array.dtype.kind not in "fiu" for array in arrays.values())
-            or not all(want.binary for want in request.outputs)
+            or not all(want.binary and not want.classes for want in request.outputs)
             # On the wire numbers are little-endian; only there they are numpy's own.
             or sys.byteorder != "little"
         ):

@@ -14,12 +14,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-import numpy as np
-
 from dlops.errors import DlopsError, InputError, MachineError
 from dlops.grpc_messages import CONTENTS, grpc, json_format, service_pb2, service_pb2_grpc
 from dlops.serve import protocol
 from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError, deadline_ns, statuses
+from dlops.serve.classes import check_classes
 from dlops.serve.model import ServedModel
 from dlops.serve.protocol import Wanted
 from dlops.serve.routes import Application, check_load
@@ -108,8 +107,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def ModelMetadata(self, request: Any, context: Context) -> Any:
         def metadata() -> Any:
-            model = self._application.models.find(request.name, request.version)
-            return _parsed(model.metadata(), service_pb2.ModelMetadataResponse())
+            document = self._application.metadata_of(request.name, request.version)
+            return _parsed(document, service_pb2.ModelMetadataResponse())
 
         return await self._answered("ModelMetadata", context, metadata)
 
@@ -230,7 +229,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         held = application.bodies.hold(request.ByteSize())
         try:
             feed = _feed(request, model.signature)
-            wanted = _wanted(request, [spec.name for spec in model.signature.outputs])
+            wanted = _wanted(request, model.signature)
             rows = protocol.rows_of(feed, model.signature)
             decode_ns = time.perf_counter_ns() - started_ns
             answer = await model.queue.submit(feed, rows=rows, deadline_ns=until_ns)
@@ -240,11 +239,12 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             model_name=model.name, model_version=model.version, id=request.id
         )  # fmt: skip
         for want in wanted:
-            array = np.ascontiguousarray(answer.outputs[want.name])
-            response.outputs.add(
-                name=want.name, datatype=protocol.DATATYPES[array.dtype.name], shape=array.shape
+            datatype, array = protocol.as_wanted(
+                answer.outputs[want.name], want, labels=model.artifact.labels,
+                batched=model.signature.inputs[0].is_batched,
             )  # fmt: skip
-            response.raw_output_contents.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            response.outputs.add(name=want.name, datatype=datatype, shape=array.shape)
+            response.raw_output_contents.append(protocol.raw_bytes(array))
         application.account(model, INFER, started_ns, answer, rows=rows, decode_ns=decode_ns)
         return response
 
@@ -299,21 +299,22 @@ def _feed(request: Any, signature: Signature) -> Feed:
     return feed
 
 
-def _wanted(request: Any, names: list[str]) -> list[Wanted]:
+def _wanted(request: Any, signature: Signature) -> list[Wanted]:
+    specs = {spec.name: spec for spec in signature.outputs}
     wanted = []
     for index, output in enumerate(request.outputs):
-        if output.name not in names:
+        if output.name not in specs:
             raise InputError(
-                f"unknown output {output.name!r}, the model gives {', '.join(names)}", field=f"outputs[{index}]"
+                f"unknown output {output.name!r}, the model gives {', '.join(specs)}", field=f"outputs[{index}]"
             )
         if any(key in output.parameters for key in protocol.SHARED_MEMORY):
             raise protocol.SharedMemoryError(f"{output.name}: shared memory is not supported", field=output.name)
-        if output.parameters["classification"].int64_param if "classification" in output.parameters else 0:
-            raise InputError(f"{output.name}: classification is not supported", field=f"outputs[{index}]")
-        wanted.append(Wanted(name=output.name, binary=True))
+        count = output.parameters["classification"].int64_param if "classification" in output.parameters else 0
+        count = check_classes(specs[output.name], count, field=f"outputs[{index}]")
+        wanted.append(Wanted(name=output.name, binary=True, classes=count))
     if len({want.name for want in wanted}) != len(wanted):
         raise InputError("an output is asked for twice", field="outputs")
-    return wanted or [Wanted(name=name, binary=True) for name in names]
+    return wanted or [Wanted(name=name, binary=True) for name in specs]
 
 
 def _parsed(document: dict[str, Any], message: T) -> T:

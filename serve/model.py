@@ -14,10 +14,10 @@ from dlops.environment import available_cores
 from dlops.parity import self_test
 from dlops.runtimes import Placement, SessionOptions, open_session
 from dlops.runtimes.session import Session
-from dlops.serve import protocol
 from dlops.serve.codec import Codec
 from dlops.serve.decoding import Decoder
 from dlops.serve.instance import Instance, bucket_sizes, zeros
+from dlops.serve.metadata import model_config, model_metadata
 from dlops.serve.metrics import Metrics
 from dlops.serve.outcome import BatchDone
 from dlops.serve.queue import InferenceQueue
@@ -84,7 +84,7 @@ class ServedModel:
             batching=artifact.variant.precision != "int8dyn",
             on_batch=count,
         )
-        self.codec = Codec(self.signature, name=self.name, version=self.version)
+        self.codec = Codec(self.signature, name=self.name, version=self.version, labels=artifact.labels)
         self.decoder = Decoder(artifact, max_pixels=settings.max_pixels)
 
     @property
@@ -101,11 +101,11 @@ class ServedModel:
 
     def metadata(self) -> dict[str, Any]:
         """As the protocol has it."""
-        return protocol.model_metadata(self.signature, name=self.name, version=self.version, platform=self.platform)
+        return model_metadata(self.signature, name=self.name, version=self.version, platform=self.platform)
 
     def config(self) -> dict[str, Any]:
         """As Triton has it."""
-        return protocol.model_config(
+        return model_config(
             self.signature, name=self.name, platform=self.platform, device=self.placement.device,
             max_batch=self.signature.max_batch if self.queue.batching else 0, instances=len(self.instances),
         )  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic_core import from_json, to_json
 
 from dlops.errors import InputError
+from dlops.serve import classes
 from dlops.signature import Array, Feed, Signature, TensorSpec
 
 # From the protocol's names to numpy's, for the dtypes that a Signature may hold.
@@ -38,10 +39,12 @@ class SharedMemoryError(InputError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """An output to return. binary: as bytes after the JSON header."""
+    """An output to return. binary: as bytes after the JSON header. classes: so many of the strongest, in words, and
+    not the values; 0 for those."""
 
     name: str
     binary: bool
+    classes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,8 @@ def decode_request(body: bytes, *, json_bytes: int | None, signature: Signature)
             f"Inference-Header-Content-Length is {json_bytes}, the body has {len(body)} bytes",
             field="Inference-Header-Content-Length",
         )
+    if json_bytes == 0:
+        return _raw_request(body, signature)
     limit = json_limit(signature)
     if (len(body) if json_bytes is None else json_bytes) > limit:
         raise InputError(f"more JSON than this model's inputs can need: at most {limit} bytes", field="body")
@@ -95,6 +100,29 @@ def decode_request(body: bytes, *, json_bytes: int | None, signature: Signature)
     )
 
 
+def _raw_request(body: bytes, signature: Signature) -> InferRequest:
+    """The bytes of the one input and nothing else; all outputs are given back in the same way."""
+    if len(signature.inputs) != 1:
+        raise InputError("a request without JSON is for a model with one input", field="inputs")
+    (spec,) = signature.inputs
+    # How many rows they are follows from how many bytes; of two open sizes neither does.
+    fixed = math.prod(dim for dim in spec.shape if not isinstance(dim, str)) * np.dtype(spec.dtype).itemsize
+    open_dims = [dim for dim in spec.shape if isinstance(dim, str)]
+    if len(open_dims) > 1 or not fixed or len(body) % fixed:
+        raise InputError(
+            f"{spec.name}: {len(body)} bytes do not tell a shape of {list(spec.shape)}", field=spec.name,
+            hint="say it in JSON, with Inference-Header-Content-Length",
+        )  # fmt: skip
+    shape = tuple(len(body) // fixed if isinstance(dim, str) else dim for dim in spec.shape)
+    signature.check_shape(spec, shape)
+    feed = {spec.name: from_binary(memoryview(body), spec, shape)}
+    signature.check(feed)
+    return InferRequest(
+        id=None, feed=feed, rows=rows_of(feed, signature), timeout_us=None,
+        outputs=tuple(Wanted(name=one.name, binary=True) for one in signature.outputs),
+    )  # fmt: skip
+
+
 def json_limit(signature: Signature) -> int:
     """More bytes than a request's JSON can need: reading more would hold up everything else for nothing."""
     numbers = 0
@@ -104,17 +132,21 @@ def json_limit(signature: Signature) -> int:
 
 
 def encode_response(
-    outputs: Feed, wanted: Sequence[Wanted], *, model: str, version: str, identity: str | None
-) -> Encoded:
-    """The response to an infer request with the wanted outputs in their order."""
+    outputs: Feed, wanted: Sequence[Wanted], *, model: str, version: str, identity: str | None,
+    labels: Sequence[str] = (), batched: bool = True,
+) -> Encoded:  # fmt: skip
+    """The response to an infer request with the wanted outputs in their order. labels: of classes, where they are asked
+    for; batched: whether outputs have a row for each input."""
     described: list[dict[str, Any]] = []
     chunks: list[bytes] = []
     for want in wanted:
-        array = np.ascontiguousarray(outputs[want.name])
-        entry: dict[str, Any] = {"name": want.name, "datatype": DATATYPES[array.dtype.name], "shape": list(array.shape)}
+        datatype, array = as_wanted(outputs[want.name], want, labels=labels, batched=batched)
+        entry: dict[str, Any] = {"name": want.name, "datatype": datatype, "shape": list(array.shape)}
         if want.binary:
-            chunks.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            chunks.append(raw_bytes(array))
             entry["parameters"] = {"binary_data_size": len(chunks[-1])}
+        elif want.classes:
+            entry["data"] = [text.decode() for text in array.reshape(-1)]
         else:
             entry["data"] = array.reshape(-1).tolist()
         described.append(entry)
@@ -128,42 +160,24 @@ def encode_response(
     return Encoded(body=b"".join([header, *chunks]), json_bytes=len(header))
 
 
+def as_wanted(array: Array, want: Wanted, *, labels: Sequence[str], batched: bool) -> tuple[str, Array]:
+    """The datatype and the values of an output as it was asked for."""
+    if want.classes:
+        return classes.DATATYPE, classes.strongest(array, want.classes, labels, batched=batched)
+    return DATATYPES[array.dtype.name], array
+
+
+def raw_bytes(array: Array) -> bytes:
+    """A tensor as it is sent."""
+    if array.dtype == np.object_:
+        return classes.to_bytes(array)
+    return np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
 def rows_of(feed: Feed, signature: Signature) -> int:
     """Rows along the batch axis, 1 where there is none."""
     first = signature.inputs[0]
     return int(feed[first.name].shape[0]) if first.is_batched else 1
-
-
-def model_metadata(signature: Signature, *, name: str, version: str, platform: str) -> dict[str, Any]:
-    """The answer to GET /v2/models/NAME."""
-    return {
-        "name": name,
-        "versions": [version],
-        "platform": platform,
-        "inputs": [_tensor_metadata(spec) for spec in signature.inputs],
-        "outputs": [_tensor_metadata(spec) for spec in signature.outputs],
-    }
-
-
-def model_config(
-    signature: Signature, *, name: str, platform: str, device: str, max_batch: int, instances: int = 1
-) -> dict[str, Any]:
-    """The answer to GET /v2/models/NAME/config, as Triton's model configuration in JSON.
-
-    max_batch: 0 where requests are not joined, as Triton has it; the shapes then hold the batch axis.
-    """
-    kind = "KIND_GPU" if device.startswith("cuda") else "KIND_CPU"
-    return {
-        "name": name,
-        "platform": platform,
-        "backend": "dlops",
-        "version_policy": {"latest": {"num_versions": 1}},
-        "max_batch_size": max_batch,
-        "input": [_tensor_config(spec, batched=max_batch > 0) for spec in signature.inputs],
-        "output": [_tensor_config(spec, batched=max_batch > 0) for spec in signature.outputs],
-        "instance_group": [{"name": name, "kind": kind, "count": instances}],
-        **({"dynamic_batching": {"preferred_batch_size": [], "max_queue_delay_microseconds": 0}} if max_batch else {}),
-    }
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -293,7 +307,8 @@ def number_array(data: object, dtype: str, *, field: str) -> Array:
 
 
 def _wanted(document: dict[str, Any], parameters: dict[str, Any], signature: Signature) -> tuple[Wanted, ...]:
-    names = [spec.name for spec in signature.outputs]
+    specs = {spec.name: spec for spec in signature.outputs}
+    names = list(specs)
     binary = _flag(parameters, "binary_data_output", "parameters")
     entries = document.get("outputs")
     if not entries:
@@ -308,13 +323,14 @@ def _wanted(document: dict[str, Any], parameters: dict[str, Any], signature: Sig
         name = entry.get("name")
         if name not in names:
             raise InputError(f"unknown output {name!r}, the model gives {', '.join(names)}", field=f"outputs[{index}]")
-        options = _mapping(entry.get("parameters", {}), f"outputs[{index}].parameters")
-        for key in ("classification", *SHARED_MEMORY):
+        field = f"outputs[{index}].parameters"
+        options = _mapping(entry.get("parameters", {}), field)
+        for key in SHARED_MEMORY:
             if options.get(key):
-                kind = SharedMemoryError if key in SHARED_MEMORY else InputError
-                raise kind(f"{name}: {key} is not supported", field=f"outputs[{index}].parameters")
+                raise SharedMemoryError(f"{name}: {key} is not supported", field=field)
+        count = classes.check_classes(specs[str(name)], options.get("classification", 0), field=field)
         own = _flag(options, "binary_data", str(name)) if "binary_data" in options else binary
-        wanted.append(Wanted(name=str(name), binary=own))
+        wanted.append(Wanted(name=str(name), binary=own, classes=count))
     if len({want.name for want in wanted}) != len(wanted):
         raise InputError("an output is asked for twice", field="outputs")
     return tuple(wanted)
@@ -340,14 +356,3 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{where} must be an object", field=where)
     return value
-
-
-def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
-    shape = [-1 if isinstance(dim, str) else dim for dim in spec.shape]
-    return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}
-
-
-def _tensor_config(spec: TensorSpec, *, batched: bool) -> dict[str, Any]:
-    dims = [-1 if isinstance(dim, str) else dim for dim in spec.shape]
-    # Triton spells it TYPE_FP32, and BYTES alone as TYPE_STRING, which no signature of ours holds.
-    return {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": dims[1:] if batched else dims}

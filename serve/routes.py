@@ -64,8 +64,8 @@ _UNSUPPORTED = (
 )  # fmt: skip
 _GAUGES_S = 0.5
 _EXTENSIONS = [
-    "binary_tensor_data", "model_configuration", "model_repository", "model_repository(unload_dependents)",
-    "statistics",
+    "binary_tensor_data", "classification", "model_configuration", "model_repository",
+    "model_repository(unload_dependents)", "statistics",
 ]  # fmt: skip
 # A body of this size is decoded on the event loop: in well under a millisecond, which is what a thread would cost.
 _INLINE_BYTES = 16 * 1024
@@ -232,9 +232,7 @@ class Application:
                 decode_ns = time.perf_counter_ns() - decode_ns
                 until_ns = deadline_ns(started_ns, header=header, timeout_us=wanted.timeout_us)
                 answer = await _run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=until_ns)
-        encoded = protocol.encode_response(
-            answer.outputs, wanted.outputs, model=model.name, version=model.version, identity=wanted.id
-        )
+        encoded = model.codec.encoded(answer.outputs, wanted)
         times = self.account(model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns)
         return infer_response(encoded, request.headers.get("accept-encoding", ""), _timing(request, times))
 

@@ -7,7 +7,9 @@ import pytest
 
 from dlops.errors import InputError
 from dlops.serve import protocol
-from dlops.serve.protocol import Wanted, decode_request, encode_response, model_config, model_metadata, number_array
+from dlops.serve.classes import strongest, to_bytes
+from dlops.serve.metadata import model_config, model_metadata
+from dlops.serve.protocol import Wanted, decode_request, encode_response, number_array
 from dlops.signature import DimRange, Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -213,3 +215,58 @@ def test_json_is_bounded_by_what_the_inputs_can_need() -> None:
     assert protocol.decode_request(fits.encode(), json_bytes=None, signature=signature).rows == 2
     with pytest.raises(InputError, match=f"at most {limit} bytes"):
         protocol.decode_request(fits.encode().ljust(limit + 1), json_bytes=None, signature=signature)
+
+
+ONE = Signature(
+    inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 3)),),
+    outputs=(
+        TensorSpec(name="y", dtype="float32", shape=("batch", 2)),
+        TensorSpec(name="z", dtype="bool", shape=("batch",)),
+    ),
+    dims={"batch": DimRange(max=4)},
+)
+
+
+def test_bytes_alone_are_the_one_input() -> None:
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    request = decode_request(x.tobytes(), json_bytes=0, signature=ONE)
+    assert (request.rows, request.id, request.timeout_us) == (2, None, None)
+    np.testing.assert_array_equal(request.feed["x"], x)
+    assert request.outputs == (Wanted(name="y", binary=True), Wanted(name="z", binary=True))
+    for body, says in (
+        (x.tobytes()[:-1], "23 bytes do not tell"),
+        (b"", "batch is 0"),
+        (x.tobytes() * 3, "batch is 6"),
+    ):
+        with pytest.raises(InputError, match=says):
+            decode_request(body, json_bytes=0, signature=ONE)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        decode_request((x * np.nan).tobytes(), json_bytes=0, signature=ONE)
+    with pytest.raises(InputError, match="a model with one input"):
+        decode_request(x.tobytes(), json_bytes=0, signature=SIGNATURE)
+
+
+@pytest.mark.parametrize(
+    ("output", "count", "says"),
+    [
+        ("y", -1, "must be a number of classes"), ("y", True, "must be a number"), ("y", "2", "must be a number"),
+        ("z", 1, "bool has no strongest classes"),
+    ],
+)  # fmt: skip
+def test_classes_that_cannot_be_counted_are_refused(output: str, count: object, says: str) -> None:
+    document = {"inputs": [X], "outputs": [{"name": output, "parameters": {"classification": count}}]}
+    with pytest.raises(InputError, match=says) as caught:
+        decode_request(json.dumps(document).encode(), json_bytes=None, signature=ONE)
+    assert caught.value.field == "outputs[0].parameters"
+
+
+def test_the_strongest_classes_in_words() -> None:
+    values = np.array([[0.25, 0.5, -1], [2, 1, 3]], np.float32)
+    found = strongest(values, 2, ("a", "b"), batched=True)
+    assert found.tolist() == [[b"0.500000:1:b", b"0.250000:0:a"], [b"3.000000:2", b"2.000000:0:a"]]
+    # Without a batch axis it is one row, whatever its shape.
+    assert strongest(values, 1, (), batched=False).tolist() == [b"3.000000:5"]
+    assert strongest(np.array([[7, 9]]), 5, ("a", "\u00e4"), batched=True).tolist() == [
+        ["9:1:\u00e4".encode(), b"7:0:a"]
+    ]
+    assert to_bytes(found[:1]) == b"\x0c\0\0\x000.500000:1:b\x0c\0\0\x000.250000:0:a"

@@ -77,6 +77,20 @@ def test_errors_arrive_as_the_clients_own_exception_with_our_text(triton, x) -> 
         triton.infer("digits", [an_input(x.reshape(20, 1, 64))])
     with pytest.raises(InferenceServerException, match="unknown output 'nothing'"):
         triton.infer("digits", [an_input(x)], outputs=[http.InferRequestedOutput("nothing")])
-    with pytest.raises(InferenceServerException, match="classification is not supported"):
-        triton.infer("digits", [an_input(x)], outputs=[http.InferRequestedOutput("logits", class_count=3)])
+    with pytest.raises(InferenceServerException, match="classification must be a number of classes"):
+        triton.infer("digits", [an_input(x)], outputs=[http.InferRequestedOutput("logits", class_count=-3)])
     assert triton.infer("digits", [an_input(x)]).as_numpy("logits").shape == (20, 10)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("count", [3, 10, 40])
+def test_an_output_as_its_strongest_classes(triton, x, binary: bool, count: int) -> None:
+    output = http.InferRequestedOutput("logits", binary_data=binary, class_count=count)
+    found = triton.infer("digits", [an_input(x)], outputs=[output]).as_numpy("logits")
+    logits = triton.infer("digits", [an_input(x)]).as_numpy("logits")
+    assert found.shape == (20, min(count, 10))
+    for row, values in zip(found, logits, strict=True):
+        order = np.argsort(-values)[:count]
+        texts = [text.decode() if isinstance(text, bytes) else text for text in row]
+        # The labels of the digits are the digits.
+        assert texts == [f"{values[index]:f}:{index}:{index}" for index in order]

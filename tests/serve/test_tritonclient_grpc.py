@@ -168,7 +168,7 @@ def changed(x: np.ndarray, kind: str) -> service_pb2.ModelInferRequest:
         case "output":
             request.outputs.add(name="labels")
         case "classes":
-            request.outputs.add(name="logits").parameters["classification"].int64_param = 3
+            request.outputs.add(name="logits").parameters["classification"].int64_param = -3
         case "region":
             request.inputs[0].parameters["shared_memory_region"].string_param = "a"
         case "timeout":
@@ -273,3 +273,10 @@ def test_two_servers_do_not_share_a_port(digits_artifact) -> None:
         env = {"DLOPS_GRPC_PORT": str(server.grpc_port)}
         with pytest.raises(MachineError, match=r"in use|before it was ready"), ServerProcess(digits_artifact, env=env):
             pass
+
+
+def test_an_output_as_its_strongest_classes(triton, x, expected) -> None:
+    asked = [triton_grpc.InferRequestedOutput("logits", class_count=2)]
+    found = triton.infer("digits", [an_input(x)], outputs=asked).as_numpy("logits")
+    assert found.shape == (len(x), 2)
+    assert [int(row[0].split(b":")[1]) for row in found] == expected.argmax(axis=1).tolist()

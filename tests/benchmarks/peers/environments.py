@@ -14,19 +14,23 @@ from pathlib import Path
 PINS = Path(__file__).with_name("requirements")
 _ROOT = Path(__file__).resolve().parents[3]
 _INSTALL_TIMEOUT_S = 1200
+_STAMP = "made-from.txt"
 
 
 class UnavailableError(Exception):
     """A peer cannot be installed or started here; the message's first line says why."""
 
 
+def is_made(name: str) -> bool:
+    """Whether the environment is there, as requirements/<name>.txt has it now."""
+    stamp = _folder(name) / _STAMP
+    return stamp.is_file() and stamp.read_text() == _made_from(name)
+
+
 def environment(name: str) -> Path:
     """The folder of the environment with what requirements/<name>.txt pins. Raises UnavailableError."""
-    folder = Path(os.environ.get("DLOPS_PEERS") or _ROOT / ".peers").resolve() / name
-    pins = PINS / f"{name}.txt"
-    made_from = f"Python {sys.version}\n{pins.read_text()}"
-    stamp = folder / "made-from.txt"
-    if stamp.is_file() and stamp.read_text() == made_from:
+    folder, pins = _folder(name), PINS / f"{name}.txt"
+    if is_made(name):
         return folder
     print(f"installing {name} into {folder}", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -37,7 +41,7 @@ def environment(name: str) -> Path:
     else:
         _run(sys.executable, "-m", "venv", str(folder))
         _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement", str(pins))
-    stamp.write_text(made_from)
+    (folder / _STAMP).write_text(_made_from(name))
     return folder
 
 
@@ -46,6 +50,14 @@ def version(name: str) -> str:
     package = {"tritonserver": "nvidia-pytriton"}.get(name, name)
     (found,) = [line for line in (PINS / f"{name}.txt").read_text().splitlines() if line.startswith(f"{package}==")]
     return found.replace("==", " ")
+
+
+def _folder(name: str) -> Path:
+    return Path(os.environ.get("DLOPS_PEERS") or _ROOT / ".peers").resolve() / name
+
+
+def _made_from(name: str) -> str:
+    return f"Python {sys.version}\n{(PINS / f'{name}.txt').read_text()}"
 
 
 def _run(*command: str) -> None:

@@ -64,33 +64,39 @@ def dlops(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
         yield [_binary(artifact, f"dlops {__version__}", process.port, process.pid, model=NAME)]
 
 
-@contextmanager
-def tritonserver(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
-    """One server with the model twice: with one instance of the python backend, and with two."""
+def triton_command(folder: Path, *options: str, metrics_port: int) -> tuple[list[str], dict[str, str]]:
+    """How tritonserver is started on `folder`/models, and its environment; its python backend is put into `folder`."""
     home = environment("tritonserver")
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
     triton = packages / "pytriton" / "tritonserver"
     stub = triton / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copytree(triton / "backends", folder / "backends")
     shutil.copy(stub / "triton_python_backend_stub", folder / "backends" / "python")
-    instances = {NAME: 1, f"{NAME}_2": 2}
-    for model, count in instances.items():
-        version_folder = folder / "models" / model / "1"
-        version_folder.mkdir(parents=True)
-        shutil.copy(HERE / "peer_tritonserver.py", version_folder / "model.py")
-        (version_folder.parent / "config.pbtxt").write_text(_triton_config(artifact, count))
-    ports = _free_ports(2)
     command = [
         str(triton / "bin" / "tritonserver"), "--model-repository", str(folder / "models"),
-        "--backend-directory", str(folder / "backends"), "--http-address", HOST, "--http-port", str(ports[0]),
-        "--allow-grpc", "false", "--metrics-address", HOST, "--metrics-port", str(ports[1]),
+        "--backend-directory", str(folder / "backends"), "--http-address", HOST, "--metrics-address", HOST,
+        "--metrics-port", str(metrics_port), *options,
     ]  # fmt: skip
     env = {
         "LD_LIBRARY_PATH": f"{packages / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",
         # The interpreter that the backend embeds takes its environment from the python3 that comes first here.
         "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
     }  # fmt: skip
-    with _process(command, folder, env) as child:
+    return command, env
+
+
+@contextmanager
+def tritonserver(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
+    """One server with the model twice: with one instance of the python backend, and with two."""
+    instances = {NAME: 1, f"{NAME}_2": 2}
+    for model, count in instances.items():
+        version_folder = folder / "models" / model / "1"
+        version_folder.mkdir(parents=True)
+        shutil.copy(HERE / "peer_tritonserver.py", version_folder / "model.py")
+        (version_folder.parent / "config.pbtxt").write_text(_triton_config(artifact, count))
+    ports = free_ports(2)
+    command, env = triton_command(folder, "--http-port", str(ports[0]), "--allow-grpc", "false", metrics_port=ports[1])
+    with process(command, folder, env) as child:
         served = []
         for model, count in instances.items():
             name = f"tritonserver 2.51, {count} instance{'s' if count > 1 else ''}"
@@ -103,12 +109,12 @@ def tritonserver(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
 def bentoml(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
     home = environment("bentoml")
     shutil.copy(HERE / "peer_bentoml.py", folder)
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = [
         str(home / "bin" / "bentoml"), "serve", "peer_bentoml:Mlp", "--host", HOST, "--port", str(port),
     ]  # fmt: skip
     env = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(folder / "home"), "MODEL": _model(artifact)}
-    with _process(command, folder, env) as child:
+    with process(command, folder, env) as child:
         served = _json(artifact, version("bentoml"), port, child.pid, decode=lambda answer: json.loads(answer.body))
         _wait(child, [served], folder)
         yield [served]
@@ -118,9 +124,9 @@ def bentoml(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
 def litserve(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
     home = environment("litserve")
     shutil.copy(HERE / "peer_litserve.py", folder)
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = [str(home / "bin" / "python"), "peer_litserve.py", str(port)]
-    with _process(command, folder, {"MODEL": _model(artifact)}) as child:
+    with process(command, folder, {"MODEL": _model(artifact)}) as child:
         # It makes the batch itself: a request is one row.
         served = _json(artifact, version("litserve"), port, child.pid, decode=_logits, batched=False)
         served = replace(served, polls=True)
@@ -132,12 +138,12 @@ def litserve(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
 def fastapi(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
     home = environment("fastapi")
     shutil.copy(HERE / "peer_fastapi.py", folder)
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = [
         str(home / "bin" / "uvicorn"), "peer_fastapi:app", "--host", HOST, "--port", str(port), "--loop", "uvloop",
         "--http", "httptools", "--no-access-log",
     ]  # fmt: skip
-    with _process(command, folder, {"MODEL": _model(artifact)}) as child:
+    with process(command, folder, {"MODEL": _model(artifact)}) as child:
         served = _json(artifact, version("fastapi"), port, child.pid, decode=_logits)
         _wait(child, [served], folder)
         yield [served]
@@ -147,7 +153,7 @@ def fastapi(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
 def mlserver(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
     home = environment("mlserver")
     shutil.copy(HERE / "peer_mlserver.py", folder)
-    port, grpc_port, metrics_port = _free_ports(3)
+    port, grpc_port, metrics_port = free_ports(3)
     settings = {
         # Its own default hands requests to another process, which takes twice the time here.
         "parallel_workers": 0, "debug": False,
@@ -155,7 +161,7 @@ def mlserver(artifact: Artifact, folder: Path) -> Iterator[list[Server]]:
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings))
     (folder / "model-settings.json").write_text(json.dumps({"name": NAME, "implementation": "peer_mlserver.Mlp"}))
-    with _process([str(home / "bin" / "mlserver"), "start", "."], folder, {"MODEL": _model(artifact)}) as child:
+    with process([str(home / "bin" / "mlserver"), "start", "."], folder, {"MODEL": _model(artifact)}) as child:
         bodies = []
         for row in artifact.samples().inputs["x"]:
             tensor = {"name": "x", "datatype": "FP32", "shape": [1, PIXELS], "data": _numbers(row)}
@@ -262,7 +268,8 @@ def _model(artifact: Artifact) -> str:
     return str(artifact.path("model").resolve())
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """So many ports that nobody listens on at this moment."""
     probes = [socket.create_server((HOST, 0)) for _ in range(count)]
     try:
         return [probe.getsockname()[1] for probe in probes]
@@ -272,7 +279,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def _process(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def process(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own, with the folder as its place and `log.txt` there as its output."""
     # What is set for our own interpreter is not for those of the peers.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

@@ -78,8 +78,8 @@ def test_photos_through_the_service_and_in_process(write_page: Callable[..., Pat
         f"decoding, resizing and normalizing included. In process: one batch after the other, decoded by the thread "
         f"that runs it. The service: `POST /predict`, one photo a request, so many connections in a closed loop from "
         f"a process that shares the cores. {ROUNDS} rounds of {SECONDS:g} s each, in an order drawn at random. At the "
-        f"best of each the service reaches **{ratio:.2f}** of the throughput in process (mean of the rounds' ratios, "
-        f"95 % interval {low:.2f} to {high:.2f}); {WANTED:g} was asked for.",
+        f"best of each the service reaches **{ratio:.2f}** of the throughput in process (of the medians; "
+        f"the mean of the rounds' ratios, 95 % interval: {low:.2f} to {high:.2f}); {WANTED:g} was asked for.",
         header=["", "batch or connections", "images/s", "least", "most"],
         rows=[
             [where, str(count), f"{medians[where, count]:.1f}", f"{min(found):.1f}", f"{max(found):.1f}"]
