@@ -118,6 +118,11 @@ def serve(
     model_control: Annotated[
         Literal["none", "explicit"], typer.Option(help="explicit: clients may load and unload models.")
     ] = "none",
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file: encrypt both ports, with --tls-key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file: clients must have a certificate that is signed by one in it.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     trust: Trust = False,
@@ -131,6 +136,7 @@ def serve(
     status = serve_artifacts(
         artifacts or [find_artifact(None).directory], host=host, port=port, device=device, threads=threads,
         workers=workers, trust=trust, grpc_port=grpc_port, model_control=model_control, versions=versions,
+        tls_cert=tls_cert, tls_key=tls_key, tls_client_ca=tls_client_ca,
     )  # fmt: skip
     raise typer.Exit(status)
 

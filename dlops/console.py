@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -26,6 +26,7 @@ log = Console(stderr=True, highlight=False)
 out = _Output(highlight=False)
 # A log file gets a line this often instead of a bar that redraws itself.
 _PLAIN_INTERVAL_S = 5.0
+_instead: Callable[[str], None] | None = None
 
 
 class Bar(Protocol):
@@ -34,7 +35,16 @@ class Bar(Protocol):
 
 def say(message: str) -> None:
     """One line of progress."""
+    if _instead is not None:
+        _instead(message)
+        return
     log.print(message, markup=False, emoji=False, soft_wrap=True)
+
+
+def tell_instead(write: Callable[[str], None] | None) -> None:
+    """Let `write` have what this process says; None for stderr again."""
+    global _instead
+    _instead = write
 
 
 @contextmanager

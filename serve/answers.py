@@ -15,7 +15,7 @@ from starlette.responses import Response
 from dlops.errors import DlopsError, InputError, MachineError
 from dlops.serve.body import BodyTooLargeError
 from dlops.serve.guard import UnauthorizedError
-from dlops.serve.outcome import ClosedError, DeadlineError, OverloadedError
+from dlops.serve.outcome import BrokenError, ClosedError, DeadlineError, OverloadedError
 from dlops.serve.predict import MediaTypeError
 from dlops.serve.protocol import Encoded, SharedMemoryError
 
@@ -66,6 +66,7 @@ _STATUSES: Sequence[tuple[type[DlopsError], int, str]] = (
     (OverloadedError, 429, "RESOURCE_EXHAUSTED"),
     (NotReadyError, 503, "UNAVAILABLE"),
     (ClosedError, 503, "UNAVAILABLE"),
+    (BrokenError, 503, "UNAVAILABLE"),
     (DeadlineError, 504, "DEADLINE_EXCEEDED"),
     (DlopsError, 500, "INTERNAL"),
 )

@@ -10,7 +10,6 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dlops.errors import InputError
 from dlops.signature import Array, TensorSpec
@@ -27,7 +26,7 @@ def check_classes(spec: TensorSpec, count: object, *, field: str) -> int:
     return count
 
 
-def strongest(values: Array, count: int, labels: Sequence[str], *, batched: bool) -> NDArray[np.object_]:
+def strongest(values: Array, count: int, labels: Sequence[str], *, batched: bool) -> Array:
     """The `count` largest of each row, the largest first, or all where there are fewer: (rows, count) texts.
 
     batched: the first axis is the batch; else all of it is one row, and the result is (count,).
@@ -36,14 +35,14 @@ def strongest(values: Array, count: int, labels: Sequence[str], *, batched: bool
     kept = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
     texts = np.empty(kept.shape, np.object_)
     form = "{:f}" if rows.dtype.kind == "f" else "{:d}"
-    for place, index in np.ndenumerate(kept):
+    for place, index in zip(np.ndindex(kept.shape), kept.reshape(-1).tolist(), strict=True):
         text = f"{form.format(rows[place[0], index].item())}:{index}"
         if index < len(labels):
             text += f":{labels[index]}"
         texts[place] = text.encode()
-    return texts if batched else texts[0]
+    return texts if batched else texts.reshape(-1)
 
 
-def to_bytes(texts: NDArray[np.object_]) -> bytes:
+def to_bytes(texts: Array) -> bytes:
     """A BYTES tensor as it is sent."""
-    return b"".join([struct.pack("<I", len(text)) + text for text in texts.reshape(-1)])
+    return b"".join([struct.pack("<I", len(text)) + text for text in texts.reshape(-1).tolist()])

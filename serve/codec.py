@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dlops.errors import InputError
 from dlops.serve import protocol
 from dlops.serve.protocol import Encoded, InferRequest, Wanted
 from dlops.signature import Array, Feed, Signature
@@ -20,6 +21,8 @@ from dlops.signature import Array, Feed, Signature
 # Of a header that is worth keeping, and how many are kept: a client that sends ever new ones fills no memory.
 _HEADER_BYTES = 4096
 _KEPT = 256
+# Bytes of a number in JSON: 0.1234567890, and its comma.
+_TEXT = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +49,13 @@ class Plan:
 class Codec:
     """Of one model; used by one thread at a time."""
 
-    def __init__(self, signature: Signature, *, name: str, version: str, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, signature: Signature, *, name: str, version: str, labels: Sequence[str] = (),
+        max_bytes: int = 2**62,
+    ) -> None:  # fmt: skip
+        """labels: of classes, where they are asked for. max_bytes: of an answer."""
         self._signature = signature
+        self._max_bytes = max_bytes
         self._labels = labels
         self._name = name
         self._version = version
@@ -69,6 +77,7 @@ class Codec:
         """The answer's own header lines, each with its end, and its body in parts."""
         if plan is None:
             return self._encoded(outputs, request)
+        self.check_size(outputs, plan.outputs)
         arrays = [outputs[want.name] for want in plan.outputs]
         shapes = tuple([array.shape for array in arrays])
         head = plan.heads.get(shapes)
@@ -81,10 +90,20 @@ class Codec:
 
     def encoded(self, outputs: Feed, request: InferRequest) -> Encoded:
         """The answer, worked out anew."""
+        self.check_size(outputs, request.outputs)
         return protocol.encode_response(
             outputs, request.outputs, model=self._name, version=self._version, identity=request.id, labels=self._labels,
             batched=self._signature.inputs[0].is_batched,
         )  # fmt: skip
+
+    def check_size(self, outputs: Feed, wanted: Sequence[Wanted]) -> None:
+        """Raise InputError where the answer would be larger than the server sends."""
+        size = sum([outputs[want.name].nbytes if want.binary else outputs[want.name].size * _TEXT for want in wanted])
+        if size > self._max_bytes:
+            raise InputError(
+                f"the answer would have some {size} bytes, at most {self._max_bytes} are sent", field="outputs",
+                hint="ask for fewer rows, for fewer outputs, or for binary ones",
+            )  # fmt: skip
 
     def _encoded(self, outputs: Feed, request: InferRequest) -> tuple[bytes, list[bytes]]:
         encoded = self.encoded(outputs, request)

@@ -74,10 +74,10 @@ class Control:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self) -> None:
-        """Load and serve what is to be served. Raises what loading raises."""
+        """Load what is to be served; who calls this says when it may be asked. Raises what loading raises."""
         async with self._following:
             state = read_state(self._folder)
-            await self._serve(state.entries)
+            await self._serve(state.entries, first=True)
             # One that came in the middle of a change follows it as the others do.
             self._generation = state.generation if state.preparing is None else 0
             self._report(None)
@@ -223,12 +223,12 @@ class Control:
             if entry not in self._serving and entry not in self._aside:
                 self._aside[entry] = await asyncio.to_thread(load_model, entry, self._settings, self._metrics)
 
-    async def _serve(self, entries: tuple[Entry, ...]) -> None:
+    async def _serve(self, entries: tuple[Entry, ...], *, first: bool = False) -> None:
         await self._prepare(entries)
         before, aside = self._serving, self._aside
         self._serving = {entry: before[entry] if entry in before else aside[entry] for entry in entries}
         self._aside = {}
-        self._models.replace(list(self._serving.values()))
+        self._models.replace(list(self._serving.values()), first=first)
         for entry, model in {**before, **aside}.items():
             if entry not in self._serving:
                 self._later(self._retire(model, served=entry in before))

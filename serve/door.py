@@ -35,6 +35,7 @@ from dlops.serve.outcome import Answer
 from dlops.serve.protocol import InferRequest
 from dlops.serve.queue import Ticket
 from dlops.serve.routes import INFER, Application
+from dlops.serve.tracing import PARENT
 
 if TYPE_CHECKING:
     from dlops.serve.codec import Plan
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 # What a header of this name asks for is done on the usual way.
 _UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"))
 _REQUEST_ID = REQUEST_ID.encode()
+_PARENT = PARENT.encode()
 _TIMING = TIMING_HEADER.lower().encode()
 _SECURITY = b"".join([f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS.items()])
 # How often slow connections are looked for.
@@ -156,7 +158,7 @@ class Door(HttpToolsProtocol):
         # A client that does not read its answers is waited for on the usual way.
         if model is None or self.flow.write_paused or self.parser.get_method() != b"POST":
             return None
-        length = json_bytes = deadline_ms = authorization = identity = None
+        length = json_bytes = deadline_ms = authorization = identity = parent = None
         is_timed = False
         for name, value in self.headers:
             if name == b"content-length":
@@ -169,6 +171,8 @@ class Door(HttpToolsProtocol):
                 authorization = value
             elif name == _REQUEST_ID:
                 identity = value
+            elif name == _PARENT:
+                parent = value
             elif name == _TIMING:
                 is_timed = True
             elif name in _UNUSUAL or (name == b"accept-encoding" and value.strip() != b"identity"):
@@ -178,7 +182,7 @@ class Door(HttpToolsProtocol):
             return None
         keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
         call = _Call(self, model, length=length, json_bytes=json_bytes, deadline_ms=deadline_ms, keep_alive=keep_alive)
-        call.authorization, call.identity, call.is_timed = authorization, identity, is_timed
+        call.authorization, call.identity, call.parent, call.is_timed = authorization, identity, parent, is_timed
         return call
 
     def answer(self, status: int, headers: bytes, body: list[bytes], *, keep_alive: bool) -> None:
@@ -222,6 +226,7 @@ class _Call:
         self.keep_alive = keep_alive
         self.authorization: bytes | None = None
         self.identity: bytes | None = None
+        self.parent: bytes | None = None
         self.is_timed = False
         self._door = door
         self._model = model
@@ -248,7 +253,7 @@ class _Call:
         """Answer at once where the request cannot be taken, before its body is read."""
         application = self._door.application
         try:
-            application.guard.check(None if self.authorization is None else self.authorization.decode("latin-1"))
+            application.guard.check(_text(self.authorization))
             application.bodies.announced(self._length.decode("latin-1"))
             application.check_room(self._model, deadline_ns=self._deadline_ns(None))
         except Exception as error:  # noqa: BLE001 - likewise
@@ -309,8 +314,9 @@ class _Call:
             self._fail(error)
             return
         times = self._door.application.account(
-            model, INFER, self._started_ns, result, rows=wanted.rows, decode_ns=self._decode_ns
-        )
+            model, INFER, self._started_ns, result, rows=wanted.rows, decode_ns=self._decode_ns,
+            identity=_text(self.identity), parent=_text(self.parent),
+        )  # fmt: skip
         if self.is_timed:
             head += b"server-timing: %s\r\n" % server_timing(times).encode()
         self._write(200, head, body)
@@ -318,8 +324,7 @@ class _Call:
     def _deadline_ns(self, timeout_us: int | None) -> int | None:
         if self._deadline_ms is None and timeout_us is None:
             return None
-        header = None if self._deadline_ms is None else self._deadline_ms.decode("latin-1")
-        return deadline_ns(self._started_ns, header=header, timeout_us=timeout_us)
+        return deadline_ns(self._started_ns, header=_text(self._deadline_ms), timeout_us=timeout_us)
 
     def _fail(self, error: Exception) -> None:
         response = self._door.application.failed(error, where=f"POST {INFER}", identity=self._identity())
@@ -329,7 +334,7 @@ class _Call:
         self._write(response.status_code, headers, [bytes(response.body)])
 
     def _identity(self) -> str | None:
-        return None if self.identity is None else request_id(self.identity.decode("latin-1"))
+        return request_id(_text(self.identity))
 
     def _write(self, status: int, headers: bytes, body: list[bytes]) -> None:
         door = self._door
@@ -351,7 +356,14 @@ class _Call:
         application = self._door.application
         application.bodies.release(self._held)
         self._held = 0
-        application.count(INFER, "POST", status, self._model, self._started_ns, failed=status >= 400)
+        application.count(
+            INFER, "POST", status, self._model, self._started_ns, failed=status >= 400,
+            identity=_text(self.identity), parent=_text(self.parent),
+        )  # fmt: skip
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
 
 
 def install(application: Application) -> None:

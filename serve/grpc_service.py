@@ -19,10 +19,13 @@ from dlops.grpc_messages import CONTENTS, grpc, json_format, service_pb2, servic
 from dlops.serve import protocol
 from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError, deadline_ns, statuses
 from dlops.serve.classes import check_classes
+from dlops.serve.guard import REQUEST_ID
 from dlops.serve.model import ServedModel
 from dlops.serve.protocol import Wanted
 from dlops.serve.routes import Application, check_load
 from dlops.serve.settings import Settings
+from dlops.serve.tls import Tls
+from dlops.serve.tracing import PARENT
 from dlops.signature import Array, Feed, Signature
 
 T = TypeVar("T")
@@ -44,7 +47,9 @@ _LEAST_CALLS = 32
 class GrpcServer:
     """Listens until `stop`. Made on the event loop on which the queue delivers."""
 
-    def __init__(self, application: Application, *, host: str, port: int, settings: Settings) -> None:
+    def __init__(
+        self, application: Application, *, host: str, port: int, settings: Settings, tls: Tls | None = None
+    ) -> None:
         # A message is received whole before anybody can look at it, so what all together may take is bounded by their
         # number and by what the models can need; those that may come yet can need anything.
         max_bytes = settings.max_body_bytes
@@ -63,7 +68,10 @@ class GrpcServer:
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(application, self._closing), self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            self._server.add_insecure_port(address)
+            if tls is None:
+                self._server.add_insecure_port(address)
+            else:
+                self._server.add_secure_port(address, tls.for_grpc())
         except RuntimeError as error:
             raise MachineError(f"gRPC on {address}: {error}", hint="choose another DLOPS_GRPC_PORT") from None
 
@@ -92,10 +100,10 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     async def ModelReady(self, request: Any, context: Context) -> Any:
         def ready() -> Any:
             try:
-                self._application.models.find(request.name, request.version)
+                model = self._application.models.find(request.name, request.version)
             except (NotReadyError, UnknownModelError):
                 return service_pb2.ModelReadyResponse(ready=False)
-            return service_pb2.ModelReadyResponse(ready=True)
+            return service_pb2.ModelReadyResponse(ready=not (model.queue.is_broken or self._application.draining))
 
         return await self._answered("ModelReady", context, ready)
 
@@ -166,7 +174,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                 answer.infer_response.id = request.id
             except Exception as error:  # noqa: BLE001 - a bug of ours is the log's
                 status, answer.error_message = grpc.StatusCode.INTERNAL, self._bug(error, "ModelStreamInfer")
-            self._count("ModelStreamInfer", status, started_ns, self._asked(request))
+            self._count("ModelStreamInfer", status, started_ns, self._asked(request), context)
             yield answer
 
     async def _answered(
@@ -184,16 +192,20 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         except Exception as error:  # noqa: BLE001 - a bug of ours is the log's, and the client gets a line
             status, text = grpc.StatusCode.INTERNAL, self._bug(error, name)
         except asyncio.CancelledError:
-            self._count(name, grpc.StatusCode.CANCELLED, started_ns, model)
+            self._count(name, grpc.StatusCode.CANCELLED, started_ns, model, context)
             raise
-        self._count(name, status, started_ns, model)
+        self._count(name, status, started_ns, model, context)
         if found is None:
             await context.abort(status, text)
         return found
 
-    def _count(self, name: str, status: grpc.StatusCode, started_ns: int, model: ServedModel | None) -> None:
+    def _count(
+        self, name: str, status: grpc.StatusCode, started_ns: int, model: ServedModel | None, context: Context
+    ) -> None:
         failed = status is not grpc.StatusCode.OK
-        self._application.count(f"grpc {name}", "gRPC", status.name, model, started_ns, failed=failed)
+        self._application.count(
+            f"grpc {name}", "gRPC", status.name, model, started_ns, failed=failed, **_named_by(context)
+        )
 
     def _asked(self, request: Any) -> ServedModel | None:
         """The model that is to infer: a failure is not one of a model that is not there."""
@@ -235,6 +247,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             answer = await model.queue.submit(feed, rows=rows, deadline_ns=until_ns)
         finally:
             application.bodies.release(held)
+        model.codec.check_size(answer.outputs, wanted)
         response = service_pb2.ModelInferResponse(
             model_name=model.name, model_version=model.version, id=request.id
         )  # fmt: skip
@@ -245,8 +258,16 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             )  # fmt: skip
             response.outputs.add(name=want.name, datatype=datatype, shape=array.shape)
             response.raw_output_contents.append(protocol.raw_bytes(array))
-        application.account(model, INFER, started_ns, answer, rows=rows, decode_ns=decode_ns)
+        application.account(
+            model, INFER, started_ns, answer, rows=rows, decode_ns=decode_ns, **_named_by(context)
+        )  # fmt: skip
         return response
+
+
+def _named_by(context: Context) -> dict[str, str | None]:
+    """What HTTP has in its headers."""
+    metadata = dict(context.invocation_metadata() or ())
+    return {"identity": metadata.get(REQUEST_ID), "parent": metadata.get(PARENT)}
 
 
 async def _until(closing: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dlops.console import say
 from dlops.runtimes.session import Bound, Session
+from dlops.serve.outcome import BrokenError
 from dlops.signature import Array, Feed, Signature
+
+Renew = Callable[[Session], Session]
+# So many requests in a row may be at fault themselves.
+_PATIENCE = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +34,55 @@ class Instance:
 
     buckets: batch sizes, rising, that are bound once and padded to, for runtimes that want fixed shapes (CUDA graphs);
     none for a session that takes any. Needs a signature whose only named dim is the batch where there are buckets.
+    renew: given a session of which run after run failed, the same where it works, or else another one; raises where
+    none does. `is_broken` from then on until `examine` finds one.
     """
 
-    def __init__(self, session: Session, *, buckets: Sequence[int] = ()) -> None:
-        self.session = session
-        self._buckets = tuple(_Bucket(session, rows) for rows in buckets)
+    def __init__(self, session: Session, *, buckets: Sequence[int] = (), renew: Renew | None = None) -> None:
+        self._renew = renew
+        self._sizes = tuple(buckets)
+        self._failures = 0
+        self.is_broken = False
         self._joined: dict[str, Array] = {}
+        self._use(session)
+
+    def _use(self, session: Session) -> None:
+        self.session = session
+        self._buckets = tuple(_Bucket(session, rows) for rows in self._sizes)
 
     def run(self, feeds: Sequence[Feed], rows: int) -> Ran:
-        """One run over the rows of all feeds, `rows` in all. Raises what the session raises."""
+        """One run over the rows of all feeds, `rows` in all. Raises what the session raises, and BrokenError."""
+        if self.is_broken:
+            raise BrokenError("the model's session has failed and is opened anew", hint="try again")
+        try:
+            ran = self._ran(feeds, rows)
+        except Exception:
+            # Of a batch only one may be at fault; alone it is known which.
+            if len(feeds) == 1:
+                self._failures += 1
+                if self._failures >= _PATIENCE:
+                    self.examine()
+            raise
+        self._failures = 0
+        return ran
+
+    def examine(self) -> None:
+        """See whether the session still runs, and where it does not take another one."""
+        self._failures = 0
+        if self._renew is None:
+            return
+        try:
+            session = self._renew(self.session)
+            if session is not self.session:
+                self._use(session)
+        except Exception as error:  # noqa: BLE001 - whatever a runtime raises: it does not run
+            if not self.is_broken:
+                say(f"an instance is broken and is tried again: {type(error).__name__}: {error}")
+            self.is_broken = True
+        else:
+            self.is_broken = False
+
+    def _ran(self, feeds: Sequence[Feed], rows: int) -> Ran:
         bucket = next((bucket for bucket in self._buckets if bucket.rows >= rows), None)
         if bucket is not None:
             return bucket.run(feeds, rows)

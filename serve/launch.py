@@ -23,6 +23,7 @@ from dlops.serve.ports import authority, numeric_host, reachable, usable_port
 from dlops.serve.repository import Entry, Repository, absolute, open_entry
 from dlops.serve.settings import ModelControl, Settings
 from dlops.serve.supervision import ARBITER_PID, CELLS_DIR, FAILURE_FILE, STOP_ON_STDIN_EOF, Family, read_failure
+from dlops.serve.tls import Tls
 
 _SERVICE = "dlops.serve.service:Service"
 _POLL_S = 0.05
@@ -39,13 +40,14 @@ def check_installed() -> None:
 def serve_artifacts(
     sources: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
     threads: int | None = None, workers: int = 1, trust: bool = False, grpc_port: int | None = None,
-    model_control: ModelControl = "none", versions: int = 1,
+    model_control: ModelControl = "none", versions: int = 1, tls_cert: Path | None = None, tls_key: Path | None = None,
+    tls_client_ca: Path | None = None,
 ) -> int:  # fmt: skip
     """Serve in the foreground until a signal ends it.
 
     sources: artifacts and folders of artifacts, as `Repository` takes them. port: 0 takes a free one. trust: as in
-    SessionOptions. grpc_port: on which gRPC is spoken too; None for not at all. model_control, versions: as in
-    Settings.
+    SessionOptions. grpc_port: on which gRPC is spoken too; None for not at all. model_control, versions and
+    what begins with tls: as in Settings.
 
     Returns the exit status: 130 after Ctrl-C, 143 after SIGTERM, both once what was accepted is answered. Raises
     UsageError where there is nothing to serve, MachineError where the port is taken or the device is missing,
@@ -60,11 +62,15 @@ def serve_artifacts(
     settings = Settings(
         artifact=absolute(sources), device=device, threads=threads, workers=workers, trust=trust,
         grpc_host=address, grpc_port=None if grpc_port is None else usable_port(address, grpc_port),
-        model_control=model_control, versions=versions,
+        model_control=model_control, versions=versions, tls_cert=tls_cert, tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
     )  # fmt: skip
+    tls = Tls.of(settings)
+    if tls is not None:
+        tls.check()
     with tempfile.TemporaryDirectory(prefix="dlops-serve-") as folder:
         failure_file = Path(folder) / "failure.json"
-        where = f"http://{authority(address, port)}"
+        where = f"{'http' if tls is None else 'https'}://{authority(address, port)}"
         say(f"starting {_titles(entries)} on {where} (Ctrl-C ends it)")
         process = _start(settings, address, port, failure_file=failure_file, env=None, log=sys.stderr.fileno())
         received = _wait_forwarding_signals(process)
@@ -83,8 +89,9 @@ class ServerProcess:
 
     sources: artifacts and folders of artifacts.
     port, grpc_port: 0 takes a free one; without a grpc_port there is no gRPC. env: added to the child's environment,
-    DLOPS_MAX_QUEUE_ROWS, say. `url`, `pid`, `port`, `grpc_port` and `log_path` describe it; the log is deleted at the
-    end of the block unless it failed to start.
+    DLOPS_MAX_QUEUE_ROWS, say; where that has a certificate, `url` is https, and a client's certificate that the server
+    asks for is its own. `url`, `pid`, `port`, `grpc_port` and `log_path` describe it; the log is deleted at the end of
+    the block unless it failed to start.
     """
 
     def __init__(
@@ -124,7 +131,8 @@ class ServerProcess:
     def __enter__(self) -> Self:
         address = numeric_host(self._host)
         self.port = usable_port(address, self._wanted_port)
-        self.url = f"http://{authority(reachable(address), self.port)}"
+        tls = Tls.from_environment({**os.environ, **(self._env or {})})
+        self.url = f"{'http' if tls is None else 'https'}://{authority(reachable(address), self.port)}"
         settings = self._settings
         if self._wanted_grpc_port is not None:
             self.grpc_port = usable_port(address, self._wanted_grpc_port)
@@ -136,7 +144,7 @@ class ServerProcess:
                 self._process = _start(
                     settings, address, self.port, failure_file=failure_file, env=self._env, log=log.fileno()
                 )
-            self._wait_until_ready(reachable(address), failure_file)
+            self._wait_until_ready(reachable(address), failure_file, tls)
         except BaseException:
             self.close()
             raise
@@ -164,7 +172,7 @@ class ServerProcess:
         lines = self.log_path.read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
-    def _wait_until_ready(self, address: str, failure_file: Path) -> None:
+    def _wait_until_ready(self, address: str, failure_file: Path, tls: Tls | None) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self._start_timeout_s
         while True:
@@ -177,7 +185,7 @@ class ServerProcess:
                     f"{self._title}: the server ended with status {self._process.returncode} before it was ready; "
                     f"its log ends:\n{self.log_tail()}"
                 )
-            if _is_ready(address, self.port):
+            if _is_ready(address, self.port, tls):
                 return
             if time.monotonic() > deadline:
                 raise MachineError(
@@ -255,8 +263,12 @@ def _end(process: subprocess.Popen[bytes], *, timeout_s: float) -> None:
         process.stdin.close()
 
 
-def _is_ready(address: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(address, port, timeout=5)
+def _is_ready(address: str, port: int, tls: Tls | None) -> bool:
+    connection = (
+        http.client.HTTPConnection(address, port, timeout=5)
+        if tls is None
+        else http.client.HTTPSConnection(address, port, timeout=5, context=tls.for_asking_itself())
+    )
     try:
         connection.request("GET", "/v2/health/ready")
         return connection.getresponse().status == 200

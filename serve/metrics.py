@@ -155,6 +155,7 @@ class Metrics(Collector):
         self.queue_rows = Gauge(cells, "dlops_queue_rows", "Rows that wait.", model)
         self.busy_instances = Gauge(cells, "dlops_busy_instances", "Instances that run at this moment.", model)
         self.instances = Gauge(cells, "dlops_instances", "Instances that serve.", model)
+        self.broken_instances = Gauge(cells, "dlops_broken_instances", "Instances that do not run any more.", model)
         self.ready = Gauge(cells, "dlops_ready", "Workers that passed their self-test and serve.")
         self.model = Presence(
             cells, "dlops_model_info", "What is served.",
@@ -165,13 +166,16 @@ class Metrics(Collector):
 
     def show_load(self, models: Iterable[ServedModel]) -> None:
         """Say how full the queues of this worker's models are; versions of one name are summed."""
-        loads: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        loads: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for model in models:
-            rows, busy = loads[model.name]
-            loads[model.name] = (rows + model.queue.rows_waiting, busy + model.queue.busy_instances)
-        for name, (rows, busy) in loads.items():
+            own = loads[model.name]
+            own[0] += model.queue.rows_waiting
+            own[1] += model.queue.busy_instances
+            own[2] += sum(instance.is_broken for instance in model.instances)
+        for name, (rows, busy, broken) in loads.items():
             self.queue_rows.set(name, to=rows)
             self.busy_instances.set(name, to=busy)
+            self.broken_instances.set(name, to=broken)
 
     def collect(self) -> Iterator[Metric]:
         """One family after another, as prometheus_client asks for them."""

@@ -7,16 +7,18 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from dlops.artifact import Artifact
+from dlops.console import say
 from dlops.environment import available_cores
 from dlops.parity import self_test
 from dlops.runtimes import Placement, SessionOptions, open_session
 from dlops.runtimes.session import Session
 from dlops.serve.codec import Codec
 from dlops.serve.decoding import Decoder
-from dlops.serve.instance import Instance, bucket_sizes, zeros
+from dlops.serve.instance import Instance, Renew, bucket_sizes, zeros
 from dlops.serve.metadata import model_config, model_metadata
 from dlops.serve.metrics import Metrics
 from dlops.serve.outcome import BatchDone
@@ -42,12 +44,13 @@ class ServedModel:
     """An artifact behind a queue. Made by `load_model`; `close` answers what waits and frees the sessions.
 
     sessions: of this artifact, one an instance. name, version: what it is called here, its own where they are left
-    out. inline: the one instance runs on the event loop.
+    out. inline: the one instance runs on the event loop. renew: as Instance has it.
     """
 
     def __init__(
         self, artifact: Artifact, sessions: Sequence[Session], settings: Settings,
         metrics: Metrics, *, name: str | None = None, version: str | None = None, inline: bool = False,
+        renew: Renew | None = None,
     ) -> None:  # fmt: skip
         self.artifact = artifact
         self.name = artifact.name if name is None else name
@@ -61,7 +64,7 @@ class ServedModel:
         self.max_batch = min(settings.max_batch, artifact.signature.max_batch)
         self.inline = inline
         buckets = bucket_sizes(self.max_batch) if settings.cuda_graphs else ()
-        self.instances = [Instance(session, buckets=buckets) for session in sessions]
+        self.instances = [Instance(session, buckets=buckets, renew=renew) for session in sessions]
         self._task = open_task(artifact.task)
 
         def count(done: BatchDone) -> None:
@@ -84,7 +87,10 @@ class ServedModel:
             batching=artifact.variant.precision != "int8dyn",
             on_batch=count,
         )
-        self.codec = Codec(self.signature, name=self.name, version=self.version, labels=artifact.labels)
+        self.codec = Codec(
+            self.signature, name=self.name, version=self.version, labels=artifact.labels,
+            max_bytes=settings.max_response_bytes,
+        )  # fmt: skip
         self.decoder = Decoder(artifact, max_pixels=settings.max_pixels)
 
     @property
@@ -184,11 +190,33 @@ def load_model(entry: Entry, settings: Settings, metrics: Metrics) -> ServedMode
             _warm_up(session, max_batch)
         # A request may have all the rows that the artifact allows, and runs whole.
         inline = count == 1 and settings.queue_delay_us == 0 and _is_quick(sessions[0], artifact.signature.max_batch)
-        return ServedModel(artifact, sessions, settings, metrics, name=entry.name, version=entry.version, inline=inline)
+        return ServedModel(
+            artifact, sessions, settings, metrics, name=entry.name, version=entry.version, inline=inline,
+            renew=partial(_renewed, artifact, settings, count),
+        )  # fmt: skip
     except BaseException:
         for session in sessions:
             session.close()
         raise
+
+
+def _renewed(artifact: Artifact, settings: Settings, count: int, session: Session) -> Session:
+    """The session where it runs; else one that is opened anew and passes the self-test. Raises what that raises."""
+    try:
+        session.run(zeros(session.signature, 1))
+    except Exception as error:  # noqa: BLE001 - whatever a runtime raises
+        say(f"{artifact.title}: a session no longer runs ({type(error).__name__}: {error}); opening it anew")
+    else:
+        return session
+    fresh = _open(artifact, settings, count=count)
+    try:
+        self_test(artifact, fresh)
+        _warm_up(fresh, min(settings.max_batch, artifact.signature.max_batch))
+    except BaseException:
+        fresh.close()
+        raise
+    say(f"{artifact.title}: opened anew, self-test passed")
+    return fresh
 
 
 def _open(artifact: Artifact, settings: Settings, *, count: int) -> Session:

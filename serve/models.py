@@ -18,13 +18,16 @@ class Models:
         self._by_name: dict[str, dict[str, ServedModel]] = {}
         self.paths: Mapping[bytes, ServedModel] = {}
         self.is_loaded = False
-        """Whether all that is to be served at first has been loaded and has passed its self-test."""
+        """Whether all that is to be served at first has been loaded and has passed its self-test, and may be asked."""
 
     def __iter__(self) -> Iterator[ServedModel]:
         return (model for versions in self._by_name.values() for model in versions.values())
 
-    def replace(self, models: Sequence[ServedModel]) -> None:
-        """Serve these and no others from here on; within a name the newest version is asked where none is named."""
+    def replace(self, models: Sequence[ServedModel], *, first: bool = False) -> None:
+        """Serve these and no others from here on; within a name the newest version is asked where none is named.
+
+        first: at the start of a server; they may be asked once it sets `is_loaded`.
+        """
         by_name: dict[str, dict[str, ServedModel]] = {}
         for model in models:
             by_name.setdefault(model.name, {})[model.version] = model
@@ -39,7 +42,7 @@ class Models:
             for version, model in versions.items():
                 paths[base + b"/versions/%s/infer" % quote(version, safe="").encode()] = model
         self.paths = paths
-        self.is_loaded = True
+        self.is_loaded = self.is_loaded or not first
 
     def find(self, name: str, version: str = "") -> ServedModel:
         """The model of this name and version, the newest where that is empty.

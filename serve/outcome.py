@@ -23,6 +23,10 @@ class DeadlineError(DlopsError):
     """The request's deadline passed while it waited; it was not run."""
 
 
+class BrokenError(MachineError):
+    """No session of the model runs any more, and none could be opened anew yet."""
+
+
 class ClosedError(MachineError):
     """The queue takes no more requests."""
 

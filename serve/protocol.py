@@ -146,7 +146,7 @@ def encode_response(
             chunks.append(raw_bytes(array))
             entry["parameters"] = {"binary_data_size": len(chunks[-1])}
         elif want.classes:
-            entry["data"] = [text.decode() for text in array.reshape(-1)]
+            entry["data"] = [text.decode() for text in array.reshape(-1).tolist()]
         else:
             entry["data"] = array.reshape(-1).tolist()
         described.append(entry)

@@ -126,6 +126,19 @@ class InferenceQueue:
         return sum(self._busy)
 
     @property
+    def is_broken(self) -> bool:
+        """Whether no instance runs any more: what comes is told so at once."""
+        return all(instance.is_broken for instance in self._instances)
+
+    def examine(self) -> None:
+        """Try broken instances again. Takes as long as opening a model does; not on the event loop."""
+        for instance in self._instances:
+            if instance.is_broken:
+                instance.examine()
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
     def batching(self) -> bool:
         """Whether requests are joined: not where a tensor has no batch axis, nor where the caller said no."""
         return self._batching
@@ -197,7 +210,7 @@ class InferenceQueue:
             self._rows += rows
             self._bytes += size
             if not self._inline:
-                self._changed.notify()
+                self._wake()
             elif not self._turn_is_due:
                 self._turn_is_due = True
                 # Requests that the loop has read in this turn come before it, and so into the same batch.
@@ -205,6 +218,13 @@ class InferenceQueue:
         if deadline_ns is not None:
             ticket.timer = ticket.loop.call_later((deadline_ns - ticket.submitted_ns) / 1e9, ticket.expire)
         return ticket
+
+    def _wake(self) -> None:
+        """Some instance that takes what waits; one that stands aside would not pass it on."""
+        if any(instance.is_broken for instance in self._instances):
+            self._changed.notify_all()
+        else:
+            self._changed.notify()
 
     def leave(self, ticket: Ticket) -> bool:
         """Take a request out that still waits; whether it did."""
@@ -238,7 +258,7 @@ class InferenceQueue:
     def _work(self, number: int) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._closing:
+                while (not self._waiting or self._stands_aside(number)) and not self._closing:
                     self._changed.wait()
                 if self._delay_ns:
                     self._gather()
@@ -249,7 +269,7 @@ class InferenceQueue:
                 batch, expired, reason = self._take(time.perf_counter_ns())
                 self._begin(number, batch)
                 if self._waiting:
-                    self._changed.notify()
+                    self._wake()
             if expired:
                 _on_loop(expired[0].loop, partial(self._deliver, _expired(expired), []))
             if batch:
@@ -257,6 +277,10 @@ class InferenceQueue:
                 with self._changed:
                     self._end(number, batch, done)
                 _on_loop(batch[0].loop, partial(self._deliver, results, done))
+
+    def _stands_aside(self, number: int) -> bool:
+        """Whether others are to take what waits: a broken instance would be quick to fail it."""
+        return self._instances[number].is_broken and not self.is_broken
 
     def _gather(self) -> None:
         """Wait, with the lock given up meanwhile, until a whole batch waits or the first of it has waited enough."""

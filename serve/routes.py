@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from dlops.serve.body import BodyReader
 from dlops.serve.cells import Cells
 from dlops.serve.guard import REQUEST_ID, Guard, request_id
 from dlops.serve.leaving import unless_gone
+from dlops.serve.log import Log
 from dlops.serve.metrics import CONTENT_TYPE, Metrics
 from dlops.serve.model import ServedModel
 from dlops.serve.models import Models
@@ -47,6 +49,7 @@ from dlops.serve.pages import Handler, Pages
 from dlops.serve.predict import read_inputs
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import CELLS_DIR
+from dlops.serve.tracing import PARENT, Tracer
 from dlops.signature import Feed
 from dlops.version import __version__
 
@@ -63,6 +66,8 @@ _UNSUPPORTED = (
     "/v2/models/{name}/trace/{rest:path}", "/v2/logging",
 )  # fmt: skip
 _GAUGES_S = 0.5
+# Of those: how often a broken instance is tried again.
+_EXAMINE_TURNS = 10
 _EXTENSIONS = [
     "binary_tensor_data", "classification", "model_configuration", "model_repository",
     "model_repository(unload_dependents)", "statistics",
@@ -80,6 +85,8 @@ class Application:
         self._control: Control | None = None
         self.receive_timeout_s = settings.receive_timeout_s
         self.draining = False
+        self.tracer: Tracer | None = None
+        self.log = Log(settings.log, access=settings.access_log)
         self.grpc: GrpcServer | None = None
         self.bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
         self.guard = Guard(None if settings.token is None else settings.token.get_secret_value())
@@ -101,12 +108,20 @@ class Application:
     @property
     def is_ready(self) -> bool:
         """Whether new requests should be sent here."""
-        return self.models.is_loaded and not self.draining
+        return self.models.is_loaded and not self.draining and not any(model.queue.is_broken for model in self.models)
 
     async def keep_gauges(self) -> None:
-        """Say again and again how full the queue is: a gauge is summed over workers, whichever of them is asked."""
-        while True:
+        """Say again and again how full the queues are: a gauge is summed over workers, whichever of them is asked. And
+        try again what is broken."""
+        for turn in count():
             self.metrics.show_load(self.models)
+            if self.models.is_loaded:
+                self.metrics.ready.set(to=int(self.is_ready))
+            if turn % _EXAMINE_TURNS == 0:
+                for model in list(self.models):
+                    if any(instance.is_broken for instance in model.instances):
+                        with model.used():
+                            await asyncio.to_thread(model.queue.examine)
             await asyncio.sleep(_GAUGES_S)
 
     def drain(self) -> None:
@@ -174,8 +189,9 @@ class Application:
                 response.headers["Connection"] = "close"
             model: ServedModel | None = request.scope.get(_MODEL)
             self.count(
-                route, request.method, response.status_code, model, started_ns, failed=response.status_code >= 400
-            )
+                route, request.method, response.status_code, model, started_ns, failed=response.status_code >= 400,
+                identity=request.headers.get(REQUEST_ID), parent=request.headers.get(PARENT),
+            )  # fmt: skip
             return response
 
         return endpoint
@@ -189,12 +205,23 @@ class Application:
         return json_response({"error": "internal error; the server's log has it"}, status=500)
 
     def count(
-        self, route: str, method: str, status: int | str, model: ServedModel | None, started_ns: int, *, failed: bool
-    ) -> None:
+        self, route: str, method: str, status: int | str, model: ServedModel | None, started_ns: int, *, failed: bool,
+        identity: str | None = None, parent: str | None = None,
+    ) -> None:  # fmt: skip
         """An answer has been made. model: that was to infer; None where none was asked, or one that is not there."""
         if failed and model is not None:
             model.statistics.add_failure(time.perf_counter_ns() - started_ns)
-        self.metrics.requests.add("" if model is None else model.name, route, method, str(status))
+        name = "" if model is None else model.name
+        self.metrics.requests.add(name, route, method, str(status))
+        if not (self.log.access or (self.tracer is not None and failed)):
+            return
+        identity, ns = request_id(identity), time.perf_counter_ns() - started_ns
+        if self.log.access:
+            self.log.answered(
+                route=route, method=method, status=str(status), model=name, identity=identity, ms=ns / 1e6
+            )  # fmt: skip
+        if self.tracer is not None and failed:
+            self.tracer.failed(route, status=str(status), ns=ns, parent=parent, identity=identity)
 
     async def predict(self, request: Request) -> Response:
         """Labels with probabilities for images or numbers."""
@@ -214,7 +241,9 @@ class Application:
                 answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
         document = {"model": model.name, "version": model.version, "predictions": model.answers(answer.outputs)}
-        times = self.account(model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns)
+        times = self.account(
+            model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns, **_named_by(request)
+        )  # fmt: skip
         return json_response(document, headers=_timing(request, times))
 
     async def infer(self, request: Request) -> Response:
@@ -233,7 +262,9 @@ class Application:
                 until_ns = deadline_ns(started_ns, header=header, timeout_us=wanted.timeout_us)
                 answer = await _run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=until_ns)
         encoded = model.codec.encoded(answer.outputs, wanted)
-        times = self.account(model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns)
+        times = self.account(
+            model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns, **_named_by(request)
+        )  # fmt: skip
         return infer_response(encoded, request.headers.get("accept-encoding", ""), _timing(request, times))
 
     async def live(self, request: Request) -> Response:
@@ -251,8 +282,7 @@ class Application:
         return {"name": "dlops", "version": __version__, "extensions": _EXTENSIONS}
 
     async def model_ready(self, request: Request) -> Response:
-        self._named(request)
-        self._check_ready()
+        self._check_ready(of=self._named(request))
         return Response(status_code=200)
 
     async def model_metadata(self, request: Request) -> Response:
@@ -319,10 +349,13 @@ class Application:
             return RedirectResponse(request.url.replace(path="/" + path.strip("/")))
         raise HTTPException(404, f"no route {request.method} {request.url.path[:200]}")
 
-    def _check_ready(self) -> None:
+    def _check_ready(self, of: ServedModel | None = None) -> None:
         self.models.check_loaded()
         if self.draining:
             raise NotReadyError("the server is shutting down", hint="send requests elsewhere")
+        for model in self.models if of is None else [of]:
+            if model.queue.is_broken:
+                raise NotReadyError(f"{model.title}: no instance runs", hint="it is tried again every few seconds")
 
     def _named(self, request: Request) -> ServedModel:
         """The model that the address names, or the only one where it names none."""
@@ -343,9 +376,13 @@ class Application:
             raise refusal
 
     def account(
-        self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int
-    ) -> Times:
-        """An inference has been answered with a result: count its time and its parts, and return them."""
+        self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int,
+        identity: str | None = None, parent: str | None = None,
+    ) -> Times:  # fmt: skip
+        """An inference has been answered with a result: count its time and its parts, and return them.
+
+        identity, parent: what its X-Request-Id and traceparent say.
+        """
         total_ns = time.perf_counter_ns() - started_ns
         model.statistics.add_success(
             rows=rows, total_ns=total_ns, queue_ns=answer.queue_ns, compute_ns=answer.compute_ns,
@@ -358,6 +395,11 @@ class Application:
         )  # fmt: skip
         for part, ns in times:
             self.metrics.seconds.observe(model.name, route, part, value=ns)
+        if self.tracer is not None:
+            self.tracer.answered(
+                route, model=model.name, version=model.version, rows=rows, batch_rows=answer.batch_rows, times=times,
+                parent=parent, identity=request_id(identity),
+            )  # fmt: skip
         return times
 
 
@@ -391,6 +433,10 @@ def _check_finite(outputs: Feed) -> None:
         raise InputError(
             f"the model's {', '.join(wrong)} is not finite for this input", hint="is an input far out of its range?"
         )
+
+
+def _named_by(request: Request) -> dict[str, str | None]:
+    return {"identity": request.headers.get(REQUEST_ID), "parent": request.headers.get(PARENT)}
 
 
 def _json_bytes(request: Request) -> int | None:

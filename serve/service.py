@@ -18,6 +18,7 @@ from dlops.errors import DlopsError, UsageError
 from dlops.serve import supervision
 from dlops.serve.ports import authority, hold_port
 from dlops.serve.settings import Settings, variable
+from dlops.serve.tls import Tls
 
 # Usage is reported to BentoML only where the user says so, with BENTOML_DO_NOT_TRACK=False.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
@@ -34,6 +35,9 @@ def _stop(error: DlopsError) -> NoReturn:
 
 try:
     settings = Settings.from_environment()
+    tls = Tls.of(settings)
+    if tls is not None:
+        tls.check()
 except UsageError as error:
     _stop(error)
 
@@ -46,11 +50,13 @@ from dlops.serve.drain import drain_on_sigterm  # noqa: E402
 from dlops.serve.guard import GuardMiddleware  # noqa: E402
 from dlops.serve.repository import Repository, absolute, open_entry  # noqa: E402
 from dlops.serve.routes import Application  # noqa: E402
+from dlops.serve.tracing import Tracer  # noqa: E402
 
 # BentoML's command line asks, and remembers the answer, before it imports this module.
 usage_stats.do_not_track.cache_clear()
 
 application = Application(settings)
+application.log.begin()
 # On the one port that BentoML opens, with its own routes.
 door.install(application)
 
@@ -66,6 +72,7 @@ door.install(application)
     # A span and a log line a request cost more than the inference of a small model.
     tracing={"excluded_urls": ".*"},
     logging={"access": {"enabled": False}},
+    **({} if tls is None else {"ssl": tls.for_bentoml()}),
     endpoints={"livez": "/v2/health/live", "readyz": "/v2/health/ready"},
 )
 class Service:
@@ -93,11 +100,19 @@ class Service:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def begin(self) -> None:
         """Load in the background: the process is live at once, and ready when the self-test has passed."""
+        # BentoML has set up its own lines by now.
+        application.log.begin()
         supervision.end_with_arbiter()
         drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
         application.control = Control(
             application.models, _repository(), settings, application.metrics, Path(os.environ[supervision.CELLS_DIR])
         )
+        if settings.trace_sample:
+            try:
+                application.tracer = Tracer(settings.trace_sample)
+            except DlopsError as error:
+                supervision.end_server(error)
+                return
         self._loading = asyncio.create_task(_load())
         self._refreshing = asyncio.create_task(application.keep_gauges())
 
@@ -110,6 +125,8 @@ class Service:
             await application.grpc.stop(grace_s=_GRPC_GRACE_S)
         self._loading.cancel()
         await application.control.end()
+        if application.tracer is not None:
+            await asyncio.to_thread(application.tracer.close)
 
     def __is_ready__(self) -> bool:
         return application.is_ready
@@ -133,6 +150,7 @@ async def _load() -> None:
     except Exception as error:  # noqa: BLE001 - whatever it is, a server that can never turn ready must end
         supervision.end_server(DlopsError(f"loading failed: {type(error).__name__}: {error}"))
         return
+    application.models.is_loaded = True
     # A full collection of a large heap would stall requests; what is loaded by now stays until the end.
     gc.collect()
     gc.freeze()
@@ -146,7 +164,9 @@ async def _start_grpc() -> None:
     from dlops.serve.grpc_service import GrpcServer
 
     assert settings.grpc_port is not None
-    application.grpc = GrpcServer(application, host=settings.grpc_host, port=settings.grpc_port, settings=settings)
+    application.grpc = GrpcServer(
+        application, host=settings.grpc_host, port=settings.grpc_port, settings=settings, tls=tls
+    )
     await application.grpc.start()
     say(f"gRPC on {authority(settings.grpc_host, settings.grpc_port)}")
 

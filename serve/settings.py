@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
 from dlops.errors import UsageError
 from dlops.manifest import Record, explain_validation
@@ -27,13 +28,16 @@ class Settings(Record):
     one on a CPU. cuda_graphs: batches are padded to sizes whose graphs were captured at the start; needs a GPU.
     max_queue_rows, max_queue_bytes: that may wait before requests are turned away. max_wait_s: likewise, for requests
     without a deadline, as the pace of the last runs says; those with one are turned away where they would miss it.
-    queue_delay_us: that an instance
-    waits for more rows after the first. max_batch: rows in one run, cut to what the artifact allows. max_body_bytes:
-    of one request, as sent and as decompressed. max_pending_bytes: of all bodies held at once. max_pixels: of all
-    pictures of one request together; four times as many may wait to be decoded. drain_delay_s: between SIGTERM, when
-    readiness ends, and no longer accepting. token: that requests must bear, but for health; None where anybody may ask.
-    receive_timeout_s: in which a request must have come whole, and the first on a new connection begun.
-    grpc_port: on which the protocol is spoken over gRPC too, 0 for a free one; None for not at all. grpc_host: for it.
+    queue_delay_us: that an instance waits for more rows after the first. max_batch: rows in one run, cut to what the
+    artifact allows. max_body_bytes: of one request, as sent and as decompressed. max_response_bytes: of one answer of
+    /v2. max_pending_bytes: of all bodies held at once. max_pixels: of all pictures of one request together; four times
+    as many may wait to be decoded. drain_delay_s: between SIGTERM, when readiness ends, and no longer accepting. token:
+    that requests must bear, but for health; None where anybody may ask. receive_timeout_s: in which a request must have
+    come whole, and the first on a new connection begun. tls_cert, tls_key: PEM files of a certificate and its key, with
+    which both ports are encrypted. tls_client_ca: PEM file of who signs the certificates that clients must have, where
+    they must. log: lines for people, or one JSON object a line. access_log: a line for each request that was answered.
+    trace_sample: fraction of the requests that are traced. grpc_port: on which the protocol is spoken over gRPC too, 0
+    for a free one; None for not at all. grpc_host: for it.
     """
 
     artifact: tuple[str, ...] = ()
@@ -51,11 +55,18 @@ class Settings(Record):
     queue_delay_us: int = Field(0, ge=0, le=10_000_000)
     max_batch: int = Field(32, ge=1)
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)
+    max_response_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     receive_timeout_s: float = Field(30.0, gt=0)
     grpc_port: int | None = Field(None, ge=0, le=65535)
     grpc_host: str = "127.0.0.1"
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    log: Literal["text", "json"] = "text"
+    access_log: bool = False
+    trace_sample: float = Field(0.0, ge=0, le=1)
     token: SecretStr | None = Field(None, min_length=16)
     drain_delay_s: float = Field(0.0, ge=0, le=3600)
 
@@ -68,6 +79,12 @@ class Settings(Record):
         if not token.strip().isascii() or not token.strip().isprintable():
             raise ValueError("must be printable ASCII, to be sent in a header")
         return token.strip()
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and not self.tls_cert):
+            raise ValueError("tls_cert and tls_key go together, and tls_client_ca with them")
+        return self
 
     @field_validator("artifact", mode="before")
     @classmethod

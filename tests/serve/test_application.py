@@ -189,3 +189,60 @@ def test_dynamic_int8_is_never_batched(make_digits_artifact, tmp_path) -> None:
     served = ServedModel(artifact, [HeldSession(artifact.signature)], Settings(), Metrics(Cells()))
     assert not served.queue.batching
     served.close()
+
+
+def test_a_session_that_fails_again_and_again_is_opened_anew(digits_artifact, session, digit_pngs, monkeypatch) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    session.gate.set()
+    settings, fresh = Settings(), HeldSession(digits_artifact.signature)
+    fresh.gate.set()
+    opened: list[HeldSession] = []
+
+    def renew(old: HeldSession) -> HeldSession:
+        if not old.broken:
+            return old
+        if not opened:
+            raise RuntimeError("no memory for another one")
+        return opened[0]
+
+    app = Application(settings)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics, renew=renew)
+    app.models.replace([model])
+
+    async def scenario() -> None:
+        async with connected(app) as client:
+
+            async def ask() -> int:
+                return (await client.post("/predict", content=digit_pngs[0], headers=PNG)).status_code
+
+            async def ready() -> list[int]:
+                paths = ("/v2/health/ready", "/v2/models/digits/ready")
+                return [(await client.get(path)).status_code for path in paths]
+
+            assert await ask() == 200
+            # Two that are at fault themselves, and one that is not: nothing is wrong with the session.
+            nines = {"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [9] * 64}]}
+            for _ in range(4):
+                assert (await client.post("/v2/models/digits/infer", json=nines)).status_code == 500
+            assert await ready() == [200, 200]
+            session.broken = True
+            answers = [await ask() for _ in range(8)]
+            assert answers[0] == 500
+            assert answers[-1] == 503
+            assert await ready() == [503, 503]
+            assert not app.is_ready
+            assert 'dlops_broken_instances{model="digits"} 1.0' in (await client.get("/metrics")).text
+            # It is tried again by itself.
+            opened.append(fresh)
+            monkeypatch.setattr("dlops.serve.routes._EXAMINE_TURNS", 1)
+            keeping = asyncio.ensure_future(app.keep_gauges())
+            async with asyncio.timeout(10):
+                while not app.is_ready:
+                    await asyncio.sleep(0.01)
+            keeping.cancel()
+            assert await ready() == [200, 200]
+            assert await ask() == 200
+            assert fresh.rows
+
+    asyncio.run(scenario())
+    model.close()

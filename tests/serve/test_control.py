@@ -69,6 +69,7 @@ def folder(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def begun(worker: Worker) -> AsyncIterator[Worker]:
     await worker.control.begin()
+    worker.models.is_loaded = True
     try:
         yield worker
     finally:
@@ -218,8 +219,9 @@ def test_all_workers_follow_or_none_does(root: Path, folder: Path, add, monkeypa
             real(self, error)
 
         monkeypatch.setattr(Control, "_report", report)
-        await one.control.begin()
-        await other.control.begin()
+        for worker in (one, other):
+            await worker.control.begin()
+            worker.models.is_loaded = True
         follower = asyncio.ensure_future(other.control.follow())
         add("digits/2")
         await one.control.load("digits")

@@ -526,3 +526,21 @@ def test_json_that_no_input_can_need_is_refused_before_it_is_read(port) -> None:
         response, text = connection.answer()
         assert response.status == 400
         assert "40000 values, shape [1, 1, 8, 8] takes 64" in json.loads(text)["error"]
+
+
+@pytest.mark.parametrize("headers", ["", "Accept-Encoding: gzip\r\n"])
+def test_an_answer_that_is_too_large_is_an_error_and_the_next_one_comes(
+    monkeypatch, digits_artifact, session, headers: str
+) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    settings = Settings(max_response_bytes=100)
+    app = Application(settings)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    with listening(app, model) as port, connected(port) as client:
+        for rows in (3, 1, 2):
+            client.send(request_of(images(*range(10, 10 + rows)), headers=headers))
+            response, body = client.answer()
+            assert response.status == (200 if rows < 3 else 400)
+            if rows == 3:
+                assert json.loads(body)["field"] == "outputs"
+                assert "120 bytes, at most 100 are sent" in json.loads(body)["error"]

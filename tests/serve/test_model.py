@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from dlops.artifact import Artifact
@@ -38,3 +39,33 @@ def test_there_are_as_many_instances_as_were_asked_for(digits_artifact: Artifact
     assert not model.inline
     assert model.config()["instance_group"] == [{"name": "digits", "kind": "KIND_CPU", "count": 3}]
     assert len(loaded(digits_artifact).instances) == 1
+
+
+def test_a_session_that_no_longer_runs_is_opened_anew_and_tested(digits_artifact: Artifact, capfd) -> None:
+    class Broken:
+        def __init__(self, session) -> None:
+            self.signature = session.signature
+            self.works = False
+            self._session = session
+
+        def run(self, feed):
+            if not self.works:
+                raise RuntimeError("an illegal memory access was encountered")
+            return self._session.run(feed)
+
+    settings = Settings(device="cpu", threads=1)
+    model = load_model(entry_of(digits_artifact), settings, Metrics(Cells()))
+    instance = model.instances[0]
+    broken = Broken(instance.session)
+    x = {"image": np.zeros((1, 1, 8, 8), np.float32)}
+    instance.session = broken
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            instance.run([x], 1)
+    assert instance.session is not broken
+    assert not instance.is_broken
+    assert instance.run([x], 1).outputs["logits"].shape == (1, 10)
+    said = capfd.readouterr().err
+    assert "a session no longer runs (RuntimeError: an illegal memory access was encountered)" in said
+    assert "opened anew, self-test passed" in said
+    model.close()

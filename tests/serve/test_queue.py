@@ -10,7 +10,7 @@ import pytest
 
 from dlops.runtimes import Placement
 from dlops.serve.instance import Instance
-from dlops.serve.outcome import Answer, BatchDone, ClosedError, DeadlineError, OverloadedError
+from dlops.serve.outcome import Answer, BatchDone, BrokenError, ClosedError, DeadlineError, OverloadedError
 from dlops.serve.pace import Pace
 from dlops.serve.queue import InferenceQueue
 from dlops.signature import DimRange, Feed, Signature, TensorSpec
@@ -528,3 +528,23 @@ def test_the_pace_is_the_last_runs_and_counts_all_instances() -> None:
     for _ in range(20):
         pace.add(rows=4, ns=40_000)
     assert pace.ns_for(10) == pytest.approx(50_000, rel=0.05)
+
+
+def test_a_broken_instance_leaves_what_waits_to_the_others(make_queue, session) -> None:
+    session.gate.set()
+    broken = DoublingSession()
+
+    async def scenario() -> None:
+        queue = make_queue(sessions=[broken, session], max_batch=1)
+        queue._instances[0].is_broken = True
+        assert not queue.is_broken
+        for round_ in range(50):
+            answers = await asyncio.wait_for(asyncio.gather(*[queue.submit(feed(n), rows=1) for n in range(4)]), 10)
+            assert [answer.outputs["y"][0, 0] for answer in answers] == [0, 2, 4, 6], round_
+        assert not broken.seen
+        queue._instances[1].is_broken = True
+        # Told so, and not left to wait.
+        with pytest.raises(BrokenError, match="opened anew"):
+            await asyncio.wait_for(queue.submit(feed(1), rows=1), 10)
+
+    asyncio.run(scenario())
