@@ -172,9 +172,10 @@ def requests(seed: int) -> Iterator[tuple[str, bytes]]:
             yield kind.__name__, kind(draw)
 
 
-def status_of(port: int, request: bytes, *, within_s: float = 20.0) -> int | None:
-    """Send it, and no more, on a connection of its own; the answer's status, None where the connection just ends.
+def status_of(port: int, request: bytes, *, ends: bool = False, within_s: float = 20.0) -> int | None:
+    """Send it on a connection of its own; the answer's status, None where the connection just ends.
 
+    ends: tell the server that no more comes, as it may wait for it. Who says so in the middle of a request has left.
     Raises TimeoutError where neither happens.
     """
     with socket.create_connection(("127.0.0.1", port), timeout=within_s) as client:
@@ -183,7 +184,8 @@ def status_of(port: int, request: bytes, *, within_s: float = 20.0) -> int | Non
         answer = b""
         try:
             client.sendall(request)
-            client.shutdown(socket.SHUT_WR)
+            if ends:
+                client.shutdown(socket.SHUT_WR)
             while b"\r\n" not in answer and (more := client.recv(65536)):
                 answer += more
         except ConnectionError:  # it was refused before it had been sent whole
