@@ -107,12 +107,6 @@ class Service:
         application.control = Control(
             application.models, _repository(), settings, application.metrics, Path(os.environ[supervision.CELLS_DIR])
         )
-        if settings.trace_sample:
-            try:
-                application.tracer = Tracer(settings.trace_sample)
-            except DlopsError as error:
-                supervision.end_server(error)
-                return
         self._loading = asyncio.create_task(_load())
         self._refreshing = asyncio.create_task(application.keep_gauges())
 
@@ -141,6 +135,8 @@ Service.add_asgi_middleware(  # type: ignore[attr-defined]
 async def _load() -> None:
     control = application.control
     try:
+        if settings.trace_sample:
+            application.tracer = Tracer(settings.trace_sample)
         await control.begin()
         if settings.grpc_port is not None:
             await _start_grpc()

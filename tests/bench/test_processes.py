@@ -104,13 +104,14 @@ def test_a_process_rests_when_its_turn_is_over(make_artifact) -> None:
         process.ready()
         process.warm_up(0.3)
         busy = []
-        for _ in range(5):
+        for _ in range(8):
             process.take_turn(0.02)
             before = cpu_ns(process.pid)
             time.sleep(0.03)
             busy.append(cpu_ns(process.pid) - before)
-    # A tick more may be counted of what was used before.
-    assert np.median(busy) <= 10e6, busy
+    # A tick more may be counted of what was used before; and where others use the cores, threads that would have ended
+    # their spinning in the turn do so after it. One that always spins does so in every round.
+    assert np.quantile(busy, 0.25) <= 10e6, busy
 
 
 def test_what_this_process_holds_is_not_charged_to_the_model(make_artifact) -> None:
