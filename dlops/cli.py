@@ -89,6 +89,8 @@ def verify(
     from dlops.export.verify import verify_artifact
     from dlops.runtimes import SessionOptions
 
+    if model and not checkpoint:
+        usage("--model is for the eager module of a checkpoint", "name it with --checkpoint")
     opened = find_artifact(artifact)
     say(f"{opened.title}: verifying")
     verification = verify_artifact(

@@ -109,7 +109,7 @@ class Door(HttpToolsProtocol):
     def _refuse(self, error: InputError) -> None:
         """Answer what no request was made of, and end the connection."""
         response = error_response(error)
-        self.application.count("other", "-", response.status_code, None, 0, failed=True)
+        self.application.count("other", "-", response.status_code, None, time.perf_counter_ns(), failed=True)
         self.answer(
             response.status_code, b"content-type: application/json\r\n", [bytes(response.body)], keep_alive=False
         )  # fmt: skip

@@ -12,6 +12,7 @@ import numpy as np
 
 from dlops import catalog
 from dlops.artifact import Artifact, Variant
+from dlops.bench.pilot import length
 from dlops.bench.results import Measured, choose_fastest, merge
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.table import render_table
@@ -83,6 +84,7 @@ def quickstart(
     cannot work in a later stage is refused before the first, as that stage would.
     """
     check_first(variants, max_drop=max_drop, device=device)
+    length(duration_s)
     _headline(1, f"train the {recipe} recipe on {data}")
     if preset is None and data in _QUICK_PRESETS:
         preset = data

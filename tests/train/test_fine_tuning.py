@@ -200,3 +200,12 @@ def test_quantization_aware_training_keeps_in_int8_what_rounding_afterwards_lose
     # without it gave 48 to 92 %: too wide to compare one run with another.
     assert afterwards < float(dense.metrics["accuracy"]) - 0.3
     assert int8_accuracy(aware, tmp_path) > afterwards + 0.3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting"),
+    [("cnn", "widths=[0]"), ("cnn", "widths=[-4]"), ("cnn", "widths=[100000000]"), ("mlp", "hidden=[0]")],
+)
+def test_a_width_that_no_layer_can_have_is_refused_by_its_name(recipe: str, setting: str) -> None:
+    with pytest.raises(UsageError, match=setting.partition("=")[0]):
+        configure(recipe, overrides=[setting])

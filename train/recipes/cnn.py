@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class Config(BaseModel):
     # The network. cnn has no branches, so that all of it can be pruned and quantized; resnet20 (He et al. 2016) is for
     # images of about 32 pixels, resnet18 (torchvision's) for photos of about 224, both from random weights.
     network: Network = Field("cnn", description="resnet20 suits small images, resnet18 photos")
-    widths: tuple[int, ...] | None = Field(
+    widths: tuple[Annotated[int, Field(ge=1, le=8192)], ...] | None = Field(
         None, min_length=1, max_length=8, description="of cnn: channels of each stage; null: by image size"
     )
     depth: int = Field(2, ge=1, le=8, description="of cnn: convolutions a stage")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,9 @@ class Config(BaseModel):
     split_seed: int = Field(0, ge=0, description="which images are split off as test and validation")
 
     # The network.
-    hidden: tuple[int, ...] = Field((256, 128), min_length=1, max_length=16, description="widths of the hidden layers")
+    hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
+        (256, 128), min_length=1, max_length=16, description="widths of the hidden layers"
+    )
     # Every weight sees every pixel, so a perceptron learns by heart sooner than a convolutional network.
     dropout: float = Field(0.1, ge=0, lt=1, description="after each hidden layer")
 
