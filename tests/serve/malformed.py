@@ -164,6 +164,10 @@ KINDS: tuple[Callable[[Draw], bytes], ...] = (
 )  # fmt: skip
 
 
+# Of which the server may wait for more: what is not whole must be ended by who sends it.
+UNENDED = frozenset(("truncated", "garbage", "flipped", "heads"))
+
+
 def requests(seed: int) -> Iterator[tuple[str, bytes]]:
     """One of each kind after the other, without end; each with its kind's name."""
     draw = Draw(seed)

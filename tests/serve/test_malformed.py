@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from dlops.serve.launch import ServerProcess
-from tests.serve.malformed import ALLOWED, KINDS, binary_requests, good, requests, status_of
+from tests.serve.malformed import ALLOWED, KINDS, UNENDED, binary_requests, good, requests, status_of
 
 # As the shared server has it: the oversized are larger.
 ROUNDS = 25
@@ -17,14 +17,14 @@ ROUNDS = 25
 def test_no_bytes_bring_it_down(server: ServerProcess) -> None:
     seen = {}
     for number, (kind, request) in enumerate(islice(requests(seed=0), ROUNDS * len(KINDS))):
-        status = status_of(server.port, request, ends=True)
+        status = status_of(server.port, request, ends=kind in UNENDED)
         seen.setdefault(kind, set()).add(status)
         # A byte may be changed where it does not matter, and a request that is cut off needs no answer.
         assert status in ALLOWED | {200, None}, (kind, status, request[:300])
         if number % 40 == 0:
             assert status_of(server.port, good()) == 200
     for kind in ("oversized", "bombs", "forms"):
-        assert 200 not in seen[kind], kind
+        assert seen[kind] <= ALLOWED, kind
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
