@@ -51,17 +51,23 @@ class Variant(Record):
 
     @classmethod
     def parse(cls, slug: str) -> Self:
-        """From `<format>-<precision>[-<sparsity>][-raw]`. Raises UsageError naming the part that is wrong."""
+        """From `<format>-<precision>[-<sparsity>][-raw]`. Raises UsageError naming every part that is wrong."""
         rest = slug.removesuffix(f"-{_RAW}")
-        form, precision, sparsity = [*rest.split("-", 2), None, None][:3]
+        form, named, sparsity = [*rest.split("-", 2), None, None][:3]
+        precision, where = "fp32" if named is None else named, f"variant {slug!r}"
+        wrong: list[UsageError] = []
         if form not in catalog.FORMATS:
-            raise unknown_name("format", str(form), catalog.FORMATS, where=f"variant {slug!r}")
-        if precision is None:
-            precision = "fp32"
+            wrong.append(unknown_name("format", str(form), catalog.FORMATS, where=where))
         if precision not in PRECISIONS:
-            raise unknown_name("precision", precision, PRECISIONS, where=f"variant {slug!r}")
-        check_sparsity(sparsity, where=f"variant {slug!r}")
-        return cls(format=str(form), precision=precision, sparsity=sparsity, raw=rest != slug)
+            wrong.append(unknown_name("precision", precision, PRECISIONS, where=where))
+        try:
+            check_sparsity(sparsity, where=where)
+        except UsageError as error:
+            wrong.append(error)
+        if wrong:
+            hints = "; ".join(error.hint for error in wrong if error.hint)
+            raise UsageError("; ".join(error.message for error in wrong), hint=hints)
+        return cls.model_validate({"format": form, "precision": precision, "sparsity": sparsity, "raw": rest != slug})
 
 
 def check_sparsity(sparsity: str | None, *, where: str) -> None:

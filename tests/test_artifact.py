@@ -242,3 +242,11 @@ def test_the_newest_artifact_is_the_one_made_last_and_whole(make_digits_artifact
     for day, name in ((2, "newer"), (1, "older")):
         make_digits_artifact(tmp_path / name, name=name, created=CREATED.replace(day=day))
     assert newest_artifact(tmp_path).name == "newer"
+
+
+def test_every_wrong_part_of_a_variant_is_named() -> None:
+    with pytest.raises(UsageError) as caught:
+        Variant.parse("onx-int9-prune50")
+    for said in ("unknown format 'onx'", "unknown precision 'int9'", "unknown sparsity 'prune50'"):
+        assert said in caught.value.message
+    assert "did you mean onnx" in str(caught.value.hint)
