@@ -136,7 +136,8 @@ def of_the_page(server: ServerProcess, folder: Path) -> dict[str, int]:
         cwd=folder, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
-    return {status: count - before.get(status, 0) for status, count in answers(server).items()}
+    counted = {status: count - before.get(status, 0) for status, count in answers(server).items()}
+    return {status: count for status, count in counted.items() if count}
 
 
 def answers(server: ServerProcess) -> dict[str, int]:
