@@ -12,7 +12,7 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,15 @@ class Control:
         serving, self._serving = self._serving, {}
         await asyncio.gather(*[asyncio.to_thread(model.close) for model in (*serving.values(), *self._aside.values())])
 
-    async def load(self, name: str) -> None:
+    async def load(self, name: str, *, parameters: object = None) -> None:
         """Serve what the repository has of this name now, on all workers.
 
-        Raises UnknownModelError, UnsupportedError where models are not to be changed, LoadError.
+        parameters: of the request; in Triton's they are a configuration and files. Raises UnknownModelError, LoadError,
+        and UnsupportedError where there are any, or where models are not to be changed.
         """
         self._check_allowed()
+        if parameters:
+            raise UnsupportedError("a model's configuration and files come from the repository alone", hint="send none")
 
         async def change() -> None:
             async with self._alone():
@@ -155,12 +158,9 @@ class Control:
                 "this server's models do not change while it runs", hint="start it with --model-control explicit"
             )
 
-    async def _to_its_end(self, change: Any) -> None:
+    async def _to_its_end(self, change: Coroutine[Any, Any, None]) -> None:
         """A client that leaves, or is told that it waited too long, leaves no change half made."""
-        task = asyncio.ensure_future(change)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(self._begin(change))
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
@@ -231,7 +231,9 @@ class Control:
         self._models.replace(list(self._serving.values()), first=first)
         for entry, model in {**before, **aside}.items():
             if entry not in self._serving:
-                self._later(self._retire(model, served=entry in before))
+                # Before the new ones are shown: another one may have the same labels.
+                self._metrics.model.set(*model.describe().values(), to=0)
+                self._begin(self._retire(model, served=entry in before))
         for entry, model in self._serving.items():
             if entry not in before:
                 self._metrics.model.set(*model.describe().values(), to=1)
@@ -241,16 +243,16 @@ class Control:
             self._metrics.instances.set(name, to=instances)
 
     async def _retire(self, model: ServedModel, *, served: bool) -> None:
-        if served:
-            self._metrics.model.set(*model.describe().values(), to=0)
         await model.retire()
         if served:
             say(f"no longer serving {model.title} ({model.artifact.slug})")
 
-    def _later(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that is kept until it is done: the event loop itself would not."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _report(self, error: str | None) -> None:
         write_json(

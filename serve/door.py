@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from dlops.console import say
 from dlops.errors import InputError
+from dlops.serve.accounts import Caller
 from dlops.serve.answers import (
     TIMING_HEADER,
     HeadTooLargeError,
@@ -33,8 +34,8 @@ from dlops.serve.answers import (
 from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS, request_id
 from dlops.serve.outcome import Answer
 from dlops.serve.protocol import InferRequest
-from dlops.serve.queue import Ticket
 from dlops.serve.routes import INFER, Application
+from dlops.serve.ticket import Ticket
 from dlops.serve.tracing import PARENT
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class Door(HttpToolsProtocol):
     def _refuse(self, error: InputError) -> None:
         """Answer what no request was made of, and end the connection."""
         response = error_response(error)
-        self.application.count("other", "-", response.status_code, None, time.perf_counter_ns(), failed=True)
+        now_ns = time.perf_counter_ns()
+        self.application.accounts.count("other", "-", response.status_code, None, now_ns, failed=True, caller=Caller())
         self.answer(
             response.status_code, b"content-type: application/json\r\n", [bytes(response.body)], keep_alive=False
         )  # fmt: skip
@@ -313,10 +315,9 @@ class _Call:
         except Exception as error:  # noqa: BLE001 - likewise
             self._fail(error)
             return
-        times = self._door.application.account(
-            model, INFER, self._started_ns, result, rows=wanted.rows, decode_ns=self._decode_ns,
-            identity=_text(self.identity), parent=_text(self.parent),
-        )  # fmt: skip
+        times = self._door.application.accounts.answered(
+            model, INFER, self._started_ns, result, rows=wanted.rows, decode_ns=self._decode_ns, caller=self._caller()
+        )
         if self.is_timed:
             head += b"server-timing: %s\r\n" % server_timing(times).encode()
         self._write(200, head, body)
@@ -327,18 +328,18 @@ class _Call:
         return deadline_ns(self._started_ns, header=_text(self._deadline_ms), timeout_us=timeout_us)
 
     def _fail(self, error: Exception) -> None:
-        response = self._door.application.failed(error, where=f"POST {INFER}", identity=self._identity())
+        response = self._door.application.failed(error, where=f"POST {INFER}", caller=self._caller())
         headers = b"".join(
             [b"%s: %s\r\n" % header for header in response.raw_headers if header[0] != b"content-length"]
         )
         self._write(response.status_code, headers, [bytes(response.body)])
 
-    def _identity(self) -> str | None:
-        return request_id(_text(self.identity))
+    def _caller(self) -> Caller:
+        return Caller(identity=_text(self.identity), parent=_text(self.parent))
 
     def _write(self, status: int, headers: bytes, body: list[bytes]) -> None:
         door = self._door
-        if self.identity is not None and (identity := self._identity()) is not None:
+        if self.identity is not None and (identity := request_id(_text(self.identity))) is not None:
             headers += b"%s: %s\r\n" % (_REQUEST_ID, identity.encode())
         if not door.transport.is_closing():
             keep_alive = self.keep_alive and not door.application.draining
@@ -356,10 +357,9 @@ class _Call:
         application = self._door.application
         application.bodies.release(self._held)
         self._held = 0
-        application.count(
-            INFER, "POST", status, self._model, self._started_ns, failed=status >= 400,
-            identity=_text(self.identity), parent=_text(self.parent),
-        )  # fmt: skip
+        application.accounts.count(
+            INFER, "POST", status, self._model, self._started_ns, failed=status >= 400, caller=self._caller()
+        )
 
 
 def _text(value: bytes | None) -> str | None:

@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 from dlops.errors import DlopsError, InputError, MachineError
 from dlops.grpc_messages import CONTENTS, grpc, json_format, service_pb2, service_pb2_grpc
 from dlops.serve import protocol
+from dlops.serve.accounts import Caller
 from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError, deadline_ns, statuses
 from dlops.serve.classes import check_classes
 from dlops.serve.guard import REQUEST_ID
 from dlops.serve.model import ServedModel
 from dlops.serve.protocol import Wanted
-from dlops.serve.routes import Application, check_load
+from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
 from dlops.serve.tls import Tls
 from dlops.serve.tracing import PARENT
@@ -143,8 +144,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
         async def load() -> Any:
-            check_load(request.parameters)
-            await self._application.control.load(request.model_name)
+            await self._application.control.load(request.model_name, parameters=request.parameters)
             return service_pb2.RepositoryModelLoadResponse()
 
         return await self._answered("RepositoryModelLoad", context, load)
@@ -173,7 +173,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                 status, answer.error_message = _status(error), str(error)
                 answer.infer_response.id = request.id
             except Exception as error:  # noqa: BLE001 - a bug of ours is the log's
-                status, answer.error_message = grpc.StatusCode.INTERNAL, self._bug(error, "ModelStreamInfer")
+                status, answer.error_message = grpc.StatusCode.INTERNAL, self._bug(error, "ModelStreamInfer", context)
             self._count("ModelStreamInfer", status, started_ns, self._asked(request), context)
             yield answer
 
@@ -190,7 +190,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         except DlopsError as error:
             status, text = _status(error), str(error)
         except Exception as error:  # noqa: BLE001 - a bug of ours is the log's, and the client gets a line
-            status, text = grpc.StatusCode.INTERNAL, self._bug(error, name)
+            status, text = grpc.StatusCode.INTERNAL, self._bug(error, name, context)
         except asyncio.CancelledError:
             self._count(name, grpc.StatusCode.CANCELLED, started_ns, model, context)
             raise
@@ -203,8 +203,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         self, name: str, status: grpc.StatusCode, started_ns: int, model: ServedModel | None, context: Context
     ) -> None:
         failed = status is not grpc.StatusCode.OK
-        self._application.count(
-            f"grpc {name}", "gRPC", status.name, model, started_ns, failed=failed, **_named_by(context)
+        self._application.accounts.count(
+            f"grpc {name}", "gRPC", status.name, model, started_ns, failed=failed, caller=_caller(context)
         )
 
     def _asked(self, request: Any) -> ServedModel | None:
@@ -219,8 +219,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             metadata = dict(context.invocation_metadata() or ())
             self._application.guard.check(metadata.get("authorization"))
 
-    def _bug(self, error: Exception, name: str) -> str:
-        self._application.failed(error, where=f"gRPC {name}")
+    def _bug(self, error: Exception, name: str, context: Context) -> str:
+        self._application.failed(error, where=f"gRPC {name}", caller=_caller(context))
         return "internal error; the server's log has it"
 
     async def _infer(self, request: Any, context: Context) -> Any:
@@ -258,16 +258,16 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             )  # fmt: skip
             response.outputs.add(name=want.name, datatype=datatype, shape=array.shape)
             response.raw_output_contents.append(protocol.raw_bytes(array))
-        application.account(
-            model, INFER, started_ns, answer, rows=rows, decode_ns=decode_ns, **_named_by(context)
-        )  # fmt: skip
+        application.accounts.answered(
+            model, INFER, started_ns, answer, rows=rows, decode_ns=decode_ns, caller=_caller(context)
+        )
         return response
 
 
-def _named_by(context: Context) -> dict[str, str | None]:
+def _caller(context: Context) -> Caller:
     """What HTTP has in its headers."""
     metadata = dict(context.invocation_metadata() or ())
-    return {"identity": metadata.get(REQUEST_ID), "parent": metadata.get(PARENT)}
+    return Caller(identity=metadata.get(REQUEST_ID), parent=metadata.get(PARENT))
 
 
 async def _until(closing: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

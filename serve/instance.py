@@ -34,8 +34,8 @@ class Instance:
 
     buckets: batch sizes, rising, that are bound once and padded to, for runtimes that want fixed shapes (CUDA graphs);
     none for a session that takes any. Needs a signature whose only named dim is the batch where there are buckets.
-    renew: given a session of which run after run failed, the same where it works, or else another one; raises where
-    none does. `is_broken` from then on until `examine` finds one.
+    renew: given a session of which run after run failed, the same where it works, or else another one, that one closed;
+    raises where none does. `is_broken` from then on until `examine` finds one.
     """
 
     def __init__(self, session: Session, *, buckets: Sequence[int] = (), renew: Renew | None = None) -> None:
@@ -112,7 +112,8 @@ class Instance:
     def close(self) -> None:
         """Free the session."""
         self._buckets = ()
-        self.session.close()
+        if not self.is_broken:  # else it is closed already
+            self.session.close()
 
 
 class _Bucket:

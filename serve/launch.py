@@ -65,7 +65,8 @@ def serve_artifacts(
         model_control=model_control, versions=versions, tls_cert=tls_cert, tls_key=tls_key,
         tls_client_ca=tls_client_ca,
     )  # fmt: skip
-    tls = Tls.of(settings)
+    # A variable may say what no argument does.
+    tls = Tls.from_environment({**os.environ, **settings.to_environment()})
     if tls is not None:
         tls.check()
     with tempfile.TemporaryDirectory(prefix="dlops-serve-") as folder:

@@ -161,6 +161,7 @@ class Metrics(Collector):
             cells, "dlops_model_info", "What is served.",
             ("model", "version", "variant", "runtime", "provider", "device", "precision", "threads"),
         )  # fmt: skip
+        self._shown: set[str] = set()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -172,10 +173,12 @@ class Metrics(Collector):
             own[0] += model.queue.rows_waiting
             own[1] += model.queue.busy_instances
             own[2] += sum(instance.is_broken for instance in model.instances)
-        for name, (rows, busy, broken) in loads.items():
+        # Those that have gone hold nothing any more.
+        for name, (rows, busy, broken) in {**dict.fromkeys(self._shown, (0, 0, 0)), **loads}.items():
             self.queue_rows.set(name, to=rows)
             self.busy_instances.set(name, to=busy)
             self.broken_instances.set(name, to=broken)
+        self._shown = set(loads)
 
     def collect(self) -> Iterator[Metric]:
         """One family after another, as prometheus_client asks for them."""

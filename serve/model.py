@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -201,13 +201,17 @@ def load_model(entry: Entry, settings: Settings, metrics: Metrics) -> ServedMode
 
 
 def _renewed(artifact: Artifact, settings: Settings, count: int, session: Session) -> Session:
-    """The session where it runs; else one that is opened anew and passes the self-test. Raises what that raises."""
+    """The session where it runs; else it is closed, and one opened anew that passes the self-test. Raises what that
+    raises."""
     try:
         session.run(zeros(session.signature, 1))
     except Exception as error:  # noqa: BLE001 - whatever a runtime raises
         say(f"{artifact.title}: a session no longer runs ({type(error).__name__}: {error}); opening it anew")
     else:
         return session
+    # Before the new one: a GPU may have no memory for both.
+    with suppress(Exception):
+        session.close()
     fresh = _open(artifact, settings, count=count)
     try:
         self_test(artifact, fresh)

@@ -16,58 +16,14 @@ from contextlib import contextmanager
 from functools import partial
 
 from dlops.serve.instance import Instance
-from dlops.serve.outcome import Answer, BatchDone, ClosedError, DeadlineError, OverloadedError, Reason
+from dlops.serve.outcome import Answer, BatchDone, ClosedError, OverloadedError, Reason
 from dlops.serve.pace import Pace
+from dlops.serve.ticket import Deliver, Ticket, late
 from dlops.signature import Feed, Signature
 
 # A request is taken where it would be done in this part of the time that it has: what was waited for and comes too late
 # is work for nothing, and the pace of the next runs is known only roughly.
 _SURE = 2 / 3
-
-Deliver = Callable[[Answer | Exception], None]
-
-
-class Ticket:
-    """A request in the queue."""
-
-    __slots__ = (
-        "_queue", "bytes", "deadline_ns", "deliver", "feed", "future", "is_dropped", "key", "loop", "rows",
-        "submitted_ns", "timer",
-    )  # fmt: skip
-
-    def __init__(
-        self, queue: InferenceQueue, feed: Feed, rows: int, size: int, deadline_ns: int | None, deliver: Deliver,
-        key: tuple[object, ...], loop: asyncio.AbstractEventLoop,
-    ) -> None:  # fmt: skip
-        self._queue = queue
-        self.feed = feed
-        self.rows = rows
-        self.bytes = size
-        self.deadline_ns = deadline_ns
-        self.deliver = deliver
-        self.key = key
-        self.loop = loop
-        self.submitted_ns = time.perf_counter_ns()
-        self.is_dropped = False
-        self.future: asyncio.Future[Answer] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anybody waits for the answer. A cancelled future says so at once, its callbacks a turn later."""
-        return not (self.is_dropped or (self.future is not None and self.future.cancelled()))
-
-    def cancel(self) -> None:
-        """Drop the request, and give its place in the queue to others where it has not run; its answer goes nowhere."""
-        self.is_dropped = True
-        self._queue.leave(self)
-
-    def expire(self) -> None:
-        """Its deadline has passed: where it still waits, say so now and not when an instance frees."""
-        if self._queue.leave(self) and self.is_wanted:
-            self.is_dropped = True
-            self.deliver(_late())
-
 
 Results = list[tuple[Ticket, Answer | Exception]]
 
@@ -414,11 +370,7 @@ def _shape_key(feed: Feed) -> tuple[object, ...]:
 
 
 def _expired(tickets: list[Ticket]) -> Results:
-    return [(ticket, _late()) for ticket in tickets]
-
-
-def _late() -> DeadlineError:
-    return DeadlineError("the deadline passed while the request waited")
+    return [(ticket, late()) for ticket in tickets]
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

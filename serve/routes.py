@@ -21,6 +21,7 @@ from starlette.types import Scope
 from dlops.console import say
 from dlops.errors import DlopsError, InputError
 from dlops.serve import protocol
+from dlops.serve.accounts import Accounts, Caller
 from dlops.serve.answers import (
     LENGTH_HEADER,
     TIMEOUT_HEADER,
@@ -49,7 +50,7 @@ from dlops.serve.pages import Handler, Pages
 from dlops.serve.predict import read_inputs
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import CELLS_DIR
-from dlops.serve.tracing import PARENT, Tracer
+from dlops.serve.tracing import PARENT
 from dlops.signature import Feed
 from dlops.version import __version__
 
@@ -85,8 +86,8 @@ class Application:
         self._control: Control | None = None
         self.receive_timeout_s = settings.receive_timeout_s
         self.draining = False
-        self.tracer: Tracer | None = None
         self.log = Log(settings.log, access=settings.access_log)
+        self.accounts = Accounts(self.metrics, self.log)
         self.grpc: GrpcServer | None = None
         self.bodies = BodyReader(max_bytes=settings.max_body_bytes, max_pending_bytes=settings.max_pending_bytes)
         self.guard = Guard(None if settings.token is None else settings.token.get_secret_value())
@@ -183,45 +184,26 @@ class Application:
             except ClientDisconnect:
                 response = Response(status_code=499)  # nginx's number for it; nobody reads the answer
             except Exception as error:  # noqa: BLE001 - a request that hits a bug of ours gets an answer too
-                identity = request_id(request.headers.get(REQUEST_ID))
-                response = self.failed(error, where=f"{request.method} {route}", identity=identity)
+                response = self.failed(error, where=f"{request.method} {route}", caller=_caller(request))
             if self.draining:
                 response.headers["Connection"] = "close"
             model: ServedModel | None = request.scope.get(_MODEL)
-            self.count(
+            self.accounts.count(
                 route, request.method, response.status_code, model, started_ns, failed=response.status_code >= 400,
-                identity=request.headers.get(REQUEST_ID), parent=request.headers.get(PARENT),
+                caller=_caller(request),
             )  # fmt: skip
             return response
 
         return endpoint
 
-    def failed(self, error: Exception, *, where: str, identity: str | None = None) -> Response:
+    def failed(self, error: Exception, *, where: str, caller: Caller) -> Response:
         """The answer to an error; what was not raised on purpose is the log's, with its trace, and not the client's."""
         if isinstance(error, DlopsError):
             return error_response(error)
+        identity = request_id(caller.identity)
         where += "" if identity is None else f", request {identity}"
         say(f"{where}: a bug in dlops\n{''.join(traceback.format_exception(error))}")
         return json_response({"error": "internal error; the server's log has it"}, status=500)
-
-    def count(
-        self, route: str, method: str, status: int | str, model: ServedModel | None, started_ns: int, *, failed: bool,
-        identity: str | None = None, parent: str | None = None,
-    ) -> None:  # fmt: skip
-        """An answer has been made. model: that was to infer; None where none was asked, or one that is not there."""
-        if failed and model is not None:
-            model.statistics.add_failure(time.perf_counter_ns() - started_ns)
-        name = "" if model is None else model.name
-        self.metrics.requests.add(name, route, method, str(status))
-        if not (self.log.access or (self.tracer is not None and failed)):
-            return
-        identity, ns = request_id(identity), time.perf_counter_ns() - started_ns
-        if self.log.access:
-            self.log.answered(
-                route=route, method=method, status=str(status), model=name, identity=identity, ms=ns / 1e6
-            )  # fmt: skip
-        if self.tracer is not None and failed:
-            self.tracer.failed(route, status=str(status), ns=ns, parent=parent, identity=identity)
 
     async def predict(self, request: Request) -> Response:
         """Labels with probabilities for images or numbers."""
@@ -241,9 +223,9 @@ class Application:
                 answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
         document = {"model": model.name, "version": model.version, "predictions": model.answers(answer.outputs)}
-        times = self.account(
-            model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns, **_named_by(request)
-        )  # fmt: skip
+        times = self.accounts.answered(
+            model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns, caller=_caller(request)
+        )
         return json_response(document, headers=_timing(request, times))
 
     async def infer(self, request: Request) -> Response:
@@ -262,9 +244,9 @@ class Application:
                 until_ns = deadline_ns(started_ns, header=header, timeout_us=wanted.timeout_us)
                 answer = await _run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=until_ns)
         encoded = model.codec.encoded(answer.outputs, wanted)
-        times = self.account(
-            model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns, **_named_by(request)
-        )  # fmt: skip
+        times = self.accounts.answered(
+            model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns, caller=_caller(request)
+        )
         return infer_response(encoded, request.headers.get("accept-encoding", ""), _timing(request, times))
 
     async def live(self, request: Request) -> Response:
@@ -321,8 +303,7 @@ class Application:
     async def repository_load(self, request: Request) -> Response:
         async with self.bodies.read(request) as body:
             document = protocol.read_json(body) if body else {}
-        check_load(document.get("parameters", {}))
-        await self.control.load(request.path_params["name"])
+        await self.control.load(request.path_params["name"], parameters=document.get("parameters"))
         return Response(status_code=200)
 
     async def repository_unload(self, request: Request) -> Response:
@@ -375,33 +356,6 @@ class Application:
         if refusal is not None:
             raise refusal
 
-    def account(
-        self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int,
-        identity: str | None = None, parent: str | None = None,
-    ) -> Times:  # fmt: skip
-        """An inference has been answered with a result: count its time and its parts, and return them.
-
-        identity, parent: what its X-Request-Id and traceparent say.
-        """
-        total_ns = time.perf_counter_ns() - started_ns
-        model.statistics.add_success(
-            rows=rows, total_ns=total_ns, queue_ns=answer.queue_ns, compute_ns=answer.compute_ns,
-            input_ns=decode_ns + answer.copy_ns,
-        )  # fmt: skip
-        encode_ns = max(0, total_ns - decode_ns - answer.queue_ns - answer.copy_ns - answer.compute_ns)
-        times = (
-            ("total", total_ns), ("decode", decode_ns), ("queue", answer.queue_ns), ("copy", answer.copy_ns),
-            ("compute", answer.compute_ns), ("encode", encode_ns),
-        )  # fmt: skip
-        for part, ns in times:
-            self.metrics.seconds.observe(model.name, route, part, value=ns)
-        if self.tracer is not None:
-            self.tracer.answered(
-                route, model=model.name, version=model.version, rows=rows, batch_rows=answer.batch_rows, times=times,
-                parent=parent, identity=request_id(identity),
-            )  # fmt: skip
-        return times
-
 
 class _Elsewhere(Route):
     """Taken where no other route is, BentoML's included: those come later than ours, and only a partial match leaves
@@ -417,12 +371,6 @@ async def _run(model: ServedModel, request: Request, feed: Feed, *, rows: int, d
     return await unless_gone(request, model.queue.submit(feed, rows=rows, deadline_ns=deadline_ns))
 
 
-def check_load(parameters: object) -> None:
-    """Raise UnsupportedError for a load that brings a configuration or files: models come from the repository."""
-    if parameters:
-        raise UnsupportedError("a model's configuration and files come from the repository alone", hint="send none")
-
-
 def _check_finite(outputs: Feed) -> None:
     """Raise InputError where the model gave NaN or infinity: no label follows from that, and JSON has neither.
 
@@ -435,8 +383,8 @@ def _check_finite(outputs: Feed) -> None:
         )
 
 
-def _named_by(request: Request) -> dict[str, str | None]:
-    return {"identity": request.headers.get(REQUEST_ID), "parent": request.headers.get(PARENT)}
+def _caller(request: Request) -> Caller:
+    return Caller(identity=request.headers.get(REQUEST_ID), parent=request.headers.get(PARENT))
 
 
 def _json_bytes(request: Request) -> int | None:

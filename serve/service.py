@@ -35,7 +35,7 @@ def _stop(error: DlopsError) -> NoReturn:
 
 try:
     settings = Settings.from_environment()
-    tls = Tls.of(settings)
+    tls = Tls.from_environment(os.environ)
     if tls is not None:
         tls.check()
 except UsageError as error:
@@ -119,8 +119,8 @@ class Service:
             await application.grpc.stop(grace_s=_GRPC_GRACE_S)
         self._loading.cancel()
         await application.control.end()
-        if application.tracer is not None:
-            await asyncio.to_thread(application.tracer.close)
+        if application.accounts.tracer is not None:
+            await asyncio.to_thread(application.accounts.tracer.close)
 
     def __is_ready__(self) -> bool:
         return application.is_ready
@@ -136,7 +136,7 @@ async def _load() -> None:
     control = application.control
     try:
         if settings.trace_sample:
-            application.tracer = Tracer(settings.trace_sample)
+            application.accounts.tracer = Tracer(settings.trace_sample)
         await control.begin()
         if settings.grpc_port is not None:
             await _start_grpc()

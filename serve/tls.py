@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dlops.errors import UsageError, from_os_error
-from dlops.serve.settings import Settings, variable
+from dlops.serve.settings import variable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +22,8 @@ class Tls:
     client_ca: Path | None
 
     @classmethod
-    def of(cls, settings: Settings) -> Self | None:
-        """As the settings have it; None where nothing is encrypted."""
-        if settings.tls_cert is None or settings.tls_key is None:
-            return None
-        return cls(certificate=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca)
-
-    @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self | None:
-        """As a server with these variables will have it; whether they are right is for the server to say."""
+        """As `Settings` reads them there; None where nothing is encrypted. Whether the files are right says `check`."""
         certificate, key, client_ca = (
             environment.get(variable(name), "") for name in ("tls_cert", "tls_key", "tls_client_ca")
         )

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+# BentoML brings all of these; what sends the traces anywhere it does not.
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dlops.errors import missing_package
-
-if TYPE_CHECKING:
-    from opentelemetry.trace import Span
 
 # The parts of a request in the order in which they follow one another.
 _IN_ORDER = ("decode", "queue", "copy", "compute", "encode")
@@ -29,21 +33,14 @@ class Tracer:
     def __init__(self, fraction: float) -> None:
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-            from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ModuleNotFoundError:
             raise missing_package(
                 "opentelemetry-exporter-otlp-proto-http", extra="tracing", needed_for="DLOPS_TRACE_SAMPLE"
             ) from None
         # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES have the last word.
+        ours = Resource.create().merge(Resource({"service.name": "dlops"}))
         self._provider = TracerProvider(
-            sampler=ParentBased(TraceIdRatioBased(fraction)),
-            resource=Resource.create()
-            .merge(Resource({"service.name": "dlops"}))
-            .merge(OTELResourceDetector().detect()),
+            sampler=ParentBased(TraceIdRatioBased(fraction)), resource=ours.merge(OTELResourceDetector().detect())
         )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("dlops")
@@ -62,8 +59,6 @@ class Tracer:
             span.set_attributes(
                 {"dlops.model": model, "dlops.version": version, "dlops.rows": rows, "dlops.batch_rows": batch_rows}
             )
-            from opentelemetry.trace import set_span_in_context
-
             inside = set_span_in_context(span)
             at_ns = began_ns
             for part in _IN_ORDER:
@@ -73,8 +68,6 @@ class Tracer:
 
     def failed(self, route: str, *, status: str, ns: int, parent: str | None, identity: str | None) -> None:
         """A request has been refused or has failed just now."""
-        from opentelemetry.trace import Status, StatusCode
-
         ended_ns = time.time_ns()
         span = self._begin(route, ended_ns - ns, parent, identity)
         span.set_attribute("dlops.status", status)
@@ -86,8 +79,6 @@ class Tracer:
         self._provider.shutdown()
 
     def _begin(self, route: str, began_ns: int, parent: str | None, identity: str | None) -> Span:
-        from opentelemetry.trace import SpanKind
-
         context = None if parent is None else self._parents.extract({PARENT: parent})
         span = self._tracer.start_span(route, context=context, kind=SpanKind.SERVER, start_time=began_ns)
         if identity is not None:

@@ -120,6 +120,15 @@ def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Blocking]
     made.close()
 
 
+def number(told: int | str | None) -> int:
+    """protobuf's JSON has numbers of 64 bits as text, and leaves zeros out."""
+    return int(told or 0)
+
+
+def numbers(told: list[int | str]) -> list[int]:
+    return [number(one) for one in told]
+
+
 def test_health(client: Blocking) -> None:
     assert client.call("is_server_live")
     assert client.call("is_server_ready")
@@ -138,10 +147,9 @@ def test_metadata(client: Blocking) -> None:
     } <= set(server["extensions"])  # fmt: skip
     model = client.call("get_model_metadata", "digits")
     assert (model["name"], model["versions"]) == ("digits", ["1", "2"])
-    sizes = lambda tensor: [int(size) for size in tensor["shape"]]  # noqa: E731 - protobuf's JSON has 64 bits as text
     (image,), (logits,) = model["inputs"], model["outputs"]
-    assert (image["name"], image["datatype"], sizes(image)) == ("image", "FP32", [-1, 1, 8, 8])
-    assert (logits["name"], logits["datatype"], sizes(logits)) == ("logits", "FP32", [-1, 10])
+    assert (image["name"], image["datatype"], numbers(image["shape"])) == ("image", "FP32", [-1, 1, 8, 8])
+    assert (logits["name"], logits["datatype"], numbers(logits["shape"])) == ("logits", "FP32", [-1, 10])
     types = client.call("get_model_metadata", "types")
     assert [one["datatype"] for one in types["inputs"]] == [
         "BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
@@ -155,11 +163,7 @@ def test_config(client: Blocking) -> None:
     config = config.get("config", config)
     assert (config["name"], config["max_batch_size"]) == ("digits", 64)
     (image,) = config["input"]
-    assert (image["name"], image["data_type"], [int(size) for size in image["dims"]]) == (
-        "image",
-        "TYPE_FP32",
-        [1, 8, 8],
-    )
+    assert (image["name"], image["data_type"], numbers(image["dims"])) == ("image", "TYPE_FP32", [1, 8, 8])
 
 
 def test_statistics(client: Blocking, x: np.ndarray) -> None:
@@ -168,7 +172,6 @@ def test_statistics(client: Blocking, x: np.ndarray) -> None:
         (one,) = [model for model in found if model["version"] == version]
         return one
 
-    number = lambda text: int(text or 0)  # noqa: E731
     before = of("1")
     for _ in range(3):
         client.infer("digits", [client.input("image", x[:4])], model_version="1")

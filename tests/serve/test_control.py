@@ -147,8 +147,12 @@ def test_several_models_and_versions_side_by_side(root: Path, folder: Path, add)
             assert worker.served == [("digits", "2"), ("digits", "1"), ("numbers", "7")]
             with pytest.raises(DlopsError, match=r"which model\? this server has digits, numbers"):
                 worker.models.only()
+            worker.metrics.show_load(worker.models)
+            worker.metrics.queue_rows.set("digits", to=3)
             await worker.control.unload("digits")
             assert worker.served == [("numbers", "7")]
+            worker.metrics.show_load(worker.models)
+            assert 'dlops_queue_rows{model="digits"} 0.0' in worker.metrics.render().decode()
             with pytest.raises(UnknownModelError, match="unknown model 'digits', this server has numbers"):
                 worker.models.find("digits")
             with pytest.raises(UnknownModelError, match="no model 'digits' is served"):
@@ -198,6 +202,9 @@ def test_the_same_version_with_other_content_is_loaded_anew(root: Path, folder: 
             assert worker.served == [("digits", "1")]
             assert worker.models.find("digits", "1") is not first
             await closed(first)
+            # What is served is shown as such, whatever has gone that had the same labels.
+            text = worker.metrics.render().decode()
+            assert 'dlops_model_info{device="cpu",model="digits"' in text
 
     asyncio.run(scenario())
 

@@ -53,6 +53,9 @@ def test_a_session_that_no_longer_runs_is_opened_anew_and_tested(digits_artifact
                 raise RuntimeError("an illegal memory access was encountered")
             return self._session.run(feed)
 
+        def close(self) -> None:
+            self.closed = True
+
     settings = Settings(device="cpu", threads=1)
     model = load_model(entry_of(digits_artifact), settings, Metrics(Cells()))
     instance = model.instances[0]
@@ -63,6 +66,7 @@ def test_a_session_that_no_longer_runs_is_opened_anew_and_tested(digits_artifact
         with pytest.raises(RuntimeError, match="illegal memory access"):
             instance.run([x], 1)
     assert instance.session is not broken
+    assert broken.closed
     assert not instance.is_broken
     assert instance.run([x], 1).outputs["logits"].shape == (1, 10)
     said = capfd.readouterr().err

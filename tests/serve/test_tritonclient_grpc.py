@@ -280,3 +280,13 @@ def test_an_output_as_its_strongest_classes(triton, x, expected) -> None:
     found = triton.infer("digits", [an_input(x)], outputs=asked).as_numpy("logits")
     assert found.shape == (len(x), 2)
     assert [int(row[0].split(b":")[1]) for row in found] == expected.argmax(axis=1).tolist()
+
+
+def test_an_answer_that_is_too_large_is_an_error(digits_artifact, x) -> None:
+    env = {"DLOPS_MAX_RESPONSE_BYTES": "100"}
+    with ServerProcess(digits_artifact, grpc_port=0, env=env) as limited:
+        client = triton_grpc.InferenceServerClient(f"127.0.0.1:{limited.grpc_port}")
+        assert client.infer("digits", [an_input(x[:2])]).as_numpy("logits").shape == (2, 10)
+        with pytest.raises(InferenceServerException, match="some 120 bytes, at most 100 are sent"):
+            client.infer("digits", [an_input(x[:3])])
+        client.close()

@@ -95,7 +95,10 @@ def driven(
 
     async def scenario() -> None:
         done = asyncio.Event()
-        go_on = lambda: not (done.is_set() and told.count >= REQUESTS)  # noqa: E731
+
+        def go_on() -> bool:
+            return not (done.is_set() and told.count >= REQUESTS)
+
         clients = [asyncio.ensure_future(ask(server, request, told, go_on=go_on)) for _ in range(CONNECTIONS)]
         while told.count < after:
             await asyncio.sleep(0.01)
