@@ -40,11 +40,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv (several GB of packages, PyTorch with CUDA among them; once)"
 	@if command -v uv >/dev/null 2>&1; then \
 		uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" .venv && \
-		uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[all,dev]'; \
+		uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
+			--build-constraint constraints.txt --editable '.[all,dev]'; \
 	else \
 		$(PYTHON) -m venv .venv && \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip && \
-		$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'; \
+		$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+			--build-constraint constraints.txt --editable '.[all,dev]'; \
 	fi
 	@touch $@
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -23,6 +24,9 @@ from dlops.artifact import Artifact
 from dlops.deploy.requirements import serving_requirements
 from dlops.deploy.wheel import write_wheel
 from dlops.errors import MachineError, first_line, from_os_error, missing_package
+
+if TYPE_CHECKING:
+    import bentoml
 
 _SERVICE = '''"""Serves the artifact that this Bento carries. Written by `dlops deploy bento`."""
 
@@ -50,11 +54,12 @@ class BentoInfo:
     archive: Path | None = None
 
 
-def build_bento(artifact: Artifact, *, out: Path | None = None) -> BentoInfo:
+def build_bento(artifact: Artifact, *, out: Path | None = None, device: str = "cpu") -> BentoInfo:
     """Put the artifact into BentoML's model store and build a Bento around it.
 
-    out: also write a .bento file there (a file name, or a folder). The same artifact built twice shares its model.
-    Raises MachineError where BentoML is missing or refuses.
+    device: "cuda" asks for the runtimes' GPU builds.
+    out: also write a .bento file there (a file name, or a folder), whole or not at all. The same artifact built twice
+    shares its model. Raises MachineError where BentoML is missing or refuses, UsageError where nothing can be at `out`.
     """
     try:
         import bentoml
@@ -63,15 +68,15 @@ def build_bento(artifact: Artifact, *, out: Path | None = None) -> BentoInfo:
     from bentoml.exceptions import BentoMLException
 
     try:
+        if out is not None:
+            # Before anything is stored.
+            out.parent.mkdir(parents=True, exist_ok=True)
         model = _store_model(artifact)
         with tempfile.TemporaryDirectory(prefix="dlops-bento-") as folder:
-            _write_context(Path(folder), artifact, model)
+            _write_context(Path(folder), artifact, model, device=device)
             tag = _run_build(Path(folder))
         bento = bentoml.bentos.get(tag)
-        archive = None
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            archive = Path(bento.export(str(out)))
+        archive = None if out is None else _export(bento, out)
     except BentoMLException as error:
         raise MachineError(
             f"{artifact.title}: BentoML cannot package it: {first_line(error)}",
@@ -80,6 +85,17 @@ def build_bento(artifact: Artifact, *, out: Path | None = None) -> BentoInfo:
     except OSError as error:
         raise from_os_error(error, doing=f"building a Bento of {artifact.title}") from error
     return BentoInfo(tag=tag, path=Path(bento.path), archive=archive)
+
+
+def _export(bento: bentoml.Bento, out: Path) -> Path:
+    """The file that was written: `out`, with BentoML's suffix where it has none, or one in the folder `out`."""
+    folder = out if out.is_dir() else out.parent
+    with tempfile.TemporaryDirectory(prefix=".dlops-bento-", dir=folder) as beside:
+        name = "" if out.is_dir() else out.name
+        written = Path(bento.export(os.path.join(beside, name)))  # noqa: PTH118 - BentoML looks for the last slash
+        archive = folder / written.name
+        written.replace(archive)
+    return archive
 
 
 def _store_model(artifact: Artifact) -> str:
@@ -101,17 +117,17 @@ def _store_model(artifact: Artifact) -> str:
     return tag
 
 
-def _write_context(folder: Path, artifact: Artifact, model: str) -> None:
+def _write_context(folder: Path, artifact: Artifact, model: str, *, device: str) -> None:
     wheel = write_wheel(folder / "wheels")
     (folder / "service.py").write_text(_SERVICE.format(model=model))
     options = {
         "service": "service:Service",
         "name": _tag_part(artifact.name),
-        "labels": {"dlops-variant": artifact.slug, "dlops-version": artifact.version},
+        "labels": {"dlops-variant": artifact.slug, "dlops-version": artifact.version, "dlops-device": device},
         "include": ["service.py"],
         "models": [model],
         "python": {
-            "packages": serving_requirements(artifact),
+            "packages": serving_requirements(artifact, device=device),
             "wheels": [f"wheels/{wheel.name}"],
             # Locking asks the network for versions that serving_requirements has pinned already.
             "lock_packages": False,

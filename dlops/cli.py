@@ -154,14 +154,14 @@ def deploy(
     out: Annotated[
         Path | None, typer.Option(help="docker: the folder to write. bento: also export a .bento file.")
     ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="docker: which image.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Which builds of the runtimes go in.")] = "cpu",
 ) -> None:
     """Package an artifact to run elsewhere."""
     chosen = find_artifact(artifact)
     if kind == "bento":
         from dlops.deploy.bento import build_bento
 
-        bento = build_bento(chosen, out=out)
+        bento = build_bento(chosen, out=out, device=device)
         print_result(f"{bento.tag}\n{bento.path}")
         return
     from dlops.deploy.docker import write_docker_context
@@ -199,14 +199,19 @@ def list_(root: Annotated[Path, typer.Argument(help="The working folder.")] = Pa
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    json: Json = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Also run a model with AOTInductor, which compiles for half a minute.")
+    ] = False,
+) -> None:
     """Find which devices and providers really work here.
 
     A tiny model is run on each.
     """
     from dlops.doctor import examine, render
 
-    findings = examine()
+    findings = examine(compiling=compile_)
     print_result(findings.model_dump_json(indent=2) if json else render(findings))
 
 

@@ -28,7 +28,7 @@ from dlops.manifest import Record
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Status = Literal["ok", "failed", "absent"]
+Status = Literal["ok", "failed", "absent", "untried"]
 # Starting CUDA on a cold machine, and building a TensorRT engine, take tens of seconds.
 PROBE_TIMEOUT_S = 120.0
 SERVE_PORT = 3000
@@ -56,7 +56,9 @@ class Extra(Record):
 
 
 class Probe(Record):
-    """A tiny model run on one device or provider. absent: there is nothing to run on, which may be as wanted."""
+    """A tiny model run on one device or provider. absent: there is nothing to run on, which may be as wanted.
+    untried: what it takes works, and running a model would take long.
+    """
 
     name: str
     status: Status
@@ -87,12 +89,22 @@ class Findings(Record):
     notes: tuple[str, ...]
 
 
-def examine(*, timeout_s: float = PROBE_TIMEOUT_S) -> Findings:
-    """Probe everything. timeout_s: for one probe. Nothing here raises for what is broken: that is what it reports."""
+def examine(*, compiling: bool = False, timeout_s: float = PROBE_TIMEOUT_S) -> Findings:
+    """Probe everything. Nothing here raises for what is broken: that is what it reports.
+
+    compiling: run also a model that has to be compiled first, half a minute. timeout_s: for one probe.
+    """
     environment = describe_environment()
     extras = _extras()
     with ThreadPoolExecutor(max_workers=min(4, available_cores())) as pool:
-        probes = tuple(pool.map(lambda name: _probe(name, environment, timeout_s), doctor_probes.PROBES))
+        probes = tuple(
+            pool.map(
+                lambda name: _probe(
+                    name, environment, timeout_s, compiling=compiling and name in doctor_probes.COMPILING
+                ),
+                doctor_probes.PROBES,
+            )
+        )
     usage = shutil.disk_usage(Path.cwd())
     disk = Disk(path=str(Path.cwd()), free_bytes=usage.free, total_bytes=usage.total)
     return Findings(
@@ -111,7 +123,7 @@ def render(findings: Findings) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"ok": "green", "failed": "bold red", "absent": "dim"}
+    styles = {"ok": "green", "failed": "bold red", "absent": "dim", "untried": "yellow"}
     probes = Table(
         "runs a model", "", "what happened", "what to do", title="Devices and providers", title_justify="left"
     )
@@ -143,14 +155,14 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
     ]
 
 
-def _probe(name: str, environment: Environment, timeout_s: float) -> Probe:
+def _probe(name: str, environment: Environment, timeout_s: float, *, compiling: bool = False) -> Probe:
     if name in _GPU_PROBES and not environment.gpus and not any(path.exists() for path in _GPU_DEVICES):
         return Probe(name=name, status="absent", reason="no NVIDIA GPU here")
     # The child must find the same dlops, which may be a source tree that is not installed.
     paths = [str(Path(__file__).absolute().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "dlops.doctor_probes", *name.split()],
+            [sys.executable, "-m", "dlops.doctor_probes", *name.split(), *(["--compile"] if compiling else [])],
             capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
@@ -171,15 +183,16 @@ def _answer_of(name: str, child: subprocess.CompletedProcess[str]) -> Probe:
         answer = json.loads(lines[-1])
         return Probe(
             name=name, status=answer["status"], reason=answer["reason"],
-            advice=None if answer["status"] == "ok" else _advice(name, absent=answer["status"] == "absent"),
+            advice=None if answer["status"] == "ok" else _advice(name, answer["status"]),
         )  # fmt: skip
     except (IndexError, KeyError, TypeError, ValueError):
         said = (child.stderr.strip().splitlines() or ["it said nothing"])[-1][:200]
         return Probe(name=name, status="failed", reason=f"exit status {child.returncode}: {said}", advice=_advice(name))
 
 
-def _advice(name: str, *, absent: bool = False) -> str:
+def _advice(name: str, status: Status = "failed") -> str:
     library, _, target = name.partition(" ")
+    absent = status == "absent"
     gpu_build = "the GPU build: pip uninstall onnxruntime, then pip install 'dlops[gpu]'"
     match library, target:
         case "onnxruntime", "cpu":
@@ -192,6 +205,8 @@ def _advice(name: str, *, absent: bool = False) -> str:
             return f"pip install 'dlops[{library}]'"
         case "torch", "cuda" if not absent:
             return "install the torch build that fits the driver: https://pytorch.org/get-started/locally"
+        case "aotinductor", _ if status == "untried":
+            return "dlops doctor --compile runs a model, in half a minute"
         case "aotinductor", _:
             return "apt install g++, or name a compiler in the variable CXX"
         case "torch", "mps":

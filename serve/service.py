@@ -16,7 +16,7 @@ from typing import NoReturn
 from dlops.console import say
 from dlops.errors import DlopsError, UsageError
 from dlops.serve import supervision
-from dlops.serve.ports import authority, hold_port
+from dlops.serve.ports import authority, hold_port, numeric_host, usable_port
 from dlops.serve.settings import Settings, variable
 from dlops.serve.tls import Tls
 
@@ -42,6 +42,8 @@ except UsageError as error:
     _stop(error)
 
 import bentoml  # noqa: E402
+import click  # noqa: E402
+from bentoml._internal.configuration.containers import BentoMLContainer  # noqa: E402
 from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
 from dlops.serve import door  # noqa: E402
@@ -83,6 +85,7 @@ class Service:
     def choose() -> None:
         """Pick what is served once, for all workers, in the process that starts them."""
         try:
+            _check_address()
             state = State(generation=1, entries=_repository().entries())
             for entry in state.entries:
                 open_entry(entry)
@@ -130,6 +133,17 @@ class Service:
 Service.add_asgi_middleware(  # type: ignore[attr-defined]
     GuardMiddleware, guard=application.guard, refuse=application.refuse
 )
+
+
+def _check_address() -> None:
+    """Before anything starts: from BentoML a taken port is a traceback. Raises MachineError."""
+    command = click.get_current_context(silent=True)
+    said = {} if command is None else command.params
+    http = BentoMLContainer.http
+    host, port = said.get("host"), said.get("port")
+    usable_port(
+        numeric_host(str(http.host.get() if host is None else host)), int(http.port.get() if port is None else port)
+    )
 
 
 async def _load() -> None:

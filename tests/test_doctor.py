@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,6 +37,9 @@ def findings() -> Findings:
 def test_what_is_installed_here_really_runs(findings: Findings) -> None:
     probes = {probe.name: probe for probe in findings.probes}
     assert set(probes) == set(doctor_probes.PROBES)
+    assert probes["aotinductor cpu"].status == ("untried" if shutil.which("g++") else "absent"), probes[
+        "aotinductor cpu"
+    ]
     libraries = ("onnxruntime", "openvino", "executorch", "torch", "torchscript", "torchvision")
     for name in (f"{library} cpu" for library in libraries):
         assert probes[name].status == "ok", probes[name]
@@ -121,7 +125,25 @@ def test_a_library_that_is_not_installed_is_absent_with_what_to_install(
     assert len(names) == count
     for name in names:
         assert doctor_probes.run_probe(name) == {"status": "absent", "reason": f"{module} is not installed"}
-        assert doctor._advice(name, absent=True)
+        assert doctor._advice(name, "absent")
+
+
+def test_what_is_compiled_first_is_run_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def noted(command: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
+        # Which machine this is, is asked of programs too.
+        if command[1:3] == ["-m", "dlops.doctor_probes"]:
+            commands.append(command[3:])
+        return subprocess.CompletedProcess(command, 0, '{"status": "ok", "reason": "ran"}\n', "")
+
+    monkeypatch.setattr(subprocess, "run", noted)
+    examine(compiling=True)
+    examine()
+    assert [command for command in commands if command[0] == "aotinductor"] == [
+        ["aotinductor", "cpu", "--compile"], ["aotinductor", "cpu"],
+    ]  # fmt: skip
+    assert sum("--compile" in command for command in commands) == 1
 
 
 def run_as_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, *, timeout_s: float = 20) -> Probe:

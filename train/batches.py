@@ -39,6 +39,11 @@ def epoch_order(count: int, *, batch_size: int, seed: int, epoch: int, rank: int
     batch_size counts the images of all processes together. What does not fill a last batch waits for another epoch's
     shuffle; where there is less than one batch in all, that is the batch.
     """
+    if batch_size // world < 2:
+        raise UsageError(
+            f"a batch of {batch_size} is too small for {world} processes: batch norm needs two images a process",
+            hint=f"--set batch_size={2 * world} or more, or train with fewer devices",
+        )
     size = min(batch_size, count - count % world)
     if size // world < 2:
         raise UsageError(

@@ -89,7 +89,17 @@ def write_checkpoint(
 
 
 def chosen_samples(split: Split, most: int, most_bytes: int) -> Samples:
-    """Raw samples of a split in its order: all of them, or as many drawn at random as both limits allow.
+    """Of a split, what `chosen` takes, read."""
+    return read(chosen(split, most, most_bytes))
+
+
+def read(split: Split) -> Samples:
+    """All of a split, in memory."""
+    return Samples(raw=tuple(split.raw), targets=split.targets)
+
+
+def chosen(split: Split, most: int, most_bytes: int) -> Split:
+    """A split in its order: all of it, or as many samples drawn at random as both limits allow.
 
     The draw has a fixed seed: runs with different seeds then report on the same images.
     """
@@ -103,5 +113,4 @@ def chosen_samples(split: Split, most: int, most_bytes: int) -> Samples:
             break
         kept.append(int(place))
         size += length
-    kept.sort()
-    return Samples(raw=tuple(split.raw[i] for i in kept), targets=split.targets[kept])
+    return split.take(sorted(kept))

@@ -142,7 +142,7 @@ def _say_what_was_done(
         total = sum(len(split) for _, split in _splits(data)) + len(data.skipped)
         say(
             f"{data.name}: left out {len(data.skipped)} of {total} images that cannot be read or decoded: "
-            f"{_shown(data.skipped)}"
+            f"{shown(data.skipped)}"
         )
     cropping = next((step for step in geometry if isinstance(step, CenterCrop)), None)
     if cropping is not None and image_size is None:
@@ -231,14 +231,15 @@ def _without_corrupt(
     if not skip:
         # Decoding finds the truncated ones too; looked for now, so that one message names them all.
         for name, split in _splits(data):
-            bad[name] |= _undecodable(name, split, known=bad[name])
+            bad[name] = undecodable(name, split) | bad[name]
     data, kept = _drop(data, bad, skip)
     return data, {name: [headers[name][i] for i in kept[name]] for name in headers}
 
 
-def _undecodable(title: str, split: Split, *, known: dict[int, str]) -> dict[int, str]:
+def undecodable(title: str, split: Split) -> dict[int, str]:
+    """What is wrong with the images that cannot be decoded, by their place. title: of the split, for the bar."""
     small = Preprocess(input="image", shape=(1, 8, 8), steps=(Decode(mode="L"), Resize(size=(8, 8)), Scale()))
-    return _decode(title, split, small)[1] | known
+    return _decode(title, split, small)[1]
 
 
 def _drop(data: DataSet, bad: dict[str, dict[int, str]], skip: bool) -> tuple[DataSet, dict[str, list[int]]]:
@@ -250,7 +251,7 @@ def _drop(data: DataSet, bad: dict[str, dict[int, str]], skip: bool) -> tuple[Da
     total = sum(len(split) for _, split in _splits(data)) + len(data.unreadable)
     if not skip:
         raise CorruptError(
-            f"{data.name}: {len(described)} of {total} images cannot be read or decoded: {_shown(described)}",
+            f"{data.name}: {len(described)} of {total} images cannot be read or decoded: {shown(described)}",
             hint="repair or remove them, or leave them out with --set skip_corrupt=true",
         )
     kept = {name: [i for i in range(len(split)) if i not in bad[name]] for name, split in _splits(data)}
@@ -268,7 +269,8 @@ def _drop(data: DataSet, bad: dict[str, dict[int, str]], skip: bool) -> tuple[Da
     return data, kept
 
 
-def _shown(described: Sequence[str]) -> str:
+def shown(described: Sequence[str]) -> str:
+    """The first ten, and how many more there are."""
     return "; ".join(described[:10]) + (f"; and {len(described) - 10} more" if len(described) > 10 else "")
 
 

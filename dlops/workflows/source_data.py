@@ -37,9 +37,13 @@ class SourceData:
 
 
 def read_images(samples: str, preprocess: Preprocess | None, source: str) -> SourceData:
-    """From the data sets and folders that training takes: evaluation from test, calibration from train."""
+    """From the data sets and folders that training takes: evaluation from test, calibration from train.
+
+    Raises CorruptError naming the images that cannot be read or decoded.
+    """
     from dlops.train.data.source import open_data
-    from dlops.train.finish import MAX_CALIBRATION, MAX_CALIBRATION_BYTES, chosen_samples
+    from dlops.train.finish import MAX_CALIBRATION, MAX_CALIBRATION_BYTES, chosen, read
+    from dlops.train.images import shown, undecodable
 
     if preprocess is None:
         raise UsageError(
@@ -47,11 +51,18 @@ def read_images(samples: str, preprocess: Preprocess | None, source: str) -> Sou
             hint="--input name:float32[batch,3,H,W], or --preprocess FILE",
         )
     data = open_data(samples, split_seed=_SPLIT_SEED)
-    return SourceData(
-        evaluation=chosen_samples(data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES),
-        calibration=chosen_samples(data.train, MAX_CALIBRATION, MAX_CALIBRATION_BYTES),
-        labels=data.labels,
-    )
+    evaluation = chosen(data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES)
+    calibration = chosen(data.train, MAX_CALIBRATION, MAX_CALIBRATION_BYTES)
+    damaged = list(data.unreadable)
+    for title, split in (("test", evaluation), ("train", calibration)):
+        damaged += [f"{split.names[i]} ({problem})" for i, problem in sorted(undecodable(title, split).items())]
+    if damaged:
+        raise CorruptError(
+            f"{samples}: {len(damaged)} of {len(evaluation) + len(calibration) + len(data.unreadable)} images cannot "
+            f"be read or decoded: {shown(damaged)}",
+            hint="repair or remove them",
+        )
+    return SourceData(evaluation=read(evaluation), calibration=read(calibration), labels=data.labels)
 
 
 def read_tensors(path: Path, specs: Sequence[TensorSpec], ranges: Mapping[str, DimRange]) -> SourceData:

@@ -64,6 +64,29 @@ def test_the_bento_asks_for_what_the_format_needs_and_no_more(bento: BentoInfo) 
     assert wheel.name.startswith("dlops-")
 
 
+def test_a_bento_for_cuda_asks_for_the_gpu_builds(home: Path, digits_artifact) -> None:
+    wanted = (build_bento(digits_artifact, device="cuda").path / "env/python/requirements.txt").read_text().split()
+    assert any(line.startswith("onnxruntime-gpu[") for line in wanted)
+    assert not any(line.startswith("onnxruntime==") for line in wanted)
+
+
+def test_where_no_file_can_be_nothing_is_stored(home: Path, make_digits_artifact, tmp_path: Path) -> None:
+    artifact = make_digits_artifact(tmp_path / "a", name="unstored")
+    with pytest.raises(UsageError, match="/dev/null"):
+        build_bento(artifact, out=Path("/dev/null/x"))
+    assert not (home / "models" / "unstored").exists()
+
+
+def test_a_bento_file_is_whole_or_not_there(home: Path, digits_artifact, tmp_path: Path) -> None:
+    first = build_bento(digits_artifact, out=tmp_path)
+    assert first.archive is not None
+    assert first.archive.parent == tmp_path
+    assert first.archive.name.startswith("digits-")
+    named = build_bento(digits_artifact, out=tmp_path / "mine")
+    assert named.archive == tmp_path / "mine.bento"
+    assert sorted(tmp_path.iterdir()) == sorted([first.archive, named.archive])
+
+
 def test_the_same_artifact_twice_shares_its_model(bento: BentoInfo, home: Path, digits_artifact) -> None:
     again = build_bento(digits_artifact)
     assert again.tag != bento.tag

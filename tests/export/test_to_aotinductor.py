@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dlops import doctor_probes
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench.run import measure
 from dlops.embedded import read_embedded
@@ -50,6 +51,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     )
     [artifact] = export_variants(checkpoint, variants=["aotinductor-fp32"], model=Tiny, out=folder / "artifacts")
     return artifact
+
+
+def test_doctor_compiles_and_runs_a_model(compiled: Artifact) -> None:
+    answer = doctor_probes.run_probe("aotinductor cpu", compiling=True)
+    assert answer["status"] == "ok", answer
+    assert "compiled, loaded and ran" in answer["reason"]
 
 
 def test_it_runs_at_every_batch_and_says_what_it_is(compiled: Artifact) -> None:

@@ -284,6 +284,15 @@ def test_a_port_in_use_is_an_error_of_the_machine(digits_artifact) -> None:
             with pytest.raises(MachineError, match=f"port {port} on 127.0.0.1 is in use") as caught:
                 start()
             assert caught.value.exit_status == 4
+        command = [sys.executable, "-m", "bentoml", "serve", "dlops.serve.service:Service"]
+        env = os.environ | {"DLOPS_ARTIFACT": str(digits_artifact.directory)}
+        for arguments, variables in ((["--port", str(port)], {}), ([], {"BENTOML_PORT": str(port)})):
+            ended = subprocess.run(
+                [*command, *arguments], env=env | variables, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert ended.returncode == 4
+            assert f"port {port} on 127.0.0.1 is in use" in ended.stderr
+            assert "Traceback" not in ended.stdout + ended.stderr
 
 
 def test_a_host_that_is_none_is_refused(digits_artifact) -> None:

@@ -97,6 +97,8 @@ def test_fewer_images_than_a_batch_are_one_batch_and_too_few_for_batch_norm_are_
     assert [len(batch) for batch in epoch_order(7, batch_size=64, seed=0, epoch=1, rank=0, world=2)] == [3]
     with pytest.raises(UsageError, match="3 training images are too few for 2 processes"):
         epoch_order(3, batch_size=64, seed=0, epoch=1, rank=0, world=2)
+    with pytest.raises(UsageError, match=r"a batch of 2 is too small for 2 processes.*batch_size=4"):
+        epoch_order(1000, batch_size=2, seed=0, epoch=1, rank=0, world=2)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing() -> None:

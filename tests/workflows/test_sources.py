@@ -258,6 +258,22 @@ def test_what_does_not_fit_together_is_one_line(here: Path, photos: Path, option
     assert not list(Path().glob("runs/*/*/checkpoint.json"))
 
 
+def test_images_that_cannot_be_decoded_are_named_and_counted(here: Path, photos: Path, capsys) -> None:
+    first, second = sorted(photos.rglob("*.png"))[:2]
+    first.write_bytes(first.read_bytes()[:2000])
+    second.unlink()
+    second.symlink_to("nowhere")
+    command = ["export", "torchvision:squeezenet1_1", "--weights", "random", "--samples", str(photos)]
+    assert run([*command, "--input", "x:float32[batch,3,64,64]"]) == 2
+    error = capsys.readouterr().err
+    # Of the 24, three are for validation, which nothing here is made of.
+    assert "2 of 21 images cannot be read or decoded: " in error
+    for path in (first, second):
+        assert path.relative_to(photos).as_posix() in error
+    assert "Traceback" not in error
+    assert not Path("artifacts").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
