@@ -8,30 +8,45 @@ from collections.abc import Sequence
 
 from dlops.bench.cells import OUTSIDE, groups, milliseconds, name, per_second, significant
 from dlops.bench.knee import knee
+from dlops.bench.pilot import WANTED
 from dlops.report import Measurement, Report, ServerTime
 
 _NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?")
 
 
-def footnotes(report: Report) -> list[str]:
+def footnotes(report: Report, *, brief: bool = False) -> list[str]:
     """What a reader must know about the rows: one line for each thing that stands against them.
 
-    Rows of a section against which the same thing stands share a line, which gives its numbers as a range.
+    Rows of a section against which the same thing stands share a line, which gives its numbers as a range. brief: what
+    is under-sampled stands against no row, and is one line for them all.
     """
     lines = []
+    short = sum(any(map(_is_of_samples, row.verdict.reasons)) for row in report.measurements) if brief else 0
     for group in groups(report):
         by_form: dict[tuple[str, ...], list[tuple[str, str]]] = {}
         for row in group.rows:
             for reason in row.verdict.reasons:
+                if brief and _is_of_samples(reason):
+                    continue
                 # Status codes and the like are no quantities: errors are joined only where they are the same.
                 form = (reason,) if row.errors and "failed" in reason else tuple(_NUMBER.split(reason))
                 by_form.setdefault(form, []).append((name(row), reason))
         for found in by_form.values():
             rows = ", ".join(dict.fromkeys(row for row, _ in found))
             lines.append(f"{group.title}: {rows}: {_in_one([reason for _, reason in found])}")
+    if short:
+        lines.append(
+            f"under-sampled: {short} of {len(report.measurements)} rows do not know p50 to "
+            f"±{WANTED[0.5]:.0%} and p99 to ±{WANTED[0.99]:.0%}; report.html says what each knows, and for how long to "
+            "measure"
+        )
     if report.partial:
         lines.insert(0, "This report is partial: the run was interrupted or a target failed.")
     return [*lines, *report.notes]
+
+
+def _is_of_samples(reason: str) -> bool:
+    return reason.startswith("under-sampled")
 
 
 def _in_one(reasons: Sequence[str]) -> str:
@@ -120,9 +135,9 @@ def clock_lines(report: Report) -> list[str]:
     return lines
 
 
-def explanations(report: Report) -> list[str]:
+def explanations(report: Report, *, brief: bool = False) -> list[str]:
     """What was found of the objectives, what the columns and marks mean here, where time went in servers, then the
-    footnotes."""
+    footnotes, `brief` or in full."""
     lines = [*objectives(report), *knees(report)]
     if report.baseline:
         lines.append(f"speed: how many times faster than {report.baseline}, from turns taken in the same run")
@@ -140,7 +155,7 @@ def explanations(report: Report) -> list[str]:
     lines += [*waterfalls(report), *clock_lines(report)]
     if any(not row.verdict.steady for row in report.measurements):
         lines.append("*: not to be quoted, for the reason below")
-    return [*lines, *footnotes(report)]
+    return [*lines, *footnotes(report, brief=brief)]
 
 
 def placements(rows: Sequence[Measurement]) -> list[str]:

@@ -45,7 +45,7 @@ def render_table(report: Report) -> RenderableType:
         names = [cells.short_name(row) for row in report.measurements]
         lines += ["×8: with 8 requests in flight"] if any(" ×" in one for one in names) else []
         lines += ["@500: at 500 requests a second"] if any(" @" in one for one in names) else []
-    lines += sentences.explanations(report)
+    lines += sentences.explanations(report, brief=True)
     return Group(table, *[Text(line) for line in ("", *lines)], *breakdown.render_tables(report))
 
 

@@ -43,7 +43,12 @@ def test_the_table_marks_what_is_not_to_be_quoted_and_says_why(example) -> None:
     assert "onnx-fp32 * " in text
     assert "in process, batch 1: onnx-fp32: not steady: the median moved by +12% over the run" in text
     assert "2 of 302 calls failed: HTTP 503 ×2" in text
-    assert "under-sampled: p99 is not certified: 300 effective samples of 300, it needs 368" in text
+    # What stands against no row is one line here, and whole on the page and in Markdown.
+    assert "under-sampled: 1 of 5 rows do not know p50 to ±1% and p99 to ±5%; report.html says" in text
+    assert "it needs 368" not in text
+    assert "under-sampled: p99 is not certified: 300 effective samples of 300, it needs 368" in to_markdown(
+        example().report
+    )
 
 
 def test_rows_with_the_same_against_them_share_a_line(example) -> None:
