@@ -55,18 +55,18 @@ def serve_artifacts(
     """
     address = numeric_host(host)
     port = usable_port(address, port)
-    # Said before anything starts.
-    entries = Repository(sources, versions=versions or None).entries()
-    for entry in entries:
-        open_entry(entry)
-    settings = Settings(
+    given = Settings(
         artifact=absolute(sources), device=device, threads=threads, workers=workers, trust=trust,
         grpc_host=address, grpc_port=None if grpc_port is None else usable_port(address, grpc_port),
         model_control=model_control, versions=versions, tls_cert=tls_cert, tls_key=tls_key,
         tls_client_ca=tls_client_ca,
     )  # fmt: skip
-    # A variable may say what no argument does.
-    tls = Tls.from_environment({**os.environ, **settings.to_environment()})
+    # A variable may say what no argument does, and the server reads both. What is wrong is said before it starts.
+    settings = Settings.from_environment({**os.environ, **given.to_environment()})
+    entries = Repository(sources, versions=settings.versions or None).entries()
+    for entry in entries:
+        open_entry(entry)
+    tls = Tls.from_environment(settings.to_environment())
     if tls is not None:
         tls.check()
     with tempfile.TemporaryDirectory(prefix="dlops-serve-") as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import psutil
 import pytest
 
 from dlops.errors import CorruptError, DlopsError, GateError, MachineError, UsageError
+from dlops.serve import launch
 from dlops.serve.launch import ServerProcess, serve_artifacts
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import read_failure, write_failure
@@ -293,6 +295,27 @@ def test_a_port_in_use_is_an_error_of_the_machine(digits_artifact) -> None:
             assert ended.returncode == 4
             assert f"port {port} on 127.0.0.1 is in use" in ended.stderr
             assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def test_a_variable_counts_where_no_argument_says_otherwise(digits_artifact, tmp_path, monkeypatch, capfd) -> None:
+    for version in ("1", "2"):
+        shutil.copytree(digits_artifact.directory, tmp_path / "digits" / version)
+    started = []
+
+    def start(settings: Settings, *_: object, **__: object) -> None:
+        started.append(settings.versions)
+        raise MachineError("far enough")
+
+    monkeypatch.setattr(launch, "_start", start)
+    for variable, versions, said in (("0", 1, "2, digits version 1"), ("0", 2, "2, digits version 1"), ("", 1, "2")):
+        monkeypatch.setenv("DLOPS_VERSIONS", variable)
+        with pytest.raises(MachineError, match="far enough"):
+            serve_artifacts([tmp_path], port=0, versions=versions)
+        assert f"starting digits version {said} on http" in capfd.readouterr().err
+    assert started == [0, 2, 1]
+    monkeypatch.setenv("DLOPS_VERSIONS", "many")
+    with pytest.raises(UsageError, match=r"DLOPS_.* versions"):
+        serve_artifacts([tmp_path], port=0)
 
 
 def test_a_host_that_is_none_is_refused(digits_artifact) -> None:

@@ -1,0 +1,228 @@
+"""Every variant of two networks on real images: accuracy with its interval, size, and latency in turns.
+
+A ResNet-20 on CIFAR-10 (`DLOPS_CIFAR10` names a folder or archive of it, else it is downloaded) and a ResNet-18 on
+photos (`DLOPS_PHOTOS`). Training takes most of an hour on two cores: runs are kept in runs/experiments/, and what is
+there is taken, or gone on with, the next time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dlops.artifact import Artifact
+from dlops.bench import cells
+from dlops.bench.run import measure, save_report
+from dlops.checkpoint import Checkpoint, load_checkpoint
+from dlops.environment import describe_environment
+from dlops.export.pipeline import export_each
+from dlops.export.prune_checkpoint import prune_checkpoint
+from dlops.report import Measurement
+from dlops.train.launch import configure, train_recipe
+
+RUNS = Path(__file__).resolve().parents[2] / "runs" / "experiments"
+THREADS, BATCHES = 2, (1, 32)
+MAX_DROP, MAX_DROP_PRUNED = 1.0, 1.5
+WHOLE = (
+    "torchscript-fp32", "torchexport-fp32", "aotinductor-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int8dyn",
+    "onnx-int8wo", "openvino-fp32", "openvino-fp16", "openvino-int8", "executorch-fp32", "executorch-int8",
+)  # fmt: skip
+# Without instructions for it, bfloat16 takes ten times as long as fp32.
+BFLOAT16 = ("torchscript-bf16", "torchexport-bf16", "openvino-bf16")
+PRUNED = ("onnx-fp32-pruned50", "onnx-int8-pruned50", "openvino-int8-pruned50")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """settings, tuning: of the recipe cnn, for the network and for fine-tuning what is left after pruning."""
+
+    name: str
+    title: str
+    data: str
+    preset: str | None
+    settings: Sequence[str]
+    tuning: Sequence[str]
+
+
+RESNET20 = Case(
+    name="resnet20", title="Every variant of a ResNet-20 on CIFAR-10 images",
+    data=os.environ.get("DLOPS_CIFAR10", "cifar10"), preset="resnet20-cifar10", settings=(), tuning=("epochs=6",),
+)  # fmt: skip
+RESNET18 = Case(
+    name="resnet18", title="Every variant of a ResNet-18 at 224×224 on photos",
+    data=os.environ.get("DLOPS_PHOTOS", ""), preset=None, settings=("network=resnet18", "image_size=224"),
+    tuning=("epochs=8",),
+)  # fmt: skip
+
+
+@pytest.mark.timeout(4 * 3600)
+def test_a_resnet_20_on_cifar_10(write_page: Callable[..., Path]) -> None:
+    rows = _show(RESNET20, write_page)
+    dense = rows["onnx-fp32"].artifact.accuracy
+    assert dense is not None
+    assert dense.reference >= 0.88
+    for slug in PRUNED:
+        accuracy = rows[slug].artifact.accuracy
+        assert accuracy is not None
+        assert accuracy.drop_points <= MAX_DROP_PRUNED
+
+
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.skipif(not RESNET18.data, reason="DLOPS_PHOTOS names no folder or archive of photos in class folders")
+def test_a_resnet_18_on_photos(write_page: Callable[..., Path]) -> None:
+    rows = _show(RESNET18, write_page)
+    fp32, int8, half = (rows[slug] for slug in ("onnx-fp32", "onnx-int8", "onnx-int8-pruned50"))
+    assert _times(fp32, int8, batch=1) >= 2.5
+    assert _times(fp32, int8, batch=32) >= 2
+    assert _times(fp32, half, batch=1) >= 4
+    assert _times(rows["eager"], half, batch=1) >= 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A line of the table. rows: by batch. tuned: whether what was pruned was fine-tuned by its recipe."""
+
+    slug: str
+    rows: Mapping[int, Measurement]
+    artifact: Artifact | None = None
+    tuned: bool = False
+
+
+def _times(base: Shown, other: Shown, *, batch: int) -> float:
+    """How many times faster, by the medians of one run."""
+    return _median_ns(base.rows[batch]) / _median_ns(other.rows[batch])
+
+
+def _median_ns(row: Measurement) -> float:
+    assert row.latency.p50_ns is not None
+    return row.latency.p50_ns.value
+
+
+def _show(case: Case, write_page: Callable[..., Path]) -> Mapping[str, Shown]:
+    """Train, export, measure and write the page; by slug, and "eager"."""
+    folder = RUNS / case.name
+    checkpoint = _trained(case, case.settings, folder / "dense")
+    bf16 = BFLOAT16 if "avx512_bf16" in describe_environment().instruction_sets else ()
+    made, refused = _exported(checkpoint, (*WHOLE, *bf16), folder / "artifacts", max_drop=MAX_DROP)
+    pruned, lost = _exported(checkpoint, PRUNED, folder / "artifacts", max_drop=MAX_DROP_PRUNED)
+    tuned: dict[str, Artifact] = {}
+    if lost:
+        left = _pruned(checkpoint, folder / "half")
+        again = _trained(case, [f"init={left.directory}", *case.tuning], folder / "tuned")
+        tuned, refused_again = _exported(again, list(lost), folder / "tuned-artifacts", max_drop=MAX_DROP_PRUNED)
+        refused |= refused_again
+    artifacts = made | pruned | tuned
+    measured = measure(
+        list(artifacts.values()), checkpoint=checkpoint, batch=BATCHES, threads=THREADS, max_duration_s=15.0,
+        title=case.title,
+    )  # fmt: skip
+    report = save_report(measured, folder / "report")
+    found: dict[str, dict[int, Measurement]] = {}
+    for row in report.measurements:
+        found.setdefault(row.target, {})[row.load.batch] = row
+    shown = {"eager": Shown(slug="eager", rows=found["eager"])}
+    for slug, artifact in artifacts.items():
+        shown[slug] = Shown(slug=slug, rows=found[artifact.title], artifact=artifact, tuned=slug in tuned)
+    _write(case, checkpoint, shown, refused=refused, lost=lost, write_page=write_page)
+    return shown
+
+
+def _trained(case: Case, settings: Sequence[str], directory: Path) -> Checkpoint:
+    if (directory / "checkpoint.json").exists():
+        return load_checkpoint(directory)
+    if directory.exists():
+        return train_recipe("cnn", run_dir=directory, resume=True)
+    tuning = any(setting.startswith("init=") for setting in settings)
+    config = configure(
+        "cnn", preset=None if tuning else case.preset, overrides=[f"data={case.data}", *settings]
+    )  # fmt: skip
+    return train_recipe("cnn", config, run_dir=directory)
+
+
+def _pruned(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
+    if (directory / "checkpoint.json").exists():
+        return load_checkpoint(directory)
+    return prune_checkpoint(checkpoint, directory, sparsity="pruned50")
+
+
+def _exported(
+    checkpoint: Checkpoint, slugs: Sequence[str], out: Path, *, max_drop: float
+) -> tuple[dict[str, Artifact], dict[str, str]]:
+    """By slug: the artifacts, and why the others were refused."""
+    made, refused = {}, {}
+    for variant, result in export_each(checkpoint, variants=slugs, out=out, max_drop=max_drop):
+        if isinstance(result, Artifact):
+            made[variant.slug] = result
+        else:
+            refused[variant.slug] = result.message
+    return made, refused
+
+
+def _write(
+    case: Case, checkpoint: Checkpoint, shown: Mapping[str, Shown], *, refused: Mapping[str, str],
+    lost: Mapping[str, str], write_page: Callable[..., Path],
+) -> None:  # fmt: skip
+    fp32 = shown["onnx-fp32"]
+    ratios = [
+        f"{slug} {' and '.join(f'{_times(fp32, shown[slug], batch=batch):.1f} ×' for batch in BATCHES)}"
+        for slug in ("onnx-int8", "onnx-fp32-pruned50", "onnx-int8-pruned50")
+        if slug in shown
+    ]
+    samples = fp32.artifact.accuracy.samples if fp32.artifact is not None and fp32.artifact.accuracy else 0
+    metrics = checkpoint.spec.metrics or {}
+    says = [
+        f"Trained for {metrics.get('epochs')} epochs on {metrics.get('train_samples')} images from random weights; "
+        f"exported, each checked at its gates with a budget of {MAX_DROP:g} point ({MAX_DROP_PRUNED:g} for half of the "
+        f"multiply-accumulates removed), and measured in turns in one run: {THREADS} threads, from arrays to arrays, "
+        f"accuracy on {samples} test images that took part in nothing else. *lost* are percentage points against the "
+        "checkpoint with their 95 % interval, *flips* decisions that differ. `*` marks rows that were not steady.",
+        f"Against onnx-fp32 at batch {BATCHES[0]} and {BATCHES[1]}: {'; '.join(ratios)}.",
+    ]
+    if lost:
+        says.append(
+            "What export's own recovery on the calibration samples left too far below was fine-tuned by its recipe "
+            "(`dlops prune`, `dlops train cnn --init`): "
+            + "; ".join(f"{slug}: {_why(why)}" for slug, why in lost.items())
+            + "."
+        )
+    if refused:
+        says.append("Refused: " + "; ".join(f"{slug}: {why}" for slug, why in refused.items()) + ".")
+    write_page(
+        case.name,
+        title=case.title,
+        says="\n\n".join(says),
+        header=[
+            "variant", "size", "accuracy %", "lost", "flips",
+            *(part for batch in BATCHES for part in (f"p50 ms, batch {batch}", "speed")),
+        ],
+        rows=[_line(one) for one in shown.values()],
+    )  # fmt: skip
+
+
+def _why(message: str) -> str:
+    """Of a refusal: how much was lost."""
+    _, _, lost = message.partition("'s ")
+    return lost.partition(";")[0] or message
+
+
+def _line(one: Shown) -> list[str]:
+    accuracy = None if one.artifact is None else one.artifact.accuracy
+    first = one.rows[BATCHES[0]]
+    times: list[str] = []
+    for batch in BATCHES:
+        row = one.rows[batch]
+        times += [
+            cells.milliseconds(row.latency.p50_ns) + ("" if row.verdict.steady else " *"),
+            cells.ratio(row.speedup),
+        ]
+    lost = (
+        "–" if accuracy is None else f"{accuracy.drop_points:.2f} ({accuracy.drop_low:.2f} to {accuracy.drop_high:.2f})"
+    )
+    return [
+        one.slug + (", fine-tuned" if one.tuned else ""), cells.size(first.model_bytes), cells.percent(first.accuracy),
+        lost, "–" if accuracy is None else str(accuracy.flips), *times,
+    ]  # fmt: skip
