@@ -45,6 +45,7 @@ RUNTIMES: Mapping[str, str] = {
 TASKS: Mapping[str, str] = {
     "classification": "dlops.tasks.classification:Classification",
     "detection": "dlops.tasks.detection:Detection",
+    "generation": "dlops.tasks.generation:Generation",
     "regression": "dlops.tasks.regression:Regression",
     "segmentation": "dlops.tasks.segmentation:Segmentation",
 }

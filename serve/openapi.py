@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dlops import catalog
 from dlops.serve.guard import PAGE_HEADERS
 from dlops.version import __version__
 
@@ -47,6 +48,20 @@ _TENSOR = {
         "parameters": {"type": "object"},
     },
 }
+_BOX = {
+    "type": "array",
+    "items": {"type": "number"},
+    "minItems": 4,
+    "maxItems": 4,
+    "description": "x1, y1, x2, y2 in pixels of the picture as it was sent.",
+}
+_SUMMARIES = {
+    "classification": "Labels with probabilities",
+    "detection": "Boxes with labels and scores",
+    "segmentation": "A class for each pixel",
+    "generation": "Pictures",
+    "regression": "Values",
+}
 _SCHEMAS: dict[str, Any] = {
     "Error": {
         "type": "object",
@@ -66,7 +81,7 @@ _SCHEMAS: dict[str, Any] = {
         "type": "object",
         "properties": {"label": {"type": "string"}, "probability": {"type": "number"}},
     },
-    "Prediction": {
+    "Classification": {
         "type": "object",
         "properties": {
             "label": {"type": "string"},
@@ -74,6 +89,46 @@ _SCHEMAS: dict[str, Any] = {
             "top": {"type": "array", "items": {"$ref": "#/components/schemas/Label"}},
         },
     },
+    "Detection": {
+        "type": "object",
+        "properties": {
+            "detections": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"label": {"type": "string"}, "score": {"type": "number"}, "box": _BOX},
+                },
+            },
+        },
+    },
+    "Segmentation": {
+        "type": "object",
+        "properties": {
+            "size": {"type": "array", "items": {"type": "integer"}, "description": "Height and width of the mask."},
+            "classes": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "label": {"type": "string"},
+                        "class": {"type": "integer"},
+                        "share": {"type": "number", "description": "Of the pixels."},
+                    },
+                },
+            },
+            "mask": {"type": "string", "format": "byte", "description": "A PNG with one class a pixel, in base64."},
+            "area": _BOX,
+        },
+    },
+    "Generation": {
+        "type": "object",
+        "properties": {
+            "size": {"type": "array", "items": {"type": "integer"}, "description": "Height and width."},
+            "image": {"type": "string", "format": "byte", "description": "A PNG in base64."},
+        },
+    },
+    "Regression": {"type": "object", "properties": {"values": {}}},
+    "Prediction": {"oneOf": [{"$ref": f"#/components/schemas/{task.capitalize()}"} for task in catalog.TASKS]},
     "Predictions": {
         "type": "object",
         "properties": {
@@ -159,7 +214,7 @@ def _predict(artifact: Artifact | None, parameters: Sequence[dict[str, Any]] = (
         files = {"image/*": binary, "application/octet-stream": binary, "multipart/form-data": _body("Form")}
         content = files | content
     return {
-        "summary": "Labels with probabilities",
+        "summary": _SUMMARIES[artifact.task] if artifact else "What the model says",
         "description": "One image, several in a form, or pixels or features as JSON.",
         "parameters": list(parameters),
         "requestBody": {"required": True, "content": content},

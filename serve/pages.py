@@ -128,7 +128,6 @@ def model_document(model: ServedModel) -> dict[str, Any]:
         "max_batch": model.max_batch,
         "input": kind,
         "shape": shape,
-        "steps": [] if preprocess is None else [step.model_dump(mode="json") for step in preprocess.steps],
         "samples": 0 if kind is None else min(_SAMPLES, len(artifact.samples())),
     }
 

@@ -12,6 +12,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from dlops.artifact import Artifact
 from dlops.errors import InputError
+from dlops.framing import Framing, picture_size
 from dlops.preprocess import Decode
 from dlops.serve.protocol import number_array, read_json
 from dlops.signature import Array, Feed
@@ -21,6 +22,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 _FIELDS = ("image", "file")
 _FORM = "multipart/form-data"
 _JSON = "application/json"
+_PNG = "image/png"
 
 
 class MediaTypeError(InputError):
@@ -85,6 +87,29 @@ def to_feed(artifact: Artifact, raws: list[Any], *, check: Callable[[], None] = 
     feed: Feed = {spec.name: stacked.astype(spec.dtype, copy=False)}
     artifact.signature.check(feed)
     return feed
+
+
+def wants_picture(artifact: Artifact, accept: str, count: int) -> bool:
+    """Whether the answer is to be a PNG and no JSON. Raises InputError where several inputs cannot have one."""
+    if artifact.task != "generation" or _PNG not in accept:
+        return False
+    if count > 1:
+        raise InputError(f"{count} inputs, and {_PNG} holds one picture", field="Accept", hint="application/json")
+    return True
+
+
+def framed(artifact: Artifact, raws: list[Any], predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The predictions with what lies in a picture in that picture's pixels, as it was sent; of a mask its `area`."""
+    preprocess = artifact.preprocess
+    if preprocess is None or preprocess.input != "image":
+        return predictions
+    for raw, prediction in zip(raws, predictions, strict=True):
+        framing = Framing.of(preprocess, *picture_size(raw))
+        for one in prediction.get("detections", ()):
+            one["box"] = framing.in_picture(one["box"])
+        if "mask" in prediction:
+            prediction["area"] = framing.area
+    return predictions
 
 
 def _preprocessed(artifact: Artifact, raw: Any, index: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import time
 import traceback
@@ -47,7 +48,7 @@ from dlops.serve.model import ServedModel
 from dlops.serve.models import Models
 from dlops.serve.outcome import Answer
 from dlops.serve.pages import Handler, Pages
-from dlops.serve.predict import read_inputs
+from dlops.serve.predict import framed, read_inputs, wants_picture
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import CELLS_DIR
 from dlops.serve.tracing import PARENT
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 INFER = "/v2/models/{name}/infer"
 # In a request's scope: the model that it is for.
 _MODEL = "dlops.model"
+# Tasks whose answers are pictures, or about places in one.
+_PICTURED = frozenset(("detection", "generation", "segmentation"))
 # Of Triton's extensions: what a client may ask for and gets told, in the protocol's own way, that it is not here.
 _UNSUPPORTED = (
     "/v2/systemsharedmemory/{rest:path}", "/v2/cudasharedmemory/{rest:path}", "/v2/trace/{rest:path}",
@@ -206,7 +209,7 @@ class Application:
         return json_response({"error": "internal error; the server's log has it"}, status=500)
 
     async def predict(self, request: Request) -> Response:
-        """Labels with probabilities for images or numbers."""
+        """What the task says of images or numbers; a PNG where the model makes pictures and one is asked for."""
         started_ns = time.perf_counter_ns()
         model = self._asked(request)
         with model.used():
@@ -216,17 +219,28 @@ class Application:
                 kind = request.headers.get("content-type", "")
                 with model.queue.expecting(1):
                     raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
+                is_picture = wants_picture(model.artifact, request.headers.get("accept", ""), len(raws))
                 decode_ns = time.perf_counter_ns()
                 with model.queue.expecting(len(raws)):
                     feed = await unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
                 decode_ns = time.perf_counter_ns() - decode_ns
                 answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
-        document = {"model": model.name, "version": model.version, "predictions": model.answers(answer.outputs)}
+        if model.artifact.task in _PICTURED:
+            # Pictures are packed and headers read again, which is no work for the event loop.
+            predictions = await model.decoder.offload(
+                lambda: framed(model.artifact, raws, model.answers(answer.outputs))
+            )
+        else:
+            predictions = model.answers(answer.outputs)
         times = self.accounts.answered(
             model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns, caller=_caller(request)
         )
-        return json_response(document, headers=_timing(request, times))
+        headers = _timing(request, times)
+        if is_picture:
+            return Response(base64.b64decode(predictions[0]["image"]), media_type="image/png", headers=headers)
+        document = {"model": model.name, "version": model.version, "predictions": predictions}
+        return json_response(document, headers=headers)
 
     async def infer(self, request: Request) -> Response:
         """An inference request of the Open Inference Protocol."""

@@ -180,9 +180,9 @@ def _header(raw: bytes | Array) -> _Header | None:
     try:
         with Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS) as image:
             width, height = image.size
-            # Turned by 90 degrees as a camera writes it: what counts is the size that decoding gives. Other formats
-            # keep the tag behind the pixels, and would be decoded to find it.
-            if image.format in ("JPEG", "MPO", "WEBP", "TIFF") and image.getexif().get(0x0112, 1) >= 5:
+            # Turned by 90 degrees as a camera writes it: what counts is the size that decoding gives. Of TIFF Pillow
+            # turns it by itself. Other formats keep the tag behind the pixels, and would be decoded to find it.
+            if image.format in ("JPEG", "MPO", "WEBP") and image.getexif().get(0x0112, 1) >= 5:
                 width, height = height, width
             return _Header(height, width, colour=image.mode not in ("1", "L", "LA"))
     except Exception:  # noqa: BLE001 - Pillow's readers raise many kinds; all mean that this is no image

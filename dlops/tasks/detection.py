@@ -83,7 +83,8 @@ class Detection:
     def answer(self, outputs: Feed, *, labels: Sequence[str], top: int = 5) -> list[dict[str, Any]]:
         """`{"detections": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]}` a sample, the highest score first.
 
-        Boxes are in pixels of the tensor that the model was given; all of them are listed, whatever `top` says.
+        Boxes are in pixels of the tensor that the model was given, and `dlops.framing` undoes resizing and cropping.
+        All of them are listed, whatever `top` says.
         """
         answers = []
         for place in range(len(outputs["boxes"])):

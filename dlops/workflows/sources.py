@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _PREFIXES = ("torchvision:", "timm:", "python:")
 # What the only output is called where nobody names it.
-_OUTPUT = {"regression": "values"}
+_OUTPUT = {"regression": "values", "generation": "image"}
 # For the statistics of an untrained network.
 _SETTLING = 16
 

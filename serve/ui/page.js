@@ -151,6 +151,11 @@ function describe(prediction) {
     prediction.detections.slice(0, 50).forEach((one) => addBar(one.label, one.score, "", colourOf(one.label)));
   } else if (prediction.classes) {
     prediction.classes.forEach((one) => addBar(one.label, one.share, "", maskColour(one.class)));
+  } else if (prediction.image) {
+    const picture = element("img", "", "generated");
+    picture.src = `data:image/png;base64,${prediction.image}`;
+    picture.alt = "what the model made";
+    $("result").append(picture);
   } else {
     const values = prediction.values;
     const named = Array.isArray(values) ? values.map((value, place) => [String(place), value]) : Object.entries(values);
@@ -179,23 +184,6 @@ function colourOf(label) {
 
 const maskColour = (index) => `hsl(${(index * 67) % 360} 70% 50%)`;
 
-// How the picture's pixels become the tensor's: a point p of the picture is at p * scale - offset.
-function placement(width, height) {
-  let [w, h, sx, sy, ox, oy] = [width, height, 1, 1, 0, 0];
-  for (const step of model.steps) {
-    if (step.kind === "resize") {
-      const to = Array.isArray(step.size) ? [step.size[1], step.size[0]]
-        : (w < h ? [step.size, Math.trunc(step.size * h / w)] : [Math.trunc(step.size * w / h), step.size]);
-      sx *= to[0] / w; sy *= to[1] / h; ox *= to[0] / w; oy *= to[1] / h;
-      [w, h] = to;
-    } else if (step.kind === "center_crop") {
-      ox += Math.round((w - step.size[1]) / 2); oy += Math.round((h - step.size[0]) / 2);
-      [w, h] = [step.size[1], step.size[0]];
-    }
-  }
-  return { w, h, sx, sy, ox, oy };
-}
-
 async function draw(picture, prediction) {
   const canvas = $("canvas");
   // A small picture is drawn large, so that a person sees its pixels.
@@ -205,27 +193,30 @@ async function draw(picture, prediction) {
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = zoom === 1;
   context.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  const { w, h, sx, sy, ox, oy } = placement(picture.width, picture.height);
-  const across = (x) => ((x + ox) / sx) * zoom;
-  const down = (y) => ((y + oy) / sy) * zoom;
   if (prediction?.mask) {
     const bytes = Uint8Array.from(atob(prediction.mask), (letter) => letter.charCodeAt(0));
     const mask = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
     context.globalAlpha = 0.5;
     context.imageSmoothingEnabled = false;
-    context.drawImage(coloured(mask), across(0), down(0), across(w) - across(0), down(h) - down(0));
+    const [left, top, right, bottom] = prediction.area.map((edge) => edge * zoom);
+    context.drawImage(coloured(mask), left, top, right - left, bottom - top);
     context.globalAlpha = 1;
   }
   const style = getComputedStyle(document.documentElement);
   for (const one of (prediction?.detections || []).slice(0, 50)) {
-    const [left, top, right, bottom] = one.box;
+    const [left, top, right, bottom] = one.box.map((edge) => edge * zoom);
     const colour = style.getPropertyValue(colourOf(one.label).slice(4, -1)).trim();
     context.strokeStyle = context.fillStyle = colour;
     context.lineWidth = Math.max(2, canvas.width / 250);
-    context.strokeRect(across(left), down(top), across(right) - across(left), down(bottom) - down(top));
+    context.strokeRect(left, top, right - left, bottom - top);
     const size = Math.max(12, canvas.width / 40);
+    const caption = `${one.label} ${(100 * one.score).toFixed(0)} %`;
     context.font = `600 ${size}px system-ui, sans-serif`;
-    context.fillText(`${one.label} ${(100 * one.score).toFixed(0)} %`, across(left) + 3, Math.max(size, down(top) - 4));
+    const above = Math.max(0, top - 1.4 * size);
+    context.fillRect(left - context.lineWidth / 2, above, context.measureText(caption).width + 8, 1.4 * size);
+    // The plots' colours are dark on a light page and light on a dark one.
+    context.fillStyle = style.getPropertyValue("--card").trim();
+    context.fillText(caption, left + 3, above + 1.05 * size);
   }
 }
 
