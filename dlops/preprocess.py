@@ -19,8 +19,9 @@ from dlops.errors import InputError
 from dlops.manifest import Record
 from dlops.signature import Array
 
-Raw = bytes | Array | Sequence[object]
-"""Encoded image bytes, uint8 pixels (H, W) or (H, W, C), or numbers."""
+Raw = bytes | str | Array | Sequence[object]
+"""Encoded image bytes, uint8 pixels (H, W) or (H, W, C), numbers, or text, as it is or as UTF-8."""
+Tensor = NDArray[np.float32] | NDArray[np.uint8] | NDArray[np.int64]
 
 # A 64-megapixel image is 192 MB decoded: larger ones are refused from the header, before decoding.
 MAX_PIXELS = 64_000_000
@@ -77,24 +78,42 @@ class Normalize(Record):
         return self
 
 
-Step = Annotated[Decode | Resize | CenterCrop | Scale | Normalize, Field(discriminator="kind")]
+class Utf8(Record):
+    """Text to the numbers of its UTF-8 bytes, as models read it that need no vocabulary (ByT5, CANINE).
+
+    offset: added to each byte. end: what follows the last, None for nothing. pad: fills up to the tensor's length; of
+    what is longer the rest is cut off, and `end` stands last.
+    """
+
+    kind: Literal["utf8"] = "utf8"
+    offset: int = Field(0, ge=0)
+    end: int | None = None
+    pad: int = 0
+
+
+Step = Annotated[Decode | Resize | CenterCrop | Scale | Normalize | Utf8, Field(discriminator="kind")]
 
 
 class Preprocess(Record):
     """Ordered steps from one raw input to one tensor without a batch axis.
 
-    input: "image" (encoded bytes or uint8 pixels, to (C, H, W)) or "numbers" (an array of `shape`). dtype: "uint8" for
-    a model that scales images itself: then the steps end before the scaling, and `shape` is (H, W, C).
+    input: "image" (encoded bytes or uint8 pixels, to (C, H, W)), "numbers" (of `shape`) or "text" (to (length,)
+    of int64). dtype: "uint8" for a model that scales images itself: then the steps end before the scaling, and `shape`
+    is (H, W, C).
     """
 
-    input: Literal["image", "numbers"]
+    input: Literal["image", "numbers", "text"]
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     steps: tuple[Step, ...] = ()
-    dtype: Literal["float32", "uint8"] = "float32"
+    dtype: Literal["float32", "uint8", "int64"] = "float32"
 
     @model_validator(mode="after")
     def _in_order(self) -> Preprocess:
         kinds = [step.kind for step in self.steps]
+        if (self.input == "text") != (kinds == ["utf8"] and self.dtype == "int64"):
+            raise ValueError("text, and only text, becomes int64 by one step, utf8")
+        if self.input == "text":
+            return self
         if self.input == "image":
             if kinds[:1] != ["decode"] or kinds.count("decode") != 1:
                 raise ValueError("the steps for an image begin with one decode")
@@ -113,6 +132,10 @@ class Preprocess(Record):
 
     @model_validator(mode="after")
     def _fitting(self) -> Preprocess:
+        if self.input == "text":
+            if len(self.shape) != 1 or self.shape[0] < 1:
+                raise ValueError(f"shape {list(self.shape)}, text gives [length]")
+            return self
         if self.input == "image":
             channels = 3 if self.steps[0] == Decode(mode="RGB") else 1
             last = self.dtype == "uint8"
@@ -126,12 +149,14 @@ class Preprocess(Record):
                 raise ValueError(f"{len(step.mean)} means and stds for {channels} channels or features")
         return self
 
-    def apply(self, raw: Raw) -> NDArray[np.float32] | NDArray[np.uint8]:
+    def apply(self, raw: Raw) -> Tensor:
         """The tensor, of `shape` and `dtype`. Raises InputError for what cannot be decoded or does not fit."""
         if self.input == "image":
             tensor = self._image(raw)
             self._check_shape(tensor)
             return tensor
+        if self.input == "text":
+            return self._ids(raw)
         # Before the steps: a single number would be stretched to as many features as there are means.
         numbers = _numbers(raw)
         self._check_shape(numbers)
@@ -139,7 +164,7 @@ class Preprocess(Record):
             numbers = _rescale(numbers, step, channel_axes=0)
         return numbers
 
-    def batch(self, raws: Iterable[Raw]) -> NDArray[np.float32] | NDArray[np.uint8]:
+    def batch(self, raws: Iterable[Raw]) -> Tensor:
         """`apply` on each, stacked: (n, *shape)."""
         stacked: NDArray[Any] = np.stack([self.apply(raw) for raw in raws])
         return stacked
@@ -147,6 +172,18 @@ class Preprocess(Record):
     def _check_shape(self, tensor: NDArray[np.float32] | NDArray[np.uint8]) -> None:
         if tensor.shape != self.shape:
             raise InputError(f"shape {list(tensor.shape)}, expected {list(self.shape)}", field="input")
+
+    def _ids(self, raw: Raw) -> NDArray[np.int64]:
+        (step,) = self.steps
+        assert isinstance(step, Utf8)
+        content = np.frombuffer(_utf8(raw), np.uint8).astype(np.int64) + step.offset
+        ids = np.full(self.shape, step.pad, np.int64)
+        room = self.shape[0] - (step.end is not None)
+        count = min(len(content), room)
+        ids[:count] = content[:count]
+        if step.end is not None:
+            ids[count] = step.end
+        return ids
 
     def _image(self, raw: Raw) -> NDArray[np.float32] | NDArray[np.uint8]:
         decode, *rest = self.steps
@@ -260,6 +297,18 @@ def _cropped(image: Image.Image, step: CenterCrop) -> Image.Image:
 def crop_start(size: int, cropped: int) -> int:
     """Where a centred crop begins, negative where the image is padded; rounded as torchvision's CenterCrop does."""
     return -((cropped - size) // 2) if size < cropped else round((size - cropped) / 2)
+
+
+def _utf8(raw: Raw) -> bytes:
+    """The bytes of a text. Raises InputError for what is none."""
+    try:
+        if isinstance(raw, (bytes, bytearray, memoryview)):
+            return str(bytes(raw), "utf-8").encode()
+        if isinstance(raw, str):
+            return raw.encode()
+    except UnicodeError as error:
+        raise InputError(f"no UTF-8 text: {error}", field="input") from None
+    raise InputError("this model takes text", field="input")
 
 
 def _numbers(raw: Raw) -> NDArray[np.float32]:

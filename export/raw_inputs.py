@@ -96,6 +96,8 @@ def _problem(checkpoint: Checkpoint) -> str | None:
     signature, spec = checkpoint.signature, checkpoint.spec
     if spec.preprocess is None:
         return "the checkpoint has no preprocessing, it takes tensors as they are"
+    if spec.preprocess.input == "text":
+        return "it takes text, and what is asked for is made for images and numbers"
     if spec.task != "classification":
         return f"probabilities are those of a classifier, and its task is {spec.task}"
     if len(signature.inputs) != 1 or len(signature.outputs) != 1:

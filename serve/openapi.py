@@ -73,6 +73,13 @@ _SCHEMAS: dict[str, Any] = {
         "required": ["inputs"],
         "properties": {"inputs": {"type": "array", "items": {}, "description": "One input, or a list of them."}},
     },
+    "Texts": {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "inputs": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        },
+    },
     "Form": {
         "type": "object",
         "properties": {"image": {"type": "string", "format": "binary"}, "file": {"type": "string", "format": "binary"}},
@@ -208,14 +215,17 @@ def _shown(models: Sequence[ServedModel]) -> str:
 
 def _predict(artifact: Artifact | None, parameters: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     binary = {"schema": {"type": "string", "format": "binary"}}
-    content: dict[str, Any] = {"application/json": _body("Numbers")}
+    kind = None if artifact is None or artifact.preprocess is None else artifact.preprocess.input
+    content: dict[str, Any] = {"application/json": _body("Texts" if kind == "text" else "Numbers")}
+    if kind in ("text", None):
+        content["text/plain"] = {"schema": {"type": "string"}}
     # A model that takes numbers has no use for files.
-    if artifact is None or artifact.preprocess is None or artifact.preprocess.input == "image":
+    if kind in ("image", None):
         files = {"image/*": binary, "application/octet-stream": binary, "multipart/form-data": _body("Form")}
         content = files | content
     return {
         "summary": _SUMMARIES[artifact.task] if artifact else "What the model says",
-        "description": "One image, several in a form, or pixels or features as JSON.",
+        "description": "One image, several in a form, or pixels, features or texts as JSON.",
         "parameters": list(parameters),
         "requestBody": {"required": True, "content": content},
         "responses": _responses("Predictions"),

@@ -106,7 +106,7 @@ def _file(name: str) -> bytes:
 
 
 def model_document(model: ServedModel) -> dict[str, Any]:
-    """What is served, and what one input of it is: "image", "numbers", or null where it takes several tensors."""
+    """What is served, and what one input of it is: image, numbers, text, or null where it takes several tensors."""
     artifact, preprocess = model.artifact, model.artifact.preprocess
     kind: str | None
     shape: Sequence[int | str]
@@ -153,6 +153,8 @@ def sample(artifact: Artifact, number: int) -> Sample | None:
     if not 0 <= number < min(_SAMPLES, len(raws)):
         return None
     raw = raws[number]
+    if isinstance(raw, bytes) and artifact.preprocess is not None and artifact.preprocess.input == "text":
+        return Sample(content=raw, kind="text/plain; charset=utf-8")
     if isinstance(raw, bytes):
         with Image.open(io.BytesIO(raw)) as image:
             return Sample(content=raw, kind=Image.MIME.get(image.format or "", "application/octet-stream"))

@@ -1,8 +1,9 @@
-"""What `POST /predict` takes: image bytes, a form with image files, or numbers as JSON; one input or several."""
+"""What `POST /predict` takes: image bytes, a form with image files, text, or numbers as JSON; one input or several."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ _FIELDS = ("image", "file")
 _FORM = "multipart/form-data"
 _JSON = "application/json"
 _PNG = "image/png"
+_TEXT = "text/plain"
+_NOT_UTF8 = re.compile(r";\s*charset\s*=\s*(?!\s*\"?utf-?8\b)", re.IGNORECASE)
 
 
 class MediaTypeError(InputError):
@@ -47,8 +50,15 @@ async def read_inputs(
     offload: makes a call in another thread, for JSON that would hold the event loop up.
     """
     kind = content_type.partition(";")[0].strip().lower()
+    takes_text = artifact.preprocess is not None and artifact.preprocess.input == "text"
     if not body:
         raise InputError("the body is empty", field="body")
+    if takes_text and kind == _TEXT:
+        if not _NOT_UTF8.search(content_type):
+            return [body]
+        raise MediaTypeError(f"Content-Type {content_type!r}: send {_TEXT} as UTF-8", field="Content-Type")
+    if takes_text and kind not in ("", _JSON) and not kind.endswith("+json"):
+        raise MediaTypeError(f"Content-Type {kind!r}: this model takes {_TEXT} or {_JSON}", field="Content-Type")
     if kind == _FORM:
         raws: list[Any] = await _read_form(body, content_type, max_files=artifact.signature.max_batch)
     elif kind == _JSON or kind.endswith("+json") or not kind:
@@ -166,9 +176,18 @@ def _read_numbers(body: bytes, artifact: Artifact) -> list[Any]:
         where = f"POST /v2/models/{artifact.name}/infer"
         raise InputError("this model takes several inputs", field="inputs", hint=where)
     inputs = document["inputs"]
+    if artifact.preprocess is not None and artifact.preprocess.input == "text":
+        return _texts(inputs)
     if not isinstance(inputs, list) or not inputs:
         raise InputError("inputs must be a list of numbers, or of lists of them", field="inputs")
     return inputs if _depth(inputs) > _depth_of_one(artifact, inputs) else [inputs]
+
+
+def _texts(inputs: Any) -> list[str]:
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError("inputs must be a text, or a list of them", field="inputs")
+    return texts
 
 
 def _depth_of_one(artifact: Artifact, inputs: list[Any]) -> int:

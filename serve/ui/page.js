@@ -39,7 +39,7 @@ async function start() {
     $("no-predict").hidden = false;
     $("no-predict").textContent = `This model takes several tensors: send them to v2/models/${model.name}/infer.`;
   } else {
-    $(model.input === "image" ? "image-input" : "numbers-input").hidden = false;
+    $(`${model.input}-input`).hidden = false;
     $("shape").textContent = `of shape [${model.shape.join(", ")}]`;
     for (let number = 0; number < model.samples; number += 1) addSample(number);
   }
@@ -82,6 +82,10 @@ async function askSample(number) {
     const from = `curl -s ${quoted(response.url)} | `;
     return ask(await response.blob(), response.headers.get("Content-Type"), "--data-binary @-", from);
   }
+  if (model.input === "text") {
+    $("text").value = await response.text();
+    return askText();
+  }
   $("numbers").value = JSON.stringify(await response.json());
   return askNumbers();
 }
@@ -100,6 +104,11 @@ async function askNumbers() {
   }
   const body = `{"inputs": [${text}]}`;
   return ask(body, "application/json", `-d ${quoted(body)}`);
+}
+
+function askText() {
+  const text = $("text").value;
+  return ask(text, "text/plain", `--data-raw ${quoted(text)}`);
 }
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
@@ -373,6 +382,7 @@ document.addEventListener("paste", (event) => {
   const [file] = event.clipboardData.files;
   if (file && model?.input === "image") askImage(file, file.name);
 });
+$("text-input").addEventListener("submit", (event) => { event.preventDefault(); askText(); });
 $("numbers-input").addEventListener("submit", (event) => { event.preventDefault(); askNumbers(); });
 $("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText($("curl").textContent);
