@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-import numpy as np
-
 from dlops.errors import InputError, UsageError
 from dlops.signature import DimRange, DType, Feed, Signature, TensorSpec
 from dlops.sizes import resized, sizes_of
@@ -110,11 +108,13 @@ def _run(model: nn.Module, feed: Feed, output_names: Sequence[str]) -> dict[str,
     """The outputs by name, of the module in eval mode; it is left in the modes that it was in."""
     import torch
 
+    from dlops.unchanged import run_on_copies
+
     modes = {module: module.training for module in model.modules()}
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        with torch.inference_mode():
-            result: Any = model.eval()(*(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in feed.values()))
+        result: Any = run_on_copies(model.eval(), feed, title=type(model).__name__)
+    except UsageError:
+        raise
     except Exception as error:  # a person's own code, which may raise anything
         sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
         raise UsageError(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DEFAULT_MAX_BATCH = 256
 # Of a split, how many raw samples are preprocessed when it is saved: a second's work for photos.
 _CHECKED_SAMPLES = 256
+# Where torch has the layers whose weights are quantized.
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
 def save_checkpoint(
@@ -66,6 +68,7 @@ def save_checkpoint(
     """
     from dlops.adapters import ADAPTED_BATCH, adapted, is_adapted
 
+    _check_unquantized(model)
     model = adapted(model)
     if is_adapted(model):
         max_batch = ADAPTED_BATCH
@@ -119,6 +122,17 @@ def save_checkpoint(
                 hint="config and metrics hold plain numbers, text, lists and dicts; a name has no spaces",
             ) from None
         return writer.commit(checkpoint)
+
+
+def _check_unquantized(model: nn.Module) -> None:
+    for name, part in model.named_modules():
+        kind = type(part)
+        if kind.__module__.startswith(_QUANTIZED):
+            raise UsageError(
+                f"{type(model).__name__}: {name or 'it'} is quantized already, by torch's own kernels "
+                f"({kind.__module__}.{kind.__qualname__}), which no exporter takes",
+                hint="save the module as it was before that; dlops export --precision int8 quantizes it",
+            )
 
 
 def _as_samples(given: tuple[Any, Any] | Samples, split: str) -> Samples:

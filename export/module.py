@@ -9,6 +9,7 @@ from torch import nn
 from dlops.errors import UsageError
 from dlops.runtimes.eager import outputs_by_name
 from dlops.signature import Array, Feed, Signature
+from dlops.unchanged import run_on_copies
 
 _BATCH = 64
 
@@ -27,6 +28,7 @@ def check_module(module: nn.Module, feed: Feed, signature: Signature, *, title: 
         raise UsageError(f"{title}: NaN or infinity in {', '.join(bad[:5])}", hint="the training diverged: train again")
     few = {name: array[:2] for name, array in feed.items()}
     try:
+        run_on_copies(module, {spec.name: few[spec.name] for spec in signature.inputs}, title=title)
         first, second = (eager_outputs(module, few, signature) for _ in range(2))
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise UsageError(f"{title}: the module does not run on the evaluation samples: {error}") from error

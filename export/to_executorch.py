@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dlops.artifact import Precision
+from dlops.blame import code_line, operator_line
 from dlops.errors import CorruptError, GateError, UsageError
 from dlops.export.formats import Exported, ExportRequest
 from dlops.export.precision import MIN_SHARE
@@ -58,7 +59,8 @@ def export(request: ExportRequest) -> Exported:
     signature, title = request.signature, request.title
     module: nn.Module = _InOrder(request.module, signature).eval()
     notes: dict[str, Any] = {}
-    with _quiet(), torch.no_grad(), _explained(title):
+    captured: list[torch.export.ExportedProgram] = []
+    with _quiet(), torch.no_grad(), _explained(title, captured):
         if request.variant.precision == "int8":
             module, samples = _quantized(module, request)
             notes |= {
@@ -66,6 +68,7 @@ def export(request: ExportRequest) -> Exported:
                 "activations": "int8", "weights": "int8 per channel",
             }  # fmt: skip
         program = _captured(module, signature)
+        captured.append(program)
         _check_precision(program, request.variant.precision, title=title)
         edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         nodes = _placed(edge.exported_program().graph_module)
@@ -236,8 +239,11 @@ def _said(sizes: dict[str, int]) -> str:
 
 
 @contextmanager
-def _explained(title: str) -> Iterator[None]:
-    """Capturing and lowering raise classes of many packages, all of them about this module."""
+def _explained(title: str, captured: Sequence[torch.export.ExportedProgram]) -> Iterator[None]:
+    """Capturing and lowering raise classes of many packages, all of them about this module.
+
+    captured: what was, by the time of the error.
+    """
     try:
         yield
     except (GateError, UsageError):
@@ -245,15 +251,19 @@ def _explained(title: str) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         missing = _MISSING.search(text)
-        if missing:
+        lacking = missing and (missing[1] or missing[2])
+        found = (operator_line(program.graph.nodes, lacking) for program in captured if lacking)
+        line = next((one for one in found if one), None) or code_line(error)
+        where = f" ({line})" if line else ""
+        if lacking:
             raise UsageError(
-                f"{title}: ExecuTorch has no form of the operator {missing[1] or missing[2]} in this module",
+                f"{title}: ExecuTorch has no form of the operator {lacking} in this module{where}",
                 hint="replace it by operators that ExecuTorch has, or export to onnx",
             ) from error
         named = _OPERATOR.search(text)
         first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
-            f"{title}: ExecuTorch cannot take this module{f' (at {named[1]})' if named else ''}: {first[:300]}",
+            f"{title}: ExecuTorch cannot take this module{f' (at {named[1]})' if named else ''}{where}: {first[:300]}",
             hint="branches on tensor values and fixed batch sizes are the usual reasons; onnx may still take it",
         ) from error
 
