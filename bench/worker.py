@@ -93,8 +93,10 @@ class Ready(Record):
 
 def open_job(job: Job) -> tuple[Session, int]:
     """The session, and the nanoseconds that opening it took once its runtime was imported."""
+    # TensorRT's rows are held against the module on the same GPU.
+    device: Device = "cuda" if job.kind != "artifact" and job.device == "tensorrt" else job.device
     options = SessionOptions(
-        device=job.device, threads=job.threads, own_stream=job.concurrency == 1,
+        device=device, threads=job.threads, own_stream=job.concurrency == 1,
         stream_per_thread=job.concurrency > 1, cuda_graph=job.cuda_graph, trust=job.trust,
     )  # fmt: skip
     if job.kind == "artifact":

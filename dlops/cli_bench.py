@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dlops.cli_common import Trust, command_line, find_artifact, find_checkpoint, given_options, usage
+from dlops.cli_common import Place, Trust, command_line, find_artifact, find_checkpoint, given_options, usage
 
 if TYPE_CHECKING:
     from dlops.artifact import Artifact
@@ -20,6 +20,7 @@ class _Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+    TENSORRT = "tensorrt"
 
 
 class _Scenario(StrEnum):
@@ -157,7 +158,8 @@ def compare(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Artifacts: items a call; repeatable.")] = None,
     duration: Annotated[float | None, typer.Option(min=0.1, help="Artifacts: seconds a row. Default 5.")] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Artifacts: auto takes CUDA where it works.")
+        Place | None,
+        typer.Option(help="Artifacts: auto takes CUDA where it works."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Artifacts: for one operator; else all cores.")] = None,
     trust: Trust = False,

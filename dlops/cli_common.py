@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from dlops.artifact import Artifact
     from dlops.checkpoint import Checkpoint
 
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where it works.")]
+Place = Literal["auto", "cpu", "cuda", "tensorrt"]
+Device = Annotated[Place, typer.Option(help="auto takes CUDA where it works; tensorrt is for ONNX.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="For one operator; all cores if left out.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run native or pickled code that was made elsewhere.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

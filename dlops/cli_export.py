@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlops.cli_common import Trust, command_line, find_checkpoint, given_options, print_result, usage
+from dlops.cli_common import Place, Trust, command_line, find_checkpoint, given_options, print_result, usage
 
 
 def export(
@@ -63,7 +63,7 @@ def export(
         Path | None, typer.Option(help="Where artifacts go, artifacts if left out; the page of --explain, reports.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="python:package.module:function that makes the module.")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the variants are checked.")] = "cpu",
+    device: Annotated[Place, typer.Option(help="Where the variants are checked.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Also what lies there already, unchanged.")] = False,
     reproduce: Annotated[
         Path | None,

@@ -155,6 +155,11 @@ def open_compiled(
 
 def choose_device(options: SessionOptions) -> torch.device:
     available = torch.cuda.is_available()
+    if options.device == "tensorrt":
+        raise MachineError(
+            "TensorRT was asked for, which torch's modules do not run on here",
+            hint="--device cuda; ONNX artifacts run on TensorRT",
+        )
     if options.device == "cuda" and not available:
         raise MachineError(
             "CUDA was asked for, and torch finds no GPU here",

@@ -1,11 +1,13 @@
-"""ONNX Runtime on the CPU or CUDA, with the provider that was asked for or an error."""
+"""ONNX Runtime on the CPU, CUDA or TensorRT, with the provider that was asked for or an error."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnxruntime as ort
@@ -15,10 +17,11 @@ from dlops.console import say
 from dlops.cudart import Stream
 from dlops.environment import available_cores
 from dlops.errors import CorruptError, MachineError, first_line
+from dlops.runtimes import tensorrt
 from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph, graph_provider
 from dlops.signature import Array, Feed, Signature
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": tensorrt.PROVIDER}
 _ERRORS_ONLY = 3
 # ONNX Runtime's number for runs that neither capture nor replay a graph.
 _NO_GRAPH = -1
@@ -36,31 +39,40 @@ class OnnxSession:
     """One InferenceSession and the names of its outputs."""
 
     def __init__(
-        self, model: str | bytes, *, signature: Signature, precision: str, options: SessionOptions, title: str
-    ) -> None:
+        self, model: str | bytes, *, signature: Signature, precision: str, options: SessionOptions, title: str,
+        engines: tensorrt.Engines | None = None,
+    ) -> None:  # fmt: skip
+        """engines: where TensorRT's are kept; closed with the session."""
+        self._engines = engines
         threads = options.threads or available_cores()
         device = choose_device(options)
-        check_graph(options, device)
+        where = "cpu" if device == "cpu" else "cuda"
+        check_graph(options, where)
         settings = _session_options(threads, options, precision)
+        on_tensorrt = (
+            tensorrt.provider_options(signature, precision, folder=None if engines is None else engines.path)
+            if device == "tensorrt"
+            else {}
+        )
         try:
-            opened = _open(model, settings, device, options, title)
+            opened = _open(model, settings, device, options, title, on_tensorrt)
         except (MachineError, CorruptError) as error:
             # A graph is CUDA's alone, whatever else was left open.
             if device == "cpu" or options.device != "auto" or options.cuda_graph:
                 raise
             # A file that cannot be loaded at all says so here, too.
             opened = _open(model, settings, "cpu", options, title)
-            device = "cpu"
+            device = where = "cpu"
             reason = error.message.removeprefix(f"{title}: ")
             say(f"{title}: runs on the CPU, because it does not on CUDA: {reason} (dlops doctor shows what works)")
         self._session, self._stream = opened.session, opened.stream
         self.signature = signature
-        self._device = device
+        self._device = where
         self._graphs = itertools.count() if options.cuda_graph else None
         self._run_options = None if self._graphs is None else _run_options(graph=_NO_GRAPH)
         self._outputs = [spec.name for spec in signature.outputs]
         self.placement = Placement(
-            runtime="onnxruntime", device="cuda:0" if device == "cuda" else "cpu",
+            runtime="onnxruntime", device="cuda:0" if where == "cuda" else "cpu",
             provider=graph_provider(_PROVIDERS[device], options), precision=_computed(precision, device),
             threads=threads, nodes=_assigned(self._session),
         )  # fmt: skip
@@ -84,6 +96,8 @@ class OnnxSession:
         del self._session
         if self._stream is not None:
             self._stream.close()
+        if self._engines is not None:
+            self._engines.close()
 
 
 class OnnxBound:
@@ -154,10 +168,26 @@ class OnnxBound:
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> OnnxSession:
-    return OnnxSession(
-        str(artifact.path("model")), signature=artifact.signature, precision=artifact.variant.precision,
-        options=options, title=artifact.title,
-    )  # fmt: skip
+    def opened(engines: tensorrt.Engines | None) -> OnnxSession:
+        return OnnxSession(
+            str(artifact.path("model")), signature=artifact.signature, precision=artifact.variant.precision,
+            options=options, title=artifact.title, engines=engines,
+        )  # fmt: skip
+
+    if options.device != "tensorrt":
+        return opened(None)
+    choose_device(options)
+    engines = tensorrt.open_engines(artifact, options, onnxruntime=ort.__version__)
+    if engines.is_empty:
+        say(f"{artifact.title}: TensorRT builds its engine, which may take minutes; it is kept with the artifact")
+    try:
+        session = opened(engines)
+    except BaseException:
+        engines.close()
+        raise
+    # Now, and not only at the end: a server that is killed should not have to build it again.
+    engines.keep()
+    return session
 
 
 def cuda_works() -> bool:
@@ -172,7 +202,15 @@ def cuda_works() -> bool:
 
 
 def choose_device(options: SessionOptions) -> str:
-    """Where to try, "cpu" or "cuda". Raises MachineError where CUDA is asked for without a GPU or a build for one."""
+    """Where to try: "cpu", "cuda" or "tensorrt". Raises MachineError where one is asked for that cannot be here."""
+    if options.device == "tensorrt":
+        if tensorrt.PROVIDER not in ort.get_available_providers() or not cuda_works():
+            raise MachineError(
+                "TensorRT was asked for, and there is no GPU with ONNX Runtime's TensorRT build here",
+                hint="dlops doctor shows what works; --device cpu runs on the CPU",
+            )
+        tensorrt.load_libraries()
+        return "tensorrt"
     if options.device == "auto":
         return "cuda" if cuda_works() else "cpu"
     if options.device == "cuda" and not cuda_works():
@@ -184,17 +222,21 @@ def choose_device(options: SessionOptions) -> str:
 
 
 def _open(
-    model: str | bytes, settings: ort.SessionOptions, device: str, options: SessionOptions, title: str
-) -> _Opened:
-    """A session on that device. Raises MachineError where another provider is given, CorruptError where none is."""
+    model: str | bytes, settings: ort.SessionOptions, device: str, options: SessionOptions, title: str,
+    on_tensorrt: Mapping[str, str] = MappingProxyType({}),
+) -> _Opened:  # fmt: skip
+    """A session on that device. Raises MachineError where another provider is given, CorruptError where none is.
+
+    on_tensorrt: the provider's options.
+    """
     provider = _PROVIDERS[device]
     # Without a stream that it is given, ONNX Runtime takes another for each run that is under way at once.
-    stream = Stream() if device == "cuda" and options.own_stream else None
+    stream = Stream() if device != "cpu" and options.own_stream else None
     try:
         session = ort.InferenceSession(
             model,
             sess_options=settings,
-            providers=_chain(provider, options, stream),
+            providers=_chain(provider, options, stream, on_tensorrt),
             # Its own fallback prints to stdout, and tells nobody where a run then takes place.
             enable_fallback=0,
         )
@@ -214,6 +256,13 @@ def _open(
         raise MachineError(
             f"{title}: asked for {provider}, ONNX Runtime gave {used}",
             hint="dlops doctor shows which providers work here; --device cpu runs on the CPU",
+        )
+    if device == "tensorrt" and (assigned := _assigned(session)) and provider not in assigned:
+        if stream is not None:
+            stream.close()
+        raise MachineError(
+            f"{title}: TensorRT was asked for and takes no node of the graph: {', '.join(assigned)} would run it",
+            hint="--device cuda",
         )
     return _Opened(session=session, stream=stream)
 
@@ -266,13 +315,20 @@ def _run_options(*, graph: int | None, wait: bool = True) -> ort.RunOptions:
     return options
 
 
-def _chain(provider: str, options: SessionOptions, stream: Stream | None) -> list[str | tuple[str, dict[str, str]]]:
+def _chain(
+    provider: str, options: SessionOptions, stream: Stream | None, on_tensorrt: Mapping[str, str]
+) -> list[str | tuple[str, dict[str, str]]]:
     if provider == "CPUExecutionProvider":
         return [provider]
     settings = {} if stream is None else {"user_compute_stream": str(stream.handle)}
-    settings |= {"enable_cuda_graph": "1"} if options.cuda_graph else {}
     # The CPU provider stays behind CUDA for shape operators; the session's first provider is checked above.
-    return [(provider, settings), "CPUExecutionProvider"]
+    if provider != tensorrt.PROVIDER:
+        settings |= {"enable_cuda_graph": "1"} if options.cuda_graph else {}
+        return [(provider, settings), "CPUExecutionProvider"]
+    graph = {"trt_cuda_graph_enable": "1"} if options.cuda_graph else {}
+    # CUDA runs what TensorRT has no form of.
+    behind = (_PROVIDERS["cuda"], dict(settings))
+    return [(provider, {**settings, **graph, **on_tensorrt}), behind, "CPUExecutionProvider"]
 
 
 def _buffer(array: Array, device: str) -> ort.OrtValue:

@@ -10,12 +10,13 @@ from typing import Literal, Protocol
 from dlops.errors import MachineError
 from dlops.signature import Feed, Signature
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
-    """device: "auto" takes CUDA where it works and says so in the placement; "cuda" fails where it does not.
+    """device: "auto" takes CUDA where it works and says so in the placement; "cuda" fails where it does not; "tensorrt"
+    is CUDA's device by ONNX Runtime's TensorRT provider, for ONNX artifacts.
 
     threads: for one operator; None for as many as this process may use. spin: whether idle threads spin between runs,
     which is faster for one model alone on a machine and slower for everything beside it. profile_prefix: how the path
@@ -117,10 +118,11 @@ def check_graph(options: SessionOptions, device: str) -> None:
 
 def check_cpu(options: SessionOptions, *, title: str, runtime: str) -> None:
     """Raise MachineError where CUDA, or a graph of it, is asked for of a runtime that has only the CPU."""
-    if options.device == "cuda":
+    if options.device in ("cuda", "tensorrt"):
+        asked = "CUDA" if options.device == "cuda" else "TensorRT"
         raise MachineError(
-            f"{title}: CUDA was asked for, which {runtime} does not run on",
-            hint="--device cpu; onnx and torchscript artifacts run on CUDA",
+            f"{title}: {asked} was asked for, which {runtime} does not run on",
+            hint="--device cpu; onnx and torchscript artifacts run on CUDA, onnx on TensorRT",
         )
     check_graph(options, "cpu")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import AwareDatetime
 
@@ -102,7 +102,7 @@ def optimize(
     )  # fmt: skip
     directory = Path(report or Path("reports", f"optimize-{checkpoint.name}"))
     slugs = _slugs(checkpoint, variants, max_drop)
-    on_gpu = device == "cuda" or (device == "auto" and bool(environment.gpus))
+    on_gpu = device in ("cuda", "tensorrt") or (device == "auto" and bool(environment.gpus))
     counts = _threads(threads, on_gpu=on_gpu)
     settings = [Setting(variant=slug, threads=count) for slug in slugs for count in counts]
     search = Search(directory / JOURNAL, question, settings, seed=seed)
@@ -169,9 +169,7 @@ class _Runs:
         self._baseline: Artifact | None = None
 
     def measure(self, artifacts: Sequence[Artifact], threads: int | None, *, longest_s: float) -> Measured:
-        device: Device = (
-            "auto" if self.question.device == "auto" else "cuda" if self.question.device == "cuda" else "cpu"
-        )
+        device = cast("Device", self.question.device)
         return measure(
             artifacts, batch=[self.question.batch], threads=None if threads is None else [threads], device=device,
             max_duration_s=longest_s, command=self._command,
