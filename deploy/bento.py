@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,15 +70,15 @@ def build_bento(artifact: Artifact, *, out: Path | None = None, device: str = "c
     from bentoml.exceptions import BentoMLException
 
     try:
-        if out is not None:
-            # Before anything is stored.
-            out.parent.mkdir(parents=True, exist_ok=True)
-        model = _store_model(artifact)
-        with tempfile.TemporaryDirectory(prefix="dlops-bento-") as folder:
-            _write_context(Path(folder), artifact, model, device=device)
-            tag = _run_build(Path(folder))
-        bento = bentoml.bentos.get(tag)
-        archive = None if out is None else _export(bento, out)
+        with ExitStack() as stack:
+            # Before anything is stored: where nothing can be written, nothing is built.
+            place = None if out is None else stack.enter_context(_place_for(out))
+            model = _store_model(artifact)
+            context = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dlops-bento-")))
+            _write_context(context, artifact, model, device=device)
+            tag = _run_build(context)
+            bento = bentoml.bentos.get(tag)
+            archive = None if place is None else place.export(bento)
     except BentoMLException as error:
         raise MachineError(
             f"{artifact.title}: BentoML cannot package it: {first_line(error)}",
@@ -87,15 +89,31 @@ def build_bento(artifact: Artifact, *, out: Path | None = None, device: str = "c
     return BentoInfo(tag=tag, path=Path(bento.path), archive=archive)
 
 
-def _export(bento: bentoml.Bento, out: Path) -> Path:
-    """The file that was written: `out`, with BentoML's suffix where it has none, or one in the folder `out`."""
-    folder = out if out.is_dir() else out.parent
-    with tempfile.TemporaryDirectory(prefix=".dlops-bento-", dir=folder) as beside:
-        name = "" if out.is_dir() else out.name
-        written = Path(bento.export(os.path.join(beside, name)))  # noqa: PTH118 - BentoML looks for the last slash
-        archive = folder / written.name
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a file is to be: in `folder`, by way of `beside`, which is in it. name: of the file; "" for BentoML's."""
+
+    folder: Path
+    beside: Path
+    name: str
+
+    def export(self, bento: bentoml.Bento) -> Path:
+        """The file that was written: of that name, with BentoML's suffix where it has none."""
+        # BentoML looks for the last slash.
+        written = Path(bento.export(f"{self.beside}/{self.name}"))
+        archive = self.folder / written.name
         written.replace(archive)
-    return archive
+        return archive
+
+
+@contextmanager
+def _place_for(out: Path) -> Iterator[_Place]:
+    # BentoML takes what is relative as below the root.
+    out = out.absolute()
+    folder = out if out.is_dir() else out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dlops-bento-", dir=folder) as beside:
+        yield _Place(folder, Path(beside), "" if out.is_dir() else out.name)
 
 
 def _store_model(artifact: Artifact) -> str:

@@ -48,8 +48,14 @@ def tell_instead(write: Callable[[str], None] | None) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, *, total: int) -> Iterator[Bar]:
-    """A bar on a terminal; a line every few seconds elsewhere. `advance` moves it and may set a note."""
+def progress_bar(title: str, *, total: int, shown: bool = True) -> Iterator[Bar]:
+    """A bar on a terminal; a line every few seconds elsewhere. `advance` moves it and may set a note.
+
+    shown: False in the processes beside the one that tells.
+    """
+    if not shown:
+        yield _NoBar()
+        return
     if not log.is_terminal:
         yield _PlainBar(title, total)
         return
@@ -59,6 +65,11 @@ def progress_bar(title: str, *, total: int) -> Iterator[Bar]:
     )  # fmt: skip
     with Progress(*columns, console=log, transient=True) as progress:
         yield _RichBar(progress, progress.add_task(title, total=total, note=""))
+
+
+class _NoBar:
+    def advance(self, steps: int = 1, *, note: str | None = None) -> None:
+        pass
 
 
 class _RichBar:

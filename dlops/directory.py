@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from dlops.errors import MachineError, from_os_error
+from dlops.errors import MachineError, UsageError, from_os_error
 from dlops.manifest import Manifest, Payload, sha256_of
 
 _DIGEST_CHARS = 16
@@ -151,6 +151,18 @@ class DirectoryWriter:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def check_writable(folder: Path, *, what: str) -> None:
+    """That it is a folder to write in, or could be made. what: is to be there, for the message.
+
+    Raises UsageError where something else is in its place, MachineError without the permission.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(f"{what} {folder}: {there} is no folder", hint="name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise MachineError(f"{what} {folder}: permission denied: {there}", hint="name another folder")
 
 
 def write_json(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import shutil
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -105,7 +106,16 @@ def missing_package(package: str, *, needed_for: str, extra: str | None = None) 
 
 def from_os_error(error: OSError, *, doing: str) -> DlopsError:
     """The DlopsError that says what an operating-system error means to the user."""
-    where = f": {error.filename}" if error.filename else ""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list) and error.args[0]:
+        # Of a tree that could not be copied: what is wrong with each file, the first of which tells.
+        source, target, reason = error.args[0][0]
+        full = "No space left" in str(reason)
+        return from_os_error(
+            OSError(errno.ENOSPC if full else errno.EIO, str(reason), source, None, target), doing=doing
+        )
+    # Of a copy the second is what was written.
+    at = error.filename2 or error.filename
+    where = f": {at}" if at else ""
     # Libraries raise it without a number too, safetensors for one.
     match errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno:
         case errno.ENOSPC | errno.EDQUOT:

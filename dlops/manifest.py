@@ -157,9 +157,14 @@ def newest_manifest(root: Path, kind: type[M], *, make_one: str) -> M:
 def explain_validation(error: ValidationError) -> str:
     """All that is wrong with a record, one clause each, without pydantic's decoration."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {problem['msg'].lower()}"
+        f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {_uncapital(problem['msg'])}"
         for problem in error.errors(include_url=False)
     )
+
+
+def _uncapital(text: str) -> str:
+    """Its first letter small: what follows may be a pattern, or somebody's own words."""
+    return text[:1].lower() + text[1:]
 
 
 def _scan(root: Path, kind: type[M]) -> tuple[list[M], list[str]]:

@@ -93,6 +93,7 @@ def save_checkpoint(
     signature = probe_signature(
         model, few, max_batch=max_batch, output_names=output_names, inputs=inputs, dims=dims
     )  # fmt: skip
+    _check_labels(labels, task, signature)
     for split, samples in splits.items():
         _check_fitting(samples, preprocess, signature, open_task(task), split)
     if builder is not None:
@@ -190,6 +191,16 @@ def _check_fitting(
             task.check_targets(samples.targets, signature.outputs[0])
     except InputError as error:
         raise UsageError(f"{split}: {error.message}", hint=error.hint) from None
+
+
+def _check_labels(labels: Sequence[str], task: str, signature: Signature) -> None:
+    """Raise UsageError unless a classifier has as many as it has classes, or none."""
+    classes = signature.outputs[0].shape[-1]
+    if task == "classification" and labels and isinstance(classes, int) and len(labels) != classes:
+        raise UsageError(
+            f"{len(labels)} labels, and {signature.outputs[0].name} tells {classes} classes apart",
+            hint="one label for each class, in the order of the outputs, or none at all",
+        )
 
 
 def _check_rebuilds(model: nn.Module, spec: ModelSpec, signature: Signature) -> None:

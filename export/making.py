@@ -16,7 +16,7 @@ from dlops import catalog
 from dlops.adapters import Detector
 from dlops.artifact import Artifact, Parity, Provenance, Repair, Tolerance, Variant, Worth, open_artifact
 from dlops.console import say
-from dlops.directory import DirectoryWriter
+from dlops.directory import DirectoryWriter, check_writable
 from dlops.environment import describe_environment
 from dlops.errors import CorruptError, DlopsError, GateError, LossError, from_os_error
 from dlops.export import latency
@@ -138,6 +138,8 @@ class Export:
         try:
             if kept := self._kept(variant):
                 return kept
+            # Before the work, which may be minutes of recovery.
+            check_writable(self.place(variant), what=title)
             artifact = self._make(variant, self.structures.of(variant), title)
         except OSError as error:
             raise from_os_error(error, doing=f"exporting {title}") from error

@@ -21,7 +21,7 @@ from dlops.errors import MachineError, missing_package
 from dlops.runtimes.session import Device
 from dlops.serve.ports import authority, numeric_host, reachable, usable_port
 from dlops.serve.repository import Entry, Repository, absolute, open_entry
-from dlops.serve.settings import ModelControl, Settings
+from dlops.serve.settings import ModelControl, Settings, variable
 from dlops.serve.supervision import ARBITER_PID, CELLS_DIR, FAILURE_FILE, STOP_ON_STDIN_EOF, Family, read_failure
 from dlops.serve.tls import Tls
 
@@ -91,14 +91,15 @@ class ServerProcess:
     sources: artifacts and folders of artifacts.
     port, grpc_port: 0 takes a free one; without a grpc_port there is no gRPC. env: added to the child's environment,
     DLOPS_MAX_QUEUE_ROWS, say; where that has a certificate, `url` is https, and a client's certificate that the server
-    asks for is its own. `url`, `pid`, `port`, `grpc_port` and `log_path` describe it; the log is deleted at the end of
+    asks for is its own. isolated: settings in this process's environment (DLOPS_TOKEN, say) are not the server's.
+    `url`, `pid`, `port`, `grpc_port` and `log_path` describe it; the log is deleted at the end of
     the block unless it failed to start.
     """
 
     def __init__(
         self, *sources: Artifact | Path, host: str = "127.0.0.1", port: int = 0, env: Mapping[str, str] | None = None,
         device: Device = "auto", threads: int | None = None, workers: int = 1, start_timeout_s: float = 120.0,
-        stop_timeout_s: float = 20.0, grpc_port: int | None = None,
+        stop_timeout_s: float = 20.0, grpc_port: int | None = None, isolated: bool = False,
     ) -> None:  # fmt: skip
         self._settings = Settings(
             artifact=absolute([one.directory if isinstance(one, Artifact) else one for one in sources]),
@@ -108,7 +109,8 @@ class ServerProcess:
         self._title = ", ".join(one.title if isinstance(one, Artifact) else str(one) for one in sources)
         self._host = host
         self._wanted_port = port
-        self._env = env
+        self._unset = {variable(name): "" for name in Settings.model_fields} if isolated else {}
+        self._env = dict(env or {})
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -132,7 +134,7 @@ class ServerProcess:
     def __enter__(self) -> Self:
         address = numeric_host(self._host)
         self.port = usable_port(address, self._wanted_port)
-        tls = Tls.from_environment({**os.environ, **(self._env or {})})
+        tls = Tls.from_environment({**os.environ, **self._unset, **self._env})
         self.url = f"{'http' if tls is None else 'https'}://{authority(reachable(address), self.port)}"
         settings = self._settings
         if self._wanted_grpc_port is not None:
@@ -143,7 +145,12 @@ class ServerProcess:
         try:
             with self.log_path.open("wb") as log:
                 self._process = _start(
-                    settings, address, self.port, failure_file=failure_file, env=self._env, log=log.fileno()
+                    settings,
+                    address,
+                    self.port,
+                    failure_file=failure_file,
+                    log=log.fileno(),
+                    env={**self._unset, **settings.to_environment(), **self._env},
                 )
             self._wait_until_ready(reachable(address), failure_file, tls)
         except BaseException:

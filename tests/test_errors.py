@@ -6,6 +6,8 @@ import errno
 import importlib.metadata
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +75,13 @@ def test_an_error_of_the_operating_system_is_put_in_words(number: int, kind: typ
     error = from_os_error(OSError(number, os.strerror(number), "/f"), doing="saving")
     assert type(error) is kind
     assert re.match(f"saving: {said}", error.message)
+
+
+def test_of_a_copy_what_was_written_is_named(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/source", None, "/full")
+    assert from_os_error(error, doing="copying").message == "copying: the disk is full: /full"
+    tree = shutil.Error([("/source/a", "/full/a", "[Errno 28] No space left on device: '/full/a'")])
+    assert from_os_error(tree, doing="copying").message == "copying: the disk is full: /full/a"
 
 
 def test_a_missing_file_without_a_number_is_a_users_mistake() -> None:

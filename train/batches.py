@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from dlops.errors import UsageError
 from dlops.preprocess import Preprocess
 from dlops.train.augment import Augmentation, augmented
-from dlops.train.defaults import Plan
+from dlops.train.defaults import MIN_PER_PROCESS, Plan, check_batch_size
 from dlops.train.images import Pixels, normalized
 
 if TYPE_CHECKING:
@@ -39,13 +39,9 @@ def epoch_order(count: int, *, batch_size: int, seed: int, epoch: int, rank: int
     batch_size counts the images of all processes together. What does not fill a last batch waits for another epoch's
     shuffle; where there is less than one batch in all, that is the batch.
     """
-    if batch_size // world < 2:
-        raise UsageError(
-            f"a batch of {batch_size} is too small for {world} processes: batch norm needs two images a process",
-            hint=f"--set batch_size={2 * world} or more, or train with fewer devices",
-        )
+    check_batch_size(batch_size, devices=world)
     size = min(batch_size, count - count % world)
-    if size // world < 2:
+    if size // world < MIN_PER_PROCESS:
         raise UsageError(
             f"{count} training images are too few for {world} processes: batch norm needs two a process",
             hint="train with fewer devices, or add images",

@@ -109,9 +109,12 @@ def _read_preset(recipe: str, preset: str) -> Mapping[str, Any]:
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
+        with path.open("rb") as file:
+            # A device has no size and no end.
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
             raise UsageError(f"{path}: too large for a config")
-        return _parse(path.read_text(), str(path))
+        return _parse(content.decode(), str(path))
     except OSError as error:
         raise from_os_error(error, doing="reading the config") from error
     except UnicodeDecodeError:

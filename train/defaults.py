@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from dlops.console import say
+from dlops.errors import UsageError
 from dlops.train.augment import Augmentation
 from dlops.train.images import Images
 from dlops.train.optimizers import LEARNING_RATES, WEIGHT_DECAYS, OptimizerName
@@ -23,6 +24,8 @@ _STEPS_PER_EPOCH = 40
 _BATCHES = (16, 128)
 # Below this many images a network memorizes them unless each epoch shows them differently.
 _FEW_IMAGES = 10_000
+# Batch norm takes its statistics over them.
+MIN_PER_PROCESS = 2
 
 
 class Plan(BaseModel):
@@ -45,6 +48,15 @@ def as_run(config: Mapping[str, JsonValue], plan: Plan) -> dict[str, JsonValue]:
     decided = plan.model_dump(mode="json")
     decided |= decided.pop("augmentation")
     return {key: decided.get(key, value) for key, value in config.items()}
+
+
+def check_batch_size(batch_size: int | None, *, devices: int) -> None:
+    """Raise UsageError where it leaves a process with too few images for batch norm. None is chosen to fit."""
+    if batch_size is not None and batch_size // devices < MIN_PER_PROCESS:
+        raise UsageError(
+            f"a batch of {batch_size} is too small for {devices} processes: batch norm needs two images a process",
+            hint=f"--set batch_size={MIN_PER_PROCESS * devices} or more, or train with fewer devices",
+        )
 
 
 def plan_for(

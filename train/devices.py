@@ -64,6 +64,11 @@ def launch(fabric: Fabric, fit: Callable[..., None], *arguments: Any) -> None:
                 hint="the system may have been out of memory; --resume goes on from the last whole epoch",
             ) from None
         raise
+    finally:
+        # After a signal to this process alone they would train on, and this one wait for them, its lock given up.
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
 
 
 def _reporting(

@@ -160,7 +160,7 @@ class Run:
 
     def _unusable(self, error: Exception) -> CorruptError:
         # PyTorch lists what does not fit over many lines.
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         return CorruptError(
             f"{self.directory / _STATE_FILE}: not a state that dlops can go on from ({reason})",
             hint="start anew with another --run-dir",

@@ -35,14 +35,18 @@ class Answers(Record):
 def ask_service(url: str, samples: Samples, *, labels: Sequence[str]) -> Answers:
     """Send every sample to `POST /predict` as an image or as numbers, and read the labels.
 
-    Raises MachineError where the service answers anything but 200.
+    Raises MachineError where the service answers anything but 200, or not at all.
     """
     assert samples.targets is not None
     predicted = []
-    with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client:
+    # It is on this machine: a proxy of the environment has no part in it.
+    with httpx.Client(base_url=url, timeout=_TIMEOUT_S, trust_env=False) as client:
         for raw in samples.raw:
             content, media_type = as_request(raw)
-            response = client.post("/predict", content=content, headers={"Content-Type": media_type})
+            try:
+                response = client.post("/predict", content=content, headers={"Content-Type": media_type})
+            except httpx.HTTPError as error:
+                raise MachineError(f"{url}/predict does not answer: {type(error).__name__}: {error}") from error
             if response.status_code != 200:
                 raise MachineError(f"{url}/predict answered {response.status_code}: {response.text[:300]}")
             predicted.append(_first_label(response.json()))

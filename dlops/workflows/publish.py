@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.table import render_table, to_csv, to_markdown
 from dlops.console import out, say
-from dlops.directory import write_json
+from dlops.directory import check_writable, write_json
 from dlops.errors import MachineError, UsageError
 from dlops.report import Report
 
@@ -48,7 +47,7 @@ class Outputs:
         report: without it, only copies are written.
         """
         if report:
-            _check_folder("--out", self.directory or Path("reports"))
+            check_writable(self.directory or Path("reports"), what="--out")
         for option, copy in self.copies.items():
             if copy != "-":
                 if Path(copy).is_dir():
@@ -57,7 +56,7 @@ class Outputs:
                     raise UsageError(
                         f"{option} {copy}: in the report's own folder, which has files of its own", hint="name another"
                     )
-                _check_folder(option, Path(copy).parent)
+                check_writable(Path(copy).parent, what=option)
 
 
 def publish(measured: Measured, outputs: Outputs) -> Report:
@@ -119,12 +118,3 @@ def exit_status(report: Report) -> int:
         say("no verdict: no row is steady enough to quote; its reasons are in the report")
         return _NO_VERDICT
     return _DONE
-
-
-def _check_folder(option: str, folder: Path) -> None:
-    """That it is a folder to write in, or could be made."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise UsageError(f"{option} {folder}: {there} is no folder", hint="name another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise MachineError(f"{option} {folder}: permission denied: {there}", hint="name another folder")

@@ -120,15 +120,16 @@ def quickstart(
     _headline(5, f"serve {chosen.title} with BentoML, ask it about real samples, and load it")
     try:
         own = ask_artifact(chosen, asked, device=device)
-        with ServerProcess(chosen, device=device) as server:
+        with ServerProcess(chosen, device=device, isolated=True) as server:
             say(f"serving on {server.url}")
             answers = ask_service(server.url, asked, labels=checkpoint.spec.labels)
             say(f"POST /predict with {answers.asked} held-out samples: {answers.correct} right")
             network = measure(
                 [server.url], payload=chosen, concurrency=CONCURRENCY, duration_s=duration_s, command=command
             )
-    except KeyboardInterrupt as interruption:
-        rows = [interruption.measured] if isinstance(interruption, MeasureInterrupted) else []
+    except BaseException as error:
+        # Whatever it is, the minutes of timing before it are not lost.
+        rows = [error.measured] if isinstance(error, MeasureInterrupted) else []
         _save_partial(merge(measured, *rows))
         raise
     say("the server has stopped")
@@ -223,7 +224,7 @@ def _save_partial(measured: Measured) -> None:
     report = measured.report.model_copy(update={"partial": True})
     kept = calibrated(replace(measured, report=report), may_measure=False)
     directory = save_or_rescue(kept, None).directory
-    say(f"interrupted: what was measured so far is in {directory}, marked partial")
+    say(f"what was measured so far is in {directory}, marked partial")
 
 
 def _headline(number: int, text: str) -> None:

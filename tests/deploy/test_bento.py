@@ -77,6 +77,13 @@ def test_where_no_file_can_be_nothing_is_stored(home: Path, make_digits_artifact
     assert not (home / "models" / "unstored").exists()
 
 
+def test_a_relative_name_is_below_the_working_folder(home: Path, digits_artifact, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, written in (("x.bento", "x.bento"), ("sub/y", "sub/y.bento")):
+        assert build_bento(digits_artifact, out=Path(given)).archive == tmp_path / written
+        assert (tmp_path / written).stat().st_size > 0
+
+
 def test_a_bento_file_is_whole_or_not_there(home: Path, digits_artifact, tmp_path: Path) -> None:
     first = build_bento(digits_artifact, out=tmp_path)
     assert first.archive is not None

@@ -29,6 +29,31 @@ def test_class_folders_alone_are_split_three_ways(write_digits) -> None:
     assert [len(split) for split in (data.train, data.validation, data.test)] == [28, 4, 8]
 
 
+@pytest.mark.parametrize("archived", [False, True])
+def test_images_that_are_damaged_alike_are_no_duplicates(write_digits, tmp_path: Path, archived: bool) -> None:
+    for digit in ("3", "7"):
+        root = write_digits(digit, count=20, digit=int(digit))
+    whole = next((root / "3").glob("*.png")).read_bytes()
+    for number in range(10):
+        (root / "3" / f"empty{number}.png").write_bytes(b"")
+        (root / "7" / f"cut{number}.png").write_bytes(whole[:60])
+    data = load_folder(packed(root, tmp_path / "a.tar.gz") if archived else root, split_seed=0)
+    assert data.duplicates_dropped == 0
+    assert len(data.unreadable) == 10
+    assert all("empty" in one and "(an empty file)" in one for one in data.unreadable)
+    names = [name for split in (data.train, data.validation, data.test) for name in split.names]
+    assert sum("cut" in name for name in names) == 10
+
+
+def test_a_class_that_cannot_be_read_is_told_with_its_files(write_digits) -> None:
+    root = write_digits("3", count=20)
+    (root / "7").mkdir()
+    for number in range(3):
+        (root / "7" / f"{number}.png").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"3 of its images cannot be read: 7/0.png \(an empty file\)"):
+        load_folder(root, split_seed=0)
+
+
 @pytest.mark.parametrize("second", ["test", "val"])
 def test_a_second_split_is_the_test_split_and_validation_comes_off_train(write_digits, second: str) -> None:
     for digit in ("0", "1"):

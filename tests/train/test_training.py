@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from pydantic import BaseModel
@@ -454,6 +455,34 @@ def test_an_error_in_one_of_two_processes_stops_both_and_comes_out_as_itself(wat
     with pytest.raises(UsageError, match="training diverged: the loss is nan in epoch 2"):
         train_recipe("mlp", watched("mlp", "hidden=[32]", loses=True), run_dir=tmp_path / "run")
     assert_one_model(tmp_path / "run", 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_first_of_two_processes_ends_both(tmp_path: Path, number: signal.Signals) -> None:
+    """As `kill` and batch systems send it. What trained on would write beside whoever goes on with the run."""
+    settings = ["epochs=900", "patience=900", "devices=2", "accelerator=cpu", "hidden=[16]"]
+    command = [sys.executable, "-m", "dlops", "train", "mlp", "--run-dir", "run"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if "epoch" in line and "validation" in line), "")
+        assert said, "it never trained"
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2
+        process.send_signal(number)
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == 128 + number
+    assert "to go on: dlops train mlp --resume" in errors
+    assert "Traceback" not in errors
+    psutil.wait_procs(children, timeout=10)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_batch_that_leaves_a_process_with_one_image_is_refused_before_any_work(tmp_path: Path) -> None:
+    for recipe in ("cnn", "mlp"):
+        with pytest.raises(UsageError, match="a batch of 2 is too small for 2 processes"):
+            train_recipe(recipe, configure(recipe, overrides=["batch_size=2", "devices=2", "accelerator=cpu"]))
+    assert not list(tmp_path.glob("runs/*/*"))
 
 
 def test_a_loss_that_is_no_longer_a_number_stops_training_with_the_epoch_and_the_rate() -> None:

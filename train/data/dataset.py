@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.errors import UsageError
+from dlops.errors import InputError, UsageError
+from dlops.preprocess import open_image
 from dlops.samples import fingerprint
 from dlops.signature import Array
 
@@ -127,20 +128,31 @@ def split_off(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split
 
 def drop_duplicates(train: Split, validation: Split, test: Split) -> tuple[Split, Split, int]:
     """(train, validation, how many were dropped): train without what validation or test holds too, validation
-    without what test holds too. Same means the same bytes or pixels.
+    without what test holds too. Same means the same bytes or pixels. What cannot be decoded is no duplicate: it stays,
+    to be named as what it is.
     """
     held_out = {fingerprint(raw) for raw in test.raw}
     prints = [fingerprint(raw) for raw in validation.raw]
-    keep = [i for i, digest in enumerate(prints) if digest not in held_out]
+    keep = [i for i, digest in enumerate(prints) if digest not in held_out or not _decodes(validation.raw[i])]
     if not keep:
         raise UsageError(
             "every validation sample is in the test split too", hint="remove that split: one is then split off train"
         )
     dropped = len(validation) - len(keep)
     held_out |= set(prints)
-    kept_train = [i for i, raw in enumerate(train.raw) if fingerprint(raw) not in held_out]
+    kept_train = [i for i, raw in enumerate(train.raw) if fingerprint(raw) not in held_out or not _decodes(raw)]
     dropped += len(train) - len(kept_train)
     return train.take(kept_train), validation.take(keep), dropped
+
+
+def _decodes(raw: bytes | Array) -> bool:
+    if not isinstance(raw, bytes):
+        return True
+    try:
+        open_image(raw, mode="L")
+    except InputError:
+        return False
+    return True
 
 
 def _check_enough(name: str, labels: Sequence[str], train: Split, *, needed: int, after: str = "") -> None:

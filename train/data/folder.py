@@ -34,6 +34,8 @@ _SPLIT_NAMES = {
     "val": "validation", "valid": "validation", "validation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
+_NAMED = 10
+_EMPTY = "an empty file"
 _LAYOUT = "expected <class>/IMAGE, or train/<class>/IMAGE beside test/ or val/"
 
 
@@ -83,6 +85,7 @@ def load_folder(path: Path, *, split_seed: int) -> DataSet:
         unreadable = {i: problem for i, name in enumerate(names) if (problem := _problem(path / name))}
     elif path.is_file():
         names, raw = archive.read_images(path, suffixes=IMAGE_SUFFIXES)
+        unreadable = {i: _EMPTY for i, content in enumerate(raw) if not content}
     else:
         raise UsageError(f"{path}: no such data set, folder or archive")
     if not names:
@@ -116,9 +119,18 @@ def load_folder(path: Path, *, split_seed: int) -> DataSet:
     train = split("train")
     if train is None:
         raise UsageError(f"{path}: no training image in it can be read: {', '.join(described[:3])}")
-    data = assemble(
-        _title(path), labels, train=train, validation=split("validation"), test=split("test"), split_seed=split_seed
-    )
+    try:
+        data = assemble(
+            _title(path), labels, train=train, validation=split("validation"), test=split("test"), split_seed=split_seed
+        )
+    except UsageError as error:
+        if not described:
+            raise
+        more = f"; and {len(described) - _NAMED} more" if len(described) > _NAMED else ""
+        raise UsageError(
+            f"{error.message}; {len(described)} of its images cannot be read: {'; '.join(described[:_NAMED])}{more}",
+            hint=error.hint,
+        ) from None
     return replace(data, unreadable=described)
 
 
@@ -159,7 +171,9 @@ def _problem(path: Path) -> str | None:
         if not stat.S_ISREG(path.stat().st_mode):
             return "neither a file nor a folder"
         with path.open("rb") as file:
-            file.read(1)
+            # Alike as they are, they would else be taken for duplicates of one another.
+            if not file.read(1):
+                return _EMPTY
     except FileNotFoundError:
         return "a link to nowhere"
     except OSError as error:

@@ -17,7 +17,7 @@ from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES
 from dlops.train.batches import derived_seed, training_batches
 from dlops.train.curves import open_curves
 from dlops.train.data.source import open_data
-from dlops.train.defaults import Plan, as_run, plan_for
+from dlops.train.defaults import Plan, as_run, check_batch_size, plan_for
 from dlops.train.devices import Accelerator, Precision, check_finite, launch, make_fabric, seed_all
 from dlops.train.evaluation import validate
 from dlops.train.finish import chosen_samples, write_checkpoint
@@ -146,6 +146,7 @@ def built(config: Config, images: Images) -> Built:
 def train(config: Config, run: Run) -> Checkpoint:
     """Train, in as many processes as the config asks for; the checkpoint lies in the run's directory."""
     # Before the data is read: a missing device should not take a minute to be noticed.
+    check_batch_size(config.batch_size, devices=config.devices)
     fabric = make_fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
     images = prepare(
         open_data(config.data, split_seed=config.split_seed),
@@ -201,12 +202,12 @@ def fit(
 
     qat_from = plan.epochs - min(plan.epochs, config.qat_epochs or math.ceil(plan.epochs / 4))
     first = fabric.is_global_zero
-    steps = plan.epochs * plan.steps_per_epoch(len(images.train)) if first else 0
+    steps = plan.steps_per_epoch(len(images.train))
     with (
-        progress_bar(f"training {name}", total=steps) as bar,
+        progress_bar(f"training {name}", total=plan.epochs * steps, shown=first) as bar,
         open_curves(run.directory, from_epoch=state.epoch, enabled=first) as curves,
     ):
-        bar.advance(state.epoch * plan.steps_per_epoch(len(images.train)) if first else 0)
+        bar.advance(state.epoch * steps)
         while not state.is_over(plan.epochs):
             quantized = config.qat and state.epoch >= qat_from
             if quantized and state.epoch == qat_from:

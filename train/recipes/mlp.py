@@ -14,7 +14,7 @@ from dlops.console import Bar, progress_bar, say
 from dlops.train.batches import derived_seed, training_batches
 from dlops.train.curves import open_curves
 from dlops.train.data.source import open_data
-from dlops.train.defaults import Plan, as_run, plan_for
+from dlops.train.defaults import Plan, as_run, check_batch_size, plan_for
 from dlops.train.devices import Accelerator, Precision, check_finite, launch, make_fabric, seed_all
 from dlops.train.evaluation import validate
 from dlops.train.finish import write_checkpoint
@@ -83,6 +83,7 @@ class Config(BaseModel):
 def train(config: Config, run: Run) -> Checkpoint:
     """Train, in as many processes as the config asks for; the checkpoint lies in the run's directory."""
     # Before the data is read: a missing device should not take a minute to be noticed.
+    check_batch_size(config.batch_size, devices=config.devices)
     fabric = make_fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
     images = prepare(
         open_data(config.data, split_seed=config.split_seed),
@@ -126,12 +127,12 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
     model, optimizer = fabric.setup(network, optimizer)
 
     first = fabric.is_global_zero
-    steps = plan.epochs * plan.steps_per_epoch(len(images.train)) if first else 0
+    steps = plan.steps_per_epoch(len(images.train))
     with (
-        progress_bar(f"training {images.data.name}-{run.recipe}", total=steps) as bar,
+        progress_bar(f"training {images.data.name}-{run.recipe}", total=plan.epochs * steps, shown=first) as bar,
         open_curves(run.directory, from_epoch=state.epoch, enabled=first) as curves,
     ):
-        bar.advance(state.epoch * plan.steps_per_epoch(len(images.train)) if first else 0)
+        bar.advance(state.epoch * steps)
         while not state.is_over(plan.epochs):
             train_loss = train_epoch(fabric, config, plan, images, model, optimizer, bar, state.epoch + 1)
             accuracy, loss = validate(fabric, network, images)
