@@ -118,8 +118,10 @@ def test_the_same_again_is_the_checkpoint_that_was_there(here: Path, photos: Pat
     # Random weights, too, are the same every time.
     assert one == other
     assert list(Path("runs/squeezenet1_1").iterdir()) == [one.directory]
-    third = adopt("torchvision:squeezenet1_1", **options, arguments={"num_classes": 3}).checkpoint
+    third = adopt("torchvision:squeezenet1_1", **options, arguments={"dropout": 0.25}).checkpoint
     assert third.directory != one.directory
+    with pytest.raises(UsageError, match="2 labels, and logits tells 3 classes apart"):
+        adopt("torchvision:squeezenet1_1", **options, arguments={"num_classes": 3})
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
