@@ -261,6 +261,29 @@ def test_a_body_that_comes_in_pieces_is_put_together(port, usual) -> None:
     assert usual == []
 
 
+def test_a_request_whose_body_still_comes_holds_its_model(port, app) -> None:
+    """Until it is answered a model that leaves waits: what came to a version is answered by it."""
+    model = app.models.find("digits")
+
+    def wait_for_users(count: int) -> None:
+        until = time.monotonic() + 10
+        while model._users != count:
+            assert time.monotonic() < until, model._users
+            time.sleep(0.005)
+
+    request = request_of(images(3))
+    with connected(port) as connection:
+        connection.send(request[:-10])
+        wait_for_users(1)
+        connection.send(request[-10:])
+        assert logits_in(*connection.answer())[0, 0] == 3
+        wait_for_users(0)
+        # One that leaves before its body has come holds it no longer either.
+        connection.send(request[:-10])
+        wait_for_users(1)
+    wait_for_users(0)
+
+
 @pytest.mark.parametrize(("version", "headers"), [("1.1", "Connection: close\r\n"), ("1.0", "")])
 def test_a_connection_that_is_to_close_does(port, version: str, headers: str) -> None:
     with connected(port) as connection:
