@@ -49,6 +49,7 @@ from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 from dlops.serve import door  # noqa: E402
 from dlops.serve.control import Control, State, write_state  # noqa: E402
 from dlops.serve.drain import drain_on_sigterm  # noqa: E402
+from dlops.serve.gpus import take_own_gpu  # noqa: E402
 from dlops.serve.guard import GuardMiddleware  # noqa: E402
 from dlops.serve.repository import Repository, absolute, open_entry  # noqa: E402
 from dlops.serve.routes import Application  # noqa: E402
@@ -106,6 +107,7 @@ class Service:
         # BentoML has set up its own lines by now.
         application.log.begin()
         supervision.end_with_arbiter()
+        take_own_gpu(bentoml.server_context.worker_index or 1, settings)
         drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
         application.control = Control(
             application.models, _repository(), settings, application.metrics, Path(os.environ[supervision.CELLS_DIR])
