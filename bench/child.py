@@ -18,6 +18,8 @@ from dlops.errors import DlopsError, MachineError
 _GRACE_S = 5.0
 _DYING_S = 60.0
 _LAST_WORDS_S = 1.0
+# PyTorch takes a good part of a second to go.
+_ENDING_S = 3.0
 
 
 class Child:
@@ -64,7 +66,17 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._let_end()
         self.close()
+
+    def _let_end(self) -> None:
+        """Let it close what it has open: a runtime may have unpacked a model into files of its own."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(_ENDING_S)
 
     def ask(
         self, order: dict[str, Any], payload: bytes = b"", *, limit_s: float | None = None
