@@ -148,7 +148,7 @@ def values(row: Measurement) -> dict[str, str]:
         change(row.drop_points),
         result(row),
         milliseconds(row.latency.p50_ns),
-        milliseconds(row.latency.p99_ns),
+        _tail(row.latency.p99_ns),
         NONE if row.service is None else milliseconds(row.service.p99_ns),
         rate(row.throughput),
         ratio(row.speedup),
@@ -188,6 +188,13 @@ def result(row: Measurement) -> str:
     if row.load.metric == "throughput":
         return f"{rate(row.throughput)}/s"
     return f"{row.load.metric} {NONE if row.result is None else f'{milliseconds(row.result)} ms'}"
+
+
+def _tail(interval: Interval | None) -> str:
+    """A p99, where it is known to the factor of two at least: what may be four hundred times as much is no number."""
+    if interval is None or interval.high is None or interval.high > 2 * interval.value:
+        return NONE
+    return milliseconds(interval)
 
 
 def milliseconds(interval: Interval | None) -> str:

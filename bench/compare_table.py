@@ -81,9 +81,14 @@ def _rule(comparison: Comparison) -> str:
     how = "measured in turns in one run" if comparison.paired else "from two runs"
     if comparison.gate is not None:
         limits = ", ".join(f"{quantity} {100 * (limit - 1):+.3g} %" for quantity, limit in comparison.gate.items())
-        return f"{how}; gate: {limits}; intervals hold together with 95 %"
+        return f"{how}; gate: {limits}; intervals hold together with 95 %{_of(comparison)}"
     assert comparison.margin is not None
-    return f"{how}; margin {100 * comparison.margin:.3g} %; intervals hold together with 95 %"
+    return f"{how}; margin {100 * comparison.margin:.3g} %; intervals hold together with 95 %{_of(comparison)}"
+
+
+def _of(comparison: Comparison) -> str:
+    """Each side of two artifacts is one process, and intervals see how its calls vary, not how another's would."""
+    return " for these two processes" if comparison.paired else ""
 
 
 def _title(row: Compared) -> str:

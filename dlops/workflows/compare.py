@@ -152,8 +152,8 @@ def _check_floor(margin: float | None, gate: Mapping[Quantity, float] | None) ->
     asked = [margin] if margin is not None else [abs(limit - 1) for limit in (gate or {}).values()]
     if any(one < _FLOOR for one in asked):
         raise UsageError(
-            f"a margin of {min(asked):.2%}: two processes of one artifact differ by up to {_FLOOR:.0%}, by how they "
-            "lie in memory",
+            f"a margin of {min(asked):.2%}: two processes of one artifact often differ by {_FLOOR:.0%} and more, by "
+            "how they lie in memory",
             hint=f"{_FLOOR:.0%} or more",
         )
 

@@ -51,6 +51,14 @@ def test_the_table_marks_what_is_not_to_be_quoted_and_says_why(example) -> None:
     )
 
 
+def test_a_p99_that_may_be_many_times_as_much_is_not_said(example) -> None:
+    row = example().report.measurements[1]
+    for high, said in ((1.9e6, "1.00"), (2.1e6, "–"), (None, "–")):
+        p99 = Interval(value=1e6, low=0.9e6, high=high)
+        loose = row.model_copy(update={"latency": row.latency.model_copy(update={"p99_ns": p99})})
+        assert cells.values(loose)["p99 ms"] == said
+
+
 def test_rows_with_the_same_against_them_share_a_line(example) -> None:
     report = example().report
     said = {

@@ -57,6 +57,10 @@ def test_the_knee_of_a_queue_is_where_half_of_it_is_used() -> None:
     assert knee(rows[:3]) is None  # it may lie beyond the heaviest load
     assert knee(rows[2:]) is None
     assert knee(rows[1:3]) is None
+    # The heaviest load tried twice is still the heaviest, and one at which the client was the limit tells nothing.
+    assert knee([*rows[:3], rows[2]]) is None
+    bound = rows[3].model_copy(update={"verdict": Verdict(steady=False, reasons=("client-bound: it left late",))})
+    assert knee([*rows[:3], bound]) is None
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
