@@ -30,7 +30,7 @@ from dlops.checkpoint import Checkpoint, ModelSpec, PruningRecord
 from dlops.environment import Environment
 from dlops.errors import CorruptError, UsageError
 from dlops.manifest import Manifest, Payload
-from dlops.preprocess import CenterCrop, Decode, Normalize, Preprocess, Resize, Scale
+from dlops.preprocess import CenterCrop, Decode, Normalize, Preprocess, Resize, Scale, Utf8
 from dlops.signature import DimRange, Signature, TensorSpec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -102,9 +102,25 @@ ARTIFACT = Artifact(
 )  # fmt: skip
 
 
+# Text has a step of its own, which stands beside no other.
+TEXT = CHECKPOINT.model_copy(
+    update={
+        "spec": CHECKPOINT.spec.model_copy(
+            update={
+                "preprocess": Preprocess(
+                    input="text", shape=(16,), dtype="int64", steps=(Utf8(offset=3, end=1, pad=2),)
+                )
+            }
+        )
+    }
+)
+
+
 # A field that is added, removed or renamed changes what older and newer versions read: then the golden file changes
 # too, by hand and on purpose, and the schema number with it where an older version could not read the result.
-@pytest.mark.parametrize(("name", "manifest"), [("checkpoint", CHECKPOINT), ("artifact", ARTIFACT)])
+@pytest.mark.parametrize(
+    ("name", "manifest"), [("checkpoint", CHECKPOINT), ("checkpoint-text", TEXT), ("artifact", ARTIFACT)]
+)
 def test_a_manifest_is_written_exactly_as_the_golden_file_and_reads_back_equal(name: str, manifest: Manifest) -> None:
     golden = (GOLDEN / f"{name}.json").read_text()
     assert manifest.to_json() == golden
@@ -119,7 +135,7 @@ def field_names(document: object) -> set[str]:
 
 @pytest.mark.parametrize("manifest", [CHECKPOINT, ARTIFACT])
 def test_the_golden_files_hold_every_field_of_every_record(manifest: Manifest) -> None:
-    names = field_names(json.loads(manifest.to_json()))
+    names = field_names(json.loads(manifest.to_json())) | field_names(json.loads(TEXT.to_json()))
     schema = type(manifest).model_json_schema(by_alias=True)
     for record in (schema, *schema["$defs"].values()):
         assert names >= set(record.get("properties", {})), record["title"]

@@ -27,7 +27,7 @@ FOLDERS = [
     (catalog.BUILDERS, "train/models", "*.py", set()),
     (catalog.FORMATS, "export", "to_*.py", set()),
     (catalog.TASKS, "tasks", "*.py", set()),
-    (catalog.RUNTIMES, "runtimes", "*.py", {"session", "eager"}),
+    (catalog.RUNTIMES, "runtimes", "*.py", {"session", "eager", "tensorrt"}),
 ]
 
 

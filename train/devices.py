@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import multiprocessing
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import util
 from multiprocessing.queues import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,7 +57,8 @@ def launch(fabric: Fabric, fit: Callable[..., None], *arguments: Any) -> None:
     # Bound here: what is passed as an argument, Fabric takes apart in search of modules, and frozen types refuse that.
     work = partial(_reporting, fit=fit, arguments=arguments, errors=errors)
     try:
-        fabric.launch(work)
+        with _deaf_children():
+            fabric.launch(work)
     except (ProcessRaisedException, ProcessExitedException) as error:
         if not errors.empty():
             raise errors.get() from None
@@ -69,6 +73,30 @@ def launch(fabric: Fabric, fit: Callable[..., None], *arguments: Any) -> None:
         for process in multiprocessing.active_children():
             process.kill()
             process.join()
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that are spawned within never hear of Ctrl-C, which a terminal sends to all of them at once.
+
+    This process hears of it and ends them; interrupted themselves, they would show a traceback each, of whatever they
+    were importing.
+    """
+    spawn = util.spawnv_passfds
+
+    def spawn_deaf(path: Any, args: Any, passfds: Any) -> int:
+        # A mask is handed on to what is started; a signal that comes meanwhile is not lost, but waits.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return spawn(path, args, passfds)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    util.spawnv_passfds = spawn_deaf
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = spawn
 
 
 def _reporting(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -469,6 +470,11 @@ def test_a_signal_to_the_first_of_two_processes_ends_both(tmp_path: Path, number
         assert said, "it never trained"
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2
+        for child in children if Path("/proc/self/status").exists() else ():
+            # A terminal's Ctrl-C reaches all; only the first process is to answer it.
+            blocked = re.search(r"SigBlk:\t(\w+)", Path(f"/proc/{child.pid}/status").read_text())
+            assert blocked is not None
+            assert int(blocked[1], 16) & 1 << (signal.SIGINT - 1), child.cmdline()
         process.send_signal(number)
         errors = process.stderr.read()
         assert process.wait(timeout=60) == 128 + number
