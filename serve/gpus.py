@@ -17,7 +17,7 @@ def take_own_gpu(worker: int, settings: Settings) -> None:
 
     Nothing changes with one worker, or one GPU: several workers on one GPU share it.
     """
-    if settings.device == "cpu":
+    if settings.device == "cpu" or settings.workers < 2:
         return
     chosen = gpu_of(worker, workers=settings.workers, visible=visible_gpus(os.environ))
     if chosen is not None:

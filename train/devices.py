@@ -56,6 +56,7 @@ def launch(fabric: Fabric, fit: Callable[..., None], *arguments: Any) -> None:
     errors: SimpleQueue[DlopsError] = multiprocessing.get_context("spawn").SimpleQueue()
     # Bound here: what is passed as an argument, Fabric takes apart in search of modules, and frozen types refuse that.
     work = partial(_reporting, fit=fit, arguments=arguments, errors=errors)
+    before = multiprocessing.active_children()
     try:
         with _deaf_children():
             fabric.launch(work)
@@ -71,6 +72,8 @@ def launch(fabric: Fabric, fit: Callable[..., None], *arguments: Any) -> None:
     finally:
         # After a signal to this process alone they would train on, and this one wait for them, its lock given up.
         for process in multiprocessing.active_children():
+            if process in before:
+                continue  # somebody else's
             process.kill()
             process.join()
 
