@@ -18,6 +18,11 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 _MOST_CHARS = 120
 
 
+def where(line: str | None) -> str:
+    """As it stands in a message: in brackets, after a space; nothing where no line is known."""
+    return f" ({line})" if line else ""
+
+
 def code_line(error: BaseException) -> str | None:
     """`own.py, line 14: y = strange(x)`, or None where neither the error nor what led to it knows.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dlops.blame import last_line
+from dlops.blame import last_line, where
 from dlops.errors import UsageError
 from dlops.signature import Feed
 
@@ -32,7 +32,7 @@ def run_on_copies(module: torch.nn.Module, feed: Feed, *, title: str) -> Any:
         if not np.array_equal(tensor.cpu().numpy(), array, equal_nan=array.dtype.kind == "f"):
             line = _changing_line(module, copies())
             raise UsageError(
-                f"{title}: the module changes its input {name} in place{f' ({line})' if line else ''}",
+                f"{title}: the module changes its input {name} in place{where(line)}",
                 hint="compute a new tensor (x = x * 0.5, not x *= 0.5), or begin with x = x.clone()",
             )
     return result

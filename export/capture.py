@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from dlops.blame import code_line
+from dlops.blame import code_line, where
 from dlops.checkpoint import example_inputs
 from dlops.console import say
 from dlops.errors import GateError, UsageError
@@ -52,10 +52,8 @@ def _capture(request: ExportRequest, dtype: torch.dtype | None, device: torch.de
             program = torch.export.export(module, example, dynamic_shapes=(_dynamic(signature),))
     # torch.export raises classes of its own for what it cannot capture, and torch's for what does not run.
     except Exception as error:
-        line = code_line(error)
-        where = f" ({line})" if line else ""
         raise UsageError(
-            f"{request.title}: torch.export cannot take this module{where}: {_first_lines(error)}",
+            f"{request.title}: torch.export cannot take this module{where(code_line(error))}: {_first_lines(error)}",
             hint="torchscript and onnx take modules in other ways",
         ) from error
     _check_dims(program, signature, request.title)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dlops.artifact import Precision
-from dlops.blame import code_line, operator_line
+from dlops.blame import code_line, operator_line, where
 from dlops.errors import CorruptError, GateError, UsageError
 from dlops.export.formats import Exported, ExportRequest
 from dlops.export.precision import MIN_SHARE
@@ -253,17 +253,16 @@ def _explained(title: str, captured: Sequence[torch.export.ExportedProgram]) -> 
         missing = _MISSING.search(text)
         lacking = missing and (missing[1] or missing[2])
         found = (operator_line(program.graph.nodes, lacking) for program in captured if lacking)
-        line = next((one for one in found if one), None) or code_line(error)
-        where = f" ({line})" if line else ""
+        line = where(next((one for one in found if one), None) or code_line(error))
         if lacking:
             raise UsageError(
-                f"{title}: ExecuTorch has no form of the operator {lacking} in this module{where}",
+                f"{title}: ExecuTorch has no form of the operator {lacking} in this module{line}",
                 hint="replace it by operators that ExecuTorch has, or export to onnx",
             ) from error
         named = _OPERATOR.search(text)
         first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
-            f"{title}: ExecuTorch cannot take this module{f' (at {named[1]})' if named else ''}{where}: {first[:300]}",
+            f"{title}: ExecuTorch cannot take this module{f' (at {named[1]})' if named else ''}{line}: {first[:300]}",
             hint="branches on tensor values and fixed batch sizes are the usual reasons; onnx may still take it",
         ) from error
 

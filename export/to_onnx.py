@@ -15,7 +15,7 @@ import onnx
 import torch
 
 from dlops.adapters import Detector
-from dlops.blame import code_line
+from dlops.blame import code_line, where
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError, first_line
 from dlops.export.external_data import weight_bytes, write_in_two
@@ -263,18 +263,17 @@ def _explained(error: Exception, title: str) -> UsageError:
         cause = cause.__cause__
     text = "\n".join(chain)
     unsupported = _UNSUPPORTED.search(text)
-    line = code_line(error)
-    where = f" ({line})" if line else ""
+    line = where(code_line(error))
     if unsupported:
         return UsageError(
-            f"{title}: ONNX has no form of the operator {unsupported[1]} in this module{where}",
+            f"{title}: ONNX has no form of the operator {unsupported[1]} in this module{line}",
             hint="replace it by operators that ONNX has, or export to torchscript",
         )
     reason = next((line.strip() for line in reversed(chain) if line.strip()), type(error).__name__)
     named = _ANY_OP.search(reason)
     about = f" (at {named[1]})" if named else ""
     return UsageError(
-        f"{title}: torch.export cannot take this module{about}{where}: {reason.splitlines()[0][:300]}",
+        f"{title}: torch.export cannot take this module{about}{line}: {reason.splitlines()[0][:300]}",
         hint="branches on tensor values and fixed batch sizes are the usual reasons; torchscript may still take it",
     )
 

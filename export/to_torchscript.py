@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dlops.adapters import Detector, is_adapted
-from dlops.blame import code_line, last_line
+from dlops.blame import code_line, last_line, where
 from dlops.checkpoint import example_inputs
 from dlops.console import say
 from dlops.embedded import EXTRA_FILE
@@ -161,17 +161,15 @@ def _trace(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule:
             frozen: torch.jit.ScriptModule = torch.jit.freeze(traced)
     except (RuntimeError, TypeError, ValueError) as error:
         inside = " in bfloat16" if request.variant.precision == "bf16" else ""
-        line = code_line(error)
-        where = f" ({line})" if line else ""
         raise UsageError(
-            f"{request.title}: torch.jit.trace cannot take this module{inside}{where}: {first_line(error)}"
+            f"{request.title}: torch.jit.trace cannot take this module{inside}{where(code_line(error))}: "
+            f"{first_line(error)}"
         ) from error
     baked = next((entry for entry in recorded if issubclass(entry.category, _TracerWarning)), None)
     if baked is not None:
-        line = last_line([(baked.filename, baked.lineno)])
-        where = f" ({line})" if line else ""
+        line = where(last_line([(baked.filename, baked.lineno)]))
         raise GateError(
-            f"{request.title}: tracing would bake in what should depend on the input{where}: "
+            f"{request.title}: tracing would bake in what should depend on the input{line}: "
             f"{first_line(Warning(baked.message))}",
             hint="rewrite that branch with tensor operations (torch.where), or export to onnx",
         )

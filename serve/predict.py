@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from starlette.datastructures import Headers, UploadFile
@@ -18,6 +18,9 @@ from dlops.preprocess import Decode
 from dlops.serve.protocol import number_array, read_json
 from dlops.signature import Array, Feed
 
+if TYPE_CHECKING:
+    from dlops.serve.model import ServedModel
+
 # It warns of every malformed form, which is the client's affair and not the log's.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 _FIELDS = ("image", "file")
@@ -25,6 +28,8 @@ _FORM = "multipart/form-data"
 _JSON = "application/json"
 _PNG = "image/png"
 _TEXT = "text/plain"
+# Tasks whose answers are pictures, or about places in one.
+_PICTURED = frozenset(("detection", "generation", "segmentation"))
 _NOT_UTF8 = re.compile(r";\s*charset\s*=\s*(?!\s*\"?utf-?8\b)", re.IGNORECASE)
 
 
@@ -106,6 +111,14 @@ def wants_picture(artifact: Artifact, accept: str, count: int) -> bool:
     if count > 1:
         raise InputError(f"{count} inputs, and {_PNG} holds one picture", field="Accept", hint="application/json")
     return True
+
+
+async def described(model: ServedModel, raws: list[Any], outputs: Feed) -> list[dict[str, Any]]:
+    """One prediction an input, as the task puts it, places in a picture in that picture's pixels."""
+    if model.artifact.task not in _PICTURED:
+        return model.answers(outputs)
+    # Pictures are packed and headers read again, which is no work for the event loop.
+    return await model.decoder.offload(lambda: framed(model.artifact, raws, model.answers(outputs)))
 
 
 def framed(artifact: Artifact, raws: list[Any], predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ from dlops.serve.model import ServedModel
 from dlops.serve.models import Models
 from dlops.serve.outcome import Answer
 from dlops.serve.pages import Handler, Pages
-from dlops.serve.predict import framed, read_inputs, wants_picture
+from dlops.serve.predict import described, read_inputs, wants_picture
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import CELLS_DIR
 from dlops.serve.tracing import PARENT
@@ -62,8 +62,6 @@ if TYPE_CHECKING:
 INFER = "/v2/models/{name}/infer"
 # In a request's scope: the model that it is for.
 _MODEL = "dlops.model"
-# Tasks whose answers are pictures, or about places in one.
-_PICTURED = frozenset(("detection", "generation", "segmentation"))
 # Of Triton's extensions: what a client may ask for and gets told, in the protocol's own way, that it is not here.
 _UNSUPPORTED = (
     "/v2/systemsharedmemory/{rest:path}", "/v2/cudasharedmemory/{rest:path}", "/v2/trace/{rest:path}",
@@ -226,13 +224,7 @@ class Application:
                 decode_ns = time.perf_counter_ns() - decode_ns
                 answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
-        if model.artifact.task in _PICTURED:
-            # Pictures are packed and headers read again, which is no work for the event loop.
-            predictions = await model.decoder.offload(
-                lambda: framed(model.artifact, raws, model.answers(answer.outputs))
-            )
-        else:
-            predictions = model.answers(answer.outputs)
+        predictions = await described(model, raws, answer.outputs)
         times = self.accounts.answered(
             model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns, caller=_caller(request)
         )

@@ -24,7 +24,7 @@ from dlops.environment import available_cores, describe_environment
 from dlops.errors import CorruptError, InputError, MachineError, UsageError
 from dlops.preprocess import IMAGE_FORMATS, CenterCrop, Decode, Normalize, Preprocess, Resize, Scale, Step
 from dlops.signature import Array
-from dlops.train.data.dataset import DataSet, Split
+from dlops.train.data.dataset import DataSet, Split, shown
 
 # Photos of many sizes are brought to this unless `image_size` says otherwise: it trains in minutes on two cores.
 DEFAULT_MAX_SIZE = 128
@@ -267,11 +267,6 @@ def _drop(data: DataSet, bad: dict[str, dict[int, str]], skip: bool) -> tuple[Da
         skipped=(*data.skipped, *described),
     )
     return data, kept
-
-
-def shown(described: Sequence[str]) -> str:
-    """The first ten, and how many more there are."""
-    return "; ".join(described[:10]) + (f"; and {len(described) - 10} more" if len(described) > 10 else "")
 
 
 def _check_memory(images: int, shape: tuple[int, ...]) -> None:

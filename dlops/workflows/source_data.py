@@ -41,9 +41,10 @@ def read_images(samples: str, preprocess: Preprocess | None, source: str) -> Sou
 
     Raises CorruptError naming the images that cannot be read or decoded.
     """
+    from dlops.train.data.dataset import shown
     from dlops.train.data.source import open_data
     from dlops.train.finish import MAX_CALIBRATION, MAX_CALIBRATION_BYTES, chosen, read
-    from dlops.train.images import shown, undecodable
+    from dlops.train.images import undecodable
 
     if preprocess is None:
         raise UsageError(

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from dlops.artifact import Artifact
 from dlops.directory import DirectoryWriter
 from dlops.serve.launch import ServerProcess
+from tests.browser import Browser, Tab
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,14 @@ def server(digits_artifact: Artifact) -> Iterator[ServerProcess]:
 def client(server: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture
+def tab(browser: Browser) -> Iterator[Tab]:
+    opened = Tab(browser)
+    opened.be(width=1100)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")

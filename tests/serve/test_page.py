@@ -21,15 +21,7 @@ from dlops.serve import pages
 from dlops.serve.launch import ServerProcess
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
-from tests.browser import Browser, Tab
-
-
-@pytest.fixture
-def tab(browser: Browser) -> Iterator[Tab]:
-    opened = Tab(browser)
-    opened.be(width=1100)
-    yield opened
-    opened.close()
+from tests.browser import Tab
 
 
 @pytest.fixture

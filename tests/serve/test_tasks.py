@@ -26,7 +26,7 @@ from dlops.preprocess import CenterCrop, Decode, Preprocess, Resize, Scale
 from dlops.samples import Samples
 from dlops.serve.launch import ServerProcess
 from dlops.signature import DimRange, Signature, TensorSpec
-from tests.browser import Browser, Tab
+from tests.browser import Tab
 
 SIDE = 32
 COLOURS = ("red", "green", "blue")
@@ -155,14 +155,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def client(server: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30) as opened:
         yield opened
-
-
-@pytest.fixture
-def tab(browser: Browser) -> Iterator[Tab]:
-    opened = Tab(browser)
-    opened.be(width=1100)
-    yield opened
-    opened.close()
 
 
 def ask(client: httpx.Client, model: str, content: bytes, **headers: str) -> httpx.Response:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -445,7 +447,15 @@ def assert_one_model(directory: Path, epoch: int) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_train_one_model(watched, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    checkpoint = train_recipe("cnn", watched("cnn", "widths=[8, 16]"), run_dir=tmp_path / "run")
+    # Of the program that trains, and none of training's affair.
+    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    stranger.start()
+    try:
+        checkpoint = train_recipe("cnn", watched("cnn", "widths=[8, 16]"), run_dir=tmp_path / "run")
+        assert stranger.is_alive()
+    finally:
+        stranger.kill()
+        stranger.join()
     assert capfd.readouterr().err.count("test accuracy") == 1
     assert checkpoint.config["devices"] == 2
     before, after = (assert_one_model(tmp_path / "run", epoch) for epoch in (1, 2))

@@ -145,6 +145,11 @@ def drop_duplicates(train: Split, validation: Split, test: Split) -> tuple[Split
     return train.take(kept_train), validation.take(keep), dropped
 
 
+def shown(described: Sequence[str]) -> str:
+    """The first ten, and how many more there are."""
+    return "; ".join(described[:10]) + (f"; and {len(described) - 10} more" if len(described) > 10 else "")
+
+
 def _decodes(raw: bytes | Array) -> bool:
     if not isinstance(raw, bytes):
         return True

@@ -24,7 +24,7 @@ import numpy as np
 from dlops.console import say
 from dlops.errors import UsageError, from_os_error
 from dlops.train.data import archive
-from dlops.train.data.dataset import DataSet, Split, Takeable, assemble
+from dlops.train.data.dataset import DataSet, Split, Takeable, assemble, shown
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff")
@@ -34,7 +34,6 @@ _SPLIT_NAMES = {
     "val": "validation", "valid": "validation", "validation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-_NAMED = 10
 _EMPTY = "an empty file"
 _LAYOUT = "expected <class>/IMAGE, or train/<class>/IMAGE beside test/ or val/"
 
@@ -126,9 +125,8 @@ def load_folder(path: Path, *, split_seed: int) -> DataSet:
     except UsageError as error:
         if not described:
             raise
-        more = f"; and {len(described) - _NAMED} more" if len(described) > _NAMED else ""
         raise UsageError(
-            f"{error.message}; {len(described)} of its images cannot be read: {'; '.join(described[:_NAMED])}{more}",
+            f"{error.message}; {len(described)} of its images cannot be read: {shown(described)}",
             hint=error.hint,
         ) from None
     return replace(data, unreadable=described)
