@@ -40,30 +40,38 @@ class Figures:
 
 def analyse_turns(
     latencies_ns: Integers, turns: Integers, parts_ns: Mapping[str, Integers], *, batch: int, concurrency: int = 1,
-    baseline: Sequence[Integers] | None, observed: Sequence[str], remarks: Sequence[str] = (),
+    processes: Integers | None = None, baseline: Sequence[Integers] | None, observed: Sequence[str],
+    remarks: Sequence[str] = (),
 ) -> Figures:  # fmt: skip
     """A target that took turns in one run with others.
 
     latencies_ns, turns: (n,), the round of each call. parts_ns: by the suffix of CLOCKS, what else was timed of each
-    call, (n,); empty off CUDA. concurrency: calls that were made at once. baseline: by turn, the latencies of the row
-    that speed-ups are counted from, of the same run; None gives no speed-up. observed: what stands against the row that
-    no sample shows; remarks: what no sample shows either and does not.
+    call, (n,); empty off CUDA. concurrency: calls that were made at once. processes: (n,), which of several made each
+    call; None where there was one, and then intervals are of that one. baseline: by turn, or by process where there are
+    several, the latencies of the row that speed-ups are counted from, of the same run; None gives no speed-up.
+    observed: what stands against the row that no sample shows; remarks: what no sample shows either and does not.
     """
-    own = by_turn(latencies_ns, turns)
-    counts = np.array([batch * len(turn) for turn in own], np.int64)
-    medians = [float(np.median(turn)) for turn in own]
+    medians = [float(np.median(turn)) for turn in by_turn(latencies_ns, turns)]
+    blocks = turns if processes is None else processes
+    own = by_turn(latencies_ns, blocks)
     against = [*observed]
-    if len(own) < MIN_ROUNDS:
-        against.append(f"only {len(own)} rounds: fewer than {MIN_ROUNDS} show neither drift nor spread")
+    if len(medians) < MIN_ROUNDS:
+        against.append(f"only {len(medians)} rounds: fewer than {MIN_ROUNDS} show neither drift nor spread")
     against += _unsteady(medians, "the medians of turns vary by {:.0%}; something else used the machine")
     return Figures(
-        latency=stats.summarize(latencies_ns, turns=turns),
+        latency=stats.summarize(latencies_ns, turns=blocks, apart=processes is not None),
         # Little's law: callers that never wait between calls spend all their time in them.
-        throughput=stats.rate_interval(counts, np.array([turn.sum() / 1e9 / concurrency for turn in own])),
+        throughput=stats.rate_interval(
+            np.array([batch * len(block) for block in own]),
+            np.array([block.sum() / 1e9 / concurrency for block in own]),
+        ),
         speedup=None if baseline is None else stats.ratio_interval(baseline, own),
-        clocks=_clocks(parts_ns, turns),
-        verdict=_verdict(against, observed, latencies_ns, turns, remarks, said=launch_bound(latencies_ns, parts_ns)),
-    )
+        clocks=_clocks(parts_ns, blocks, apart=processes is not None),
+        verdict=_verdict(
+            against, observed, latencies_ns, blocks, remarks, said=launch_bound(latencies_ns, parts_ns),
+            apart=processes is not None,
+        ),
+    )  # fmt: skip
 
 
 def launch_bound(latencies_ns: Integers, parts_ns: Mapping[str, Integers]) -> list[str]:
@@ -179,10 +187,11 @@ def answered_rate(arrived_ns: Integers, duration_ns: int, batch: int) -> Interva
     return stats.rate_interval(counts * batch, np.diff(edges) / 1e9)
 
 
-def _clocks(parts_ns: Mapping[str, Integers], turns: Integers) -> Clocks | None:
+def _clocks(parts_ns: Mapping[str, Integers], turns: Integers, *, apart: bool) -> Clocks | None:
     if not parts_ns:
         return None
-    return Clocks(**{CLOCKS[suffix]: stats.summarize(part, turns=turns) for suffix, part in parts_ns.items()})
+    found = {CLOCKS[suffix]: stats.summarize(part, turns=turns, apart=apart) for suffix, part in parts_ns.items()}
+    return Clocks(**found)
 
 
 def _medians(samples: Integers, turns: Integers) -> list[float]:
@@ -203,20 +212,23 @@ def _unsteady(medians: Sequence[float], varying: str) -> list[str]:
 
 def _verdict(
     against: Sequence[str], observed: Sequence[str], samples: Integers, turns: Integers, remarks: Sequence[str] = (),
-    said: Sequence[str] = (),
+    said: Sequence[str] = (), apart: bool = False,
 ) -> Verdict:  # fmt: skip
     """Steady where nothing stands against it; quantiles that are not certified, and remarks, are said and do not count.
 
     remarks: what no sample shows and does not stand against the row; said: what samples show and does not either.
+    apart: as in `stats.summarize`.
     """
-    reasons = (*against, *undersampled(samples, turns), *said, *remarks)
+    reasons = (*against, *undersampled(samples, turns, apart=apart), *said, *remarks)
     return Verdict(steady=not against, reasons=reasons, observed=tuple(observed), remarks=tuple(remarks))
 
 
-def undersampled(samples: Integers, turns: Integers) -> list[str]:
-    """Which quantiles the sample does not certify, with what it would need."""
+def undersampled(samples: Integers, turns: Integers, *, apart: bool = False) -> list[str]:
+    """Which quantiles the sample does not certify, with what it would need. apart: as in `stats.summarize`."""
     reasons = []
     for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        if apart and q == 0.5 and len(np.unique(turns)) >= stats.fewest_samples(q):
+            continue
         have, least = stats.effective_samples(samples, q, turns=turns), stats.fewest_samples(q)
         need = stats.certifying_samples(q)
         if have < need:

@@ -69,6 +69,7 @@ def groups(report: Report) -> list[Group]:
         if row.boundary == "network":
             return f"{title}, {row.target}" if services_vary else title
         title += f", {row.threads} thread{'' if row.threads == 1 else 's'}" if threads_vary else ""
+        title += f", {row.processes} processes" if row.processes > 1 else ""
         return title + (f", on {row.device}" if devices_vary else "")
 
     found: dict[str, list[Measurement]] = {}

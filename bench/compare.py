@@ -18,7 +18,7 @@ from dlops.bench.ratios import STRETCHES, Calls, Ratio, median_ratio, quantile_r
 from dlops.bench.results import Measured
 from dlops.errors import UsageError
 from dlops.manifest import Record
-from dlops.report import STARTS, TURNS, Load, Measurement
+from dlops.report import PROCESSES, STARTS, TURNS, Load, Measurement
 
 Quantity = Literal["p50", "p99", "throughput"]
 Word = Literal["REGRESSED", "SAME", "IMPROVED", "PASSED", "INCONCLUSIVE"]
@@ -31,6 +31,11 @@ WITHIN_RUNS = (
     "the intervals see only the spread within each run: two runs of one program can differ by more; "
     "comparing the artifacts themselves measures both in one run"
 )
+BETWEEN_TIMES = (
+    "the two reports were made at different times: what slowed the machine in one of them looks like a change; "
+    "comparing the artifacts themselves measures both in one run"
+)
+ONE_PROCESS = "one process of each: another of the same may be some per cent faster or slower, which no interval shows"
 
 
 class RatioInterval(Record):
@@ -74,7 +79,8 @@ class Compared(Record):
 
 
 class Comparison(Record):
-    """What was found. paired: both were measured in one run, in turns.
+    """What was found. paired: both were measured in one run, in turns. processes: fresh ones of each side, the fewest
+    of any row.
 
     margin: null under a gate. gate: the ratios that the quantities judged may not be worse than, null without one.
     unmatched: rows of one report that the other lacks. warnings: what makes the two hard to compare.
@@ -83,6 +89,7 @@ class Comparison(Record):
     base: str
     new: str
     paired: bool
+    processes: int
     margin: float | None
     gate: dict[Quantity, float] | None
     rows: tuple[Compared, ...]
@@ -137,8 +144,9 @@ def compare_turns(
     found = [_Pair(one, other, _calls(one, measured), _calls(other, measured)) for one, other in pairs]
     compared = _judge(found, paired=True, margin=margin, gate=gate)
     return Comparison(
-        base=base, new=new, paired=True, margin=_margin(margin, gate), gate=dict(gate) if gate else None, rows=compared,
-        partial=measured.partial,
+        base=base, new=new, paired=True, processes=_processes(found), margin=_margin(margin, gate),
+        gate=dict(gate) if gate else None, rows=compared,
+        warnings=(ONE_PROCESS,) if _processes(found) == 1 else (), partial=measured.partial,
     )  # fmt: skip
 
 
@@ -158,13 +166,19 @@ def compare_reports(
             "rate are the same",
         )
     pairs = [_Pair(one, other, _calls(one, base), _calls(other, new)) for one, other in matched]
-    warnings = [WITHIN_RUNS, *environment_differences(base.report.environment, new.report.environment)]
+    warnings = [WITHIN_RUNS if _processes(pairs) == 1 else BETWEEN_TIMES]
+    warnings += [*environment_differences(base.report.environment, new.report.environment)]
     warnings += [text for one, other in matched for text in row_differences(one, other)]
     return Comparison(
-        base=base.report.title, new=new.report.title, paired=False, margin=_margin(margin, gate),
-        gate=dict(gate) if gate else None, rows=_judge(pairs, paired=False, margin=margin, gate=gate),
+        base=base.report.title, new=new.report.title, paired=False, processes=_processes(pairs),
+        margin=_margin(margin, gate), gate=dict(gate) if gate else None,
+        rows=_judge(pairs, paired=False, margin=margin, gate=gate),
         unmatched=tuple(unmatched), warnings=tuple(dict.fromkeys(warnings)), partial=base.partial or new.partial,
     )  # fmt: skip
+
+
+def _processes(pairs: Sequence[_Pair]) -> int:
+    return min((row.processes for pair in pairs for row in (pair.base, pair.new)), default=1)
 
 
 def holm(p_values: Sequence[float], level: float = FALSE_ALARMS) -> tuple[list[float], list[int]]:
@@ -278,7 +292,12 @@ def _cell(pair: _Pair, index: int, quantity: Quantity, *, paired: bool) -> _Cell
         "throughput": lambda: rate_ratio(pair.base_calls, pair.new_calls, paired=paired),
     }
     ratio = of[quantity]()
-    return _Cell(index, quantity, ratio, None if ratio else "too few turns to say how sure it is")
+    return _Cell(index, quantity, ratio, None if ratio else _too_few(pair))
+
+
+def _too_few(pair: _Pair) -> str:
+    what = "turns" if pair.base.processes == 1 else "processes"
+    return f"too few {what} to say how sure it is"
 
 
 def _uncertified(row: Measurement, quantity: Quantity) -> str:
@@ -292,7 +311,13 @@ def _calls(row: Measurement, measured: Measured) -> Calls:
     if row.samples + TURNS in measured.samples:
         _, turns = np.unique(measured.samples[row.samples + TURNS], return_inverse=True)
         durations = np.bincount(turns, weights=latencies / 1e9).astype(np.float64)
-        return Calls(latencies_ns=latencies, turns=turns.astype(np.int64), durations_s=durations)
+        processes = None
+        if row.samples + PROCESSES in measured.samples:
+            _, first = np.unique(turns, return_index=True)
+            _, processes = np.unique(measured.samples[row.samples + PROCESSES][first], return_inverse=True)
+        return Calls(
+            latencies_ns=latencies, turns=turns.astype(np.int64), durations_s=durations, processes=processes
+        )  # fmt: skip
     # In a closed loop a call begins when another is answered: begins count the answers, without those of the warm-up.
     starts = measured.samples[row.samples + STARTS]
     order = np.argsort(starts, kind="stable")

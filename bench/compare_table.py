@@ -79,16 +79,13 @@ def notes(comparison: Comparison, *, numbered: bool = True) -> list[str]:
 
 def _rule(comparison: Comparison) -> str:
     how = "measured in turns in one run" if comparison.paired else "from two runs"
+    if comparison.processes > 1:
+        how += f", {comparison.processes} processes of each"
     if comparison.gate is not None:
         limits = ", ".join(f"{quantity} {100 * (limit - 1):+.3g} %" for quantity, limit in comparison.gate.items())
-        return f"{how}; gate: {limits}; intervals hold together with 95 %{_of(comparison)}"
+        return f"{how}; gate: {limits}; intervals hold together with 95 %"
     assert comparison.margin is not None
-    return f"{how}; margin {100 * comparison.margin:.3g} %; intervals hold together with 95 %{_of(comparison)}"
-
-
-def _of(comparison: Comparison) -> str:
-    """Each side of two artifacts is one process, and intervals see how its calls vary, not how another's would."""
-    return " for these two processes" if comparison.paired else ""
+    return f"{how}; margin {100 * comparison.margin:.3g} %; intervals hold together with 95 %"
 
 
 def _title(row: Compared) -> str:

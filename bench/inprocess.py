@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlops.artifact import Artifact
-from dlops.bench.analysis import analyse_turns, shortcomings
+from dlops.bench.analysis import analyse_turns, remarked, shortcomings
 from dlops.bench.macs import UncountedError, count_onnx_macs
 from dlops.bench.payload import artifact_feeds, check_batch, check_fits
 from dlops.bench.pilot import Length, shortfalls
 from dlops.bench.processes import Process
 from dlops.bench.scenarios import load_of
+from dlops.bench.stats import Integers
 from dlops.bench.worker import Job, Kind, gpu_of, local_arm, open_module
 from dlops.checkpoint import Checkpoint
 from dlops.console import progress_bar
@@ -24,7 +25,7 @@ from dlops.errors import UsageError
 from dlops.report import Boundary, ColdStart, Measurement, Scenario
 from dlops.runtimes import Placement, SessionOptions
 from dlops.signature import Signature
-from dlops.timing import Arm, Interleaved, interleave
+from dlops.timing import MIN_SAMPLES, Arm, Interleaved, Timed, by_turn, interleave
 
 if TYPE_CHECKING:
     from dlops.checkpoint import ModuleSource
@@ -93,7 +94,8 @@ class Subject:
 class Conditions:
     """Under which a row is measured; what is compared is measured under the same.
 
-    scenario: as it was asked for by name, else None. concurrency: threads that call one session at once.
+    scenario: as it was asked for by name, else None. concurrency: threads that call one session at once. processes:
+    fresh ones of each target, one after the other.
     """
 
     batch: int
@@ -101,6 +103,7 @@ class Conditions:
     options: SessionOptions
     scenario: Scenario | None = None
     concurrency: int = 1
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,15 +147,15 @@ def subjects(
 
 
 def check(
-    chosen: Sequence[Subject], *, batches: Sequence[int], boundaries: Sequence[Boundary], own_process: bool = False
+    chosen: Sequence[Subject], *, batches: Sequence[int], boundaries: Sequence[Boundary], own_process: str | None = None
 ) -> None:
     """Raise UsageError for what cannot be asked of these subjects, before any is started.
 
-    own_process: what is asked takes a process of its own for each.
+    own_process: what is asked that takes a process of its own for each, None where nothing does.
     """
     if own_process and (local := next((one for one in chosen if one.is_local), None)):
         raise UsageError(
-            f"{local.target}: --scenario server and LoadGen take a process that builds the module itself",
+            f"{local.target}: {own_process} takes a process that builds the module itself",
             hint='name what builds it: "python:package.module:function"',
         )
     samples = first_artifact(chosen)
@@ -169,17 +172,17 @@ def check(
 
 @contextmanager
 def started(
-    chosen: Sequence[Subject], conditions: Conditions, *, samples: Artifact | None = None
+    chosen: Sequence[Subject], conditions: Conditions, *, samples: Artifact | None = None, quiet: bool = False
 ) -> Iterator[list[Started]]:
     """A process for each, started one after the other so that none slows another's start; all ended at the end.
 
-    samples: the artifact whose samples are fed, by default the first of those to be started.
+    samples: the artifact whose samples are fed, by default the first of those to be started. quiet: shows no bar.
     Raises what opening or calling one of them raised: MachineError, in one line, where this machine cannot run it.
     """
     samples = samples or first_artifact(chosen)
     with ExitStack() as stack:
         ready: list[Started] = []
-        with progress_bar(f"starting {_plural(len(chosen))}", total=len(chosen)) as bar:
+        with progress_bar(f"starting {_plural(len(chosen))}", total=len(chosen), shown=not quiet) as bar:
             for subject in chosen:
                 start = _start_here if subject.note else _start
                 ready.append(start(stack, subject, samples, conditions))
@@ -188,11 +191,13 @@ def started(
 
 
 def time_targets(
-    ready: Sequence[Started], *, lasting: Length, on_progress: Callable[[float], None] | None = None
-) -> Interleaved:
+    ready: Sequence[Started], *, lasting: Length, parts: int = 1, seed: int = 0,
+    on_progress: Callable[[float], None] | None = None,
+) -> Interleaved:  # fmt: skip
     """All in turns within one run, for each as long as the one takes that takes longest.
 
-    Raises TimingInterrupted on Ctrl-C, TimingFailedError where one dies in the middle.
+    parts: how many runs like this one make a row, each with its part of the time. seed: of the order of turns. Raises
+    TimingInterrupted on Ctrl-C, TimingFailedError where one dies in the middle.
     """
     runs = {one.target: one.arm for one in ready}
 
@@ -202,22 +207,24 @@ def time_targets(
             lasting.after(run.latencies_ns, turns=run.turns, spent_s=each_s) for run in so_far.runs.values()
         )
 
+    lasting = lasting.part(parts)
     return interleave(
         runs, budget_s=lasting.first_s * len(runs), max_warmup_s=max(WARMUP_S, lasting.first_s),
-        on_progress=on_progress, longer=longer if lasting.is_piloted else None,
+        min_samples=-(-MIN_SAMPLES // parts), seed=seed, on_progress=on_progress,
+        longer=longer if lasting.is_piloted else None,
     )  # fmt: skip
 
 
 def measurements(
     ready: Sequence[Started], timed: Interleaved, *, conditions: Conditions, baseline: str | None, keys: Sequence[str],
-    cut_short: str | None = None,
+    processes: Integers | None = None, cut_short: str | None = None,
 ) -> list[Measurement]:  # fmt: skip
     """One row a target, with its speed-up over the baseline from the pairs of turns.
 
-    cut_short: why they ended early.
+    processes: by round, in which of several processes of each target; None where there was one of each. cut_short: why
+    they ended early.
     """
     batch = conditions.batch
-    base_turns = timed.runs[baseline].by_turn() if baseline is not None else None
     base_key = next((key for key, one in zip(keys, ready, strict=True) if one.target == baseline), None)
     artifacts = [one.artifact for one in ready if one.artifact]
     rows = []
@@ -226,21 +233,27 @@ def measurements(
         seen = shortcomings(warmed_up=run.warmed_up, warmup_calls=run.warmup_calls, stopped=cut_short)
         figures = analyse_turns(
             run.latencies_ns, run.turns, run.parts_ns, batch=batch, concurrency=conditions.concurrency,
-            baseline=base_turns,
+            processes=None if processes is None else processes[run.turns],
+            baseline=None if baseline is None else _blocks(timed.runs[baseline], processes),
             observed=(*misplaced(conditions.options, one.placement), *seen),
-            remarks=shortfalls(run.latencies_ns, turns=run.turns, spent_s=timed.spent_s / len(ready)),
         )  # fmt: skip
-        rows.append(
-            Measurement(
-                load=load_of(conditions.scenario, batch=batch, concurrency=conditions.concurrency),
-                samples=key,
-                paired_with=base_key,
-                warmup_calls=run.warmup_calls,
-                **figures.as_fields(),
-                **placed_fields(one, conditions, artifacts),
-            )
+        row = Measurement(
+            load=load_of(conditions.scenario, batch=batch, concurrency=conditions.concurrency),
+            samples=key,
+            paired_with=base_key,
+            processes=1 if processes is None else int(processes[-1]) + 1,
+            warmup_calls=run.warmup_calls,
+            **figures.as_fields(),
+            **placed_fields(one, conditions, artifacts),
         )
+        spent_s = timed.spent_s / len(ready)
+        rows.append(remarked(row, shortfalls(row.latency, spent_s=spent_s, processes=row.processes)))
     return rows
+
+
+def _blocks(run: Timed, processes: Integers | None) -> list[Integers]:
+    """The latencies of each process where there were several, else of each turn."""
+    return run.by_turn() if processes is None else by_turn(run.latencies_ns, processes[run.turns])
 
 
 def placed_fields(one: Started, conditions: Conditions, artifacts: Sequence[Artifact]) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dlops.bench import stats
 from dlops.bench.stats import Integers
 from dlops.errors import UsageError
+from dlops.report import Interval, Latency
 
 # Of a row in seconds: the pilot's, and the most that is given where no duration is named.
 PILOT_S, LONGEST_S = 3.0, 30.0
@@ -23,12 +24,13 @@ _CERTIFYING = 2
 class Length:
     """first_s seconds a row, and where its quantiles are not known well enough then, up to longest_s in all.
 
-    is_named: the seconds were, and they are kept whatever is known then.
+    is_named: the seconds were, and they are kept whatever is known then. parts: how many like this make a row.
     """
 
     first_s: float
     longest_s: float
     is_named: bool = False
+    parts: int = 1
 
     @property
     def is_piloted(self) -> bool:
@@ -45,7 +47,11 @@ class Length:
         """How long the row is to last in all; spent_s where that is long enough. samples, turns: (n,)."""
         if not self.is_piloted or spent_s >= self.longest_s:
             return spent_s
-        return min(self.longest_s, seconds_wanted(samples, turns=turns, spent_s=spent_s))
+        return min(self.longest_s, seconds_wanted(samples, turns=turns, spent_s=spent_s, parts=self.parts))
+
+    def part(self, parts: int) -> Length:
+        """Of each of so many that make a row together."""
+        return replace(self, first_s=self.first_s / parts, longest_s=self.longest_s / parts, parts=parts)
 
 
 def length(duration_s: float | None, longest_s: float = LONGEST_S) -> Length:
@@ -62,24 +68,25 @@ def length(duration_s: float | None, longest_s: float = LONGEST_S) -> Length:
     return Length(first_s=min(PILOT_S, longest_s), longest_s=longest_s)
 
 
-def half_width(samples: Integers, q: float, *, turns: Integers) -> float | None:
-    """Half the q-quantile's interval as a share of it; None where it has none. samples, turns: (n,)."""
-    interval = stats.quantile_interval(samples, q, turns=turns)
+def half_width(interval: Interval | None) -> float | None:
+    """Half the interval as a share of what it is of; None where there is none."""
     if interval is None or interval.low is None or interval.high is None or interval.value <= 0:
         return None
     return (interval.high - interval.low) / 2 / interval.value
 
 
-def seconds_wanted(samples: Integers, *, turns: Integers, spent_s: float) -> float:
+def seconds_wanted(samples: Integers, *, turns: Integers, spent_s: float, parts: int = 1) -> float:
     """How long a row must last in all, by the `spent_s` measured so far, for p50 to be known to 1 % and p99 to 5 %,
     and both certified.
 
-    samples, turns: (n,). It is spent_s itself where they are. An interval's width falls with the square root of the
-    time, as long as what comes resembles what was.
+    samples, turns: (n,). parts: how many like this one make the row, which know it better together. It is spent_s
+    itself where they are. An interval's width falls with the square root of the time, as long as what comes resembles
+    what was.
     """
     factor = 1.0
     for q, wanted in WANTED.items():
-        known, needs = half_width(samples, q, turns=turns), stats.certifying_samples(q)
+        known = half_width(stats.quantile_interval(samples, q, turns=turns))
+        needs, wanted = stats.certifying_samples(q) / parts, wanted * math.sqrt(parts)
         have = stats.effective_samples(samples, q, turns=turns)
         if known is None or have < needs:
             factor = max(factor, _CERTIFYING * needs / have)
@@ -88,15 +95,19 @@ def seconds_wanted(samples: Integers, *, turns: Integers, spent_s: float) -> flo
     return spent_s if factor == 1.0 else _MARGIN * factor * spent_s
 
 
-def shortfalls(samples: Integers, *, turns: Integers, spent_s: float) -> tuple[str, ...]:
-    """In words, the quantiles that have an interval wider than wanted; samples, turns: (n,)."""
+def shortfalls(latency: Latency, *, spent_s: float, processes: int = 1) -> tuple[str, ...]:
+    """In words, the quantiles that have an interval wider than wanted. spent_s: on all processes together."""
     said = []
+    intervals = {0.5: latency.p50_ns, 0.99: latency.p99_ns}
     for q, wanted in WANTED.items():
-        known = half_width(samples, q, turns=turns)
+        known = half_width(intervals[q])
         if known is not None and known > wanted:
-            takes_s = spent_s * (known / wanted) ** 2
+            times = (known / wanted) ** 2
+            takes = f"about {spent_s * times:,.0f} s, {spent_s:.0f} s were spent"
+            if processes > 1:
+                takes = f"about {math.ceil(processes * times):,} processes, {processes} were measured"
             said.append(
                 f"under-sampled: p{q * 100:.0f} is known to ±{known:.1%} where ±{wanted:.0%} is wanted: that takes "
-                f"about {takes_s:,.0f} s, {spent_s:.0f} s were spent"
+                f"{takes}"
             )
     return tuple(said)

@@ -1,8 +1,9 @@
 """By what factor one run of calls is slower or faster than another, and how sure that is.
 
 Pure functions over arrays. Calls near in time resemble one another, so no call counts as evidence by itself: a run is
-cut into a dozen stretches, each says what it finds, and Student's t over the stretches says how sure that is. It holds
-where stretches differ in their spread (Ibragimov and Müller 2010), and the error is widened where neighbours agree.
+cut into a dozen stretches, or where several processes made it into those, each says what it finds, and Student's t over
+the stretches says how sure that is. It holds where stretches differ in their spread (Ibragimov and Müller 2010), and
+the error is widened where neighbours agree.
 """
 
 from __future__ import annotations
@@ -35,19 +36,26 @@ class Calls:
     """One run. latencies_ns: (n,), positive. durations_s: (turns,), the time that each turn's calls are counted over.
 
     turns: (n,), ascending, the place in `durations_s` of the turn (or stretch of time) that each call was made in.
+    processes: (turns,), which of several made the calls of each turn, counted from 0: each is a stretch then; None
+    where one made all.
     """
 
     latencies_ns: Integers
     turns: Integers
     durations_s: Floats
+    processes: Integers | None = None
 
-    def stretches(self, count: int) -> Integers:
-        """For each call which of `count` stretches of whole turns it is in."""
-        return self.stretches_of_turns(count)[self.turns]
-
-    def stretches_of_turns(self, count: int) -> Integers:
+    @property
+    def stretch_of_turn(self) -> Integers:
+        """(turns,), ascending: the process that made it, else one of a dozen stretches of whole turns."""
+        if self.processes is not None:
+            return self.processes
         turns = len(self.durations_s)
-        return np.arange(turns) * count // turns
+        return np.asarray(np.arange(turns) * min(STRETCHES, turns) // turns, np.int64)
+
+    @property
+    def stretches(self) -> int:
+        return int(self.stretch_of_turn[-1]) + 1 if len(self.durations_s) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +81,13 @@ def median_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
     Paired, a stretch says the median of its rounds' ratios, else the median of its calls; the mean over stretches is
     the estimate. None below five stretches.
     """
-    count = _count(base, new)
-    if count < MIN_STRETCHES:
+    if min(base.stretches, new.stretches) < MIN_STRETCHES:
         return None
     if paired:
         found = np.log(_medians(new.latencies_ns, new.turns)) - np.log(_medians(base.latencies_ns, base.turns))
-        said = _medians(found, new.stretches_of_turns(count))
+        said = _medians(found, new.stretch_of_turn)
         return _from_parts(float(said.mean()), _parts(said))
-    said_of = [np.log(_medians(calls.latencies_ns, calls.stretches(count))) for calls in (base, new)]
+    said_of = [np.log(_medians(calls.latencies_ns, calls.stretch_of_turn[calls.turns])) for calls in (base, new)]
     if min(map(len, said_of)) < MIN_STRETCHES:  # a stretch in which nothing was answered says nothing
         return None
     return _from_parts(float(said_of[1].mean() - said_of[0].mean()), *map(_parts, said_of))
@@ -88,13 +95,13 @@ def median_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
 
 def rate_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
     """Of the calls a second, over the whole of each run. Cochran 1977, 6.13, linearized. None below five stretches."""
-    count = _count(base, new)
-    if count < MIN_STRETCHES or min(base.durations_s.sum(), new.durations_s.sum()) <= 0:
+    if min(base.stretches, new.stretches) < MIN_STRETCHES or min(base.durations_s.sum(), new.durations_s.sum()) <= 0:
         return None
     rates, parts = [], []
     for calls in (base, new):
-        lasted = np.bincount(calls.stretches_of_turns(count), weights=calls.durations_s, minlength=count)
-        counted = np.bincount(calls.stretches(count), minlength=count)
+        stretch = calls.stretch_of_turn
+        lasted = np.bincount(stretch, weights=calls.durations_s)
+        counted = np.bincount(stretch[calls.turns], minlength=calls.stretches)
         rates.append(len(calls.latencies_ns) / float(lasted.sum()))
         parts.append((counted - rates[-1] * lasted) / len(calls.latencies_ns))
     parts = [parts[1] - parts[0]] if paired else parts
@@ -108,10 +115,9 @@ def quantile_ratio(base: Calls, new: Calls, q: float, *, paired: bool) -> Ratio 
     equally often: the difference of the two shares, over its error from the stretches, is within Student's t. No
     density is estimated. None below five stretches.
     """
-    count = _count(base, new)
-    if count < MIN_STRETCHES:
+    if min(base.stretches, new.stretches) < MIN_STRETCHES:
         return None
-    tails = [_Tail.of(calls, q, count) for calls in (base, new)]
+    tails = [_Tail.of(calls, q) for calls in (base, new)]
 
     def score(shift: float) -> tuple[float, int]:
         """How many errors more often NEW exceeds than BASE times exp(shift), and the degrees of freedom."""
@@ -146,16 +152,16 @@ class _Tail:
     quantile: float
 
     @classmethod
-    def of(cls, run: Calls, q: float, count: int) -> _Tail:
+    def of(cls, run: Calls, q: float) -> _Tail:
         n = len(run.latencies_ns)
         kept = min(n, math.ceil(2 * (1 - q) * n) + 2)
         order = np.argsort(run.latencies_ns, kind="stable")
-        longest, stretch = order[n - kept :], run.stretches(count)
+        longest, stretch = order[n - kept :], run.stretch_of_turn[run.turns]
         logs = np.log(run.latencies_ns[longest])
         return cls(
             logs=logs,
             stretch=stretch[longest],
-            sizes=np.bincount(stretch, minlength=count).astype(np.float64),
+            sizes=np.bincount(stretch, minlength=run.stretches).astype(np.float64),
             calls=n,
             quantile=float(np.log(run.latencies_ns[order[math.ceil(q * n) - 1]])),
         )
@@ -192,10 +198,6 @@ def _furthest(
         middle = (inside + outside) / 2
         inside, outside = (inside, middle) if contradicted(middle) else (middle, outside)
     return outside
-
-
-def _count(base: Calls, new: Calls) -> int:
-    return min(STRETCHES, len(base.durations_s), len(new.durations_s))
 
 
 def _medians(values: NDArray[np.number], blocks: Integers) -> Floats:

@@ -12,7 +12,7 @@ from dlops.bench.analysis import Figures, analyse_closed_loop, analyse_rate, ana
 from dlops.bench.results import Measured, choose_fastest
 from dlops.bench.slo import found_among, judge
 from dlops.errors import CorruptError, UsageError
-from dlops.report import CLOCKS, EARLIER, SERVICE, STARTS, TURNS, Measurement, Objective, Report
+from dlops.report import CLOCKS, EARLIER, PROCESSES, SERVICE, STARTS, TURNS, Measurement, Objective, Report
 from dlops.timing import by_turn
 from dlops.version import __version__
 
@@ -69,6 +69,7 @@ def _figures(report: Report, row: Measurement, rows: Mapping[str, Measurement], 
     latencies, turns = _arrays(report, row, samples, "", TURNS)
     return analyse_turns(
         latencies, turns, _parts(report, row, samples), batch=batch, concurrency=row.load.concurrency,
+        processes=None if row.processes == 1 else _arrays(report, row, samples, PROCESSES)[0],
         baseline=_baseline(report, row, rows, samples),
         observed=observed, remarks=row.verdict.remarks,
     )  # fmt: skip
@@ -85,14 +86,15 @@ def _parts(report: Report, row: Measurement, samples: Arrays) -> dict[str, NDArr
 def _baseline(
     report: Report, row: Measurement, rows: Mapping[str, Measurement], samples: Arrays
 ) -> list[NDArray[np.int64]] | None:
-    """The turns that the row's are paired with, of the same rounds."""
+    """The turns that the row's are paired with, of the same rounds; of several processes, those."""
     if row.paired_with is None:
         return None
     base = rows.get(row.paired_with)
     if base is None:
         raise CorruptError(f"{report.directory}: {row.samples} is paired with {row.paired_with}, which is no row")
-    latencies, turns = _arrays(report, base, samples, "", TURNS)
-    (own,) = _arrays(report, row, samples, TURNS)
+    blocks = TURNS if row.processes == 1 else PROCESSES
+    latencies, turns = _arrays(report, base, samples, "", blocks)
+    (own,) = _arrays(report, row, samples, blocks)
     if len(by_turn(latencies, turns)) != len(by_turn(own, own)):
         raise CorruptError(
             f"{report.path('samples')}: {row.samples} and {base.samples} were not made in the same rounds"

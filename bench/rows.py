@@ -50,9 +50,7 @@ class Rows:
         """seen: when it was measured. Of a row with a time of its own, how well its quantiles are known is judged here;
         rows that took turns bring that along."""
         if row.duration_ns is not None:
-            turns = stats.stretches(samples[row.samples + STARTS], row.duration_ns)
-            said = shortfalls(samples[row.samples], turns=turns, spent_s=row.duration_ns / 1e9)
-            row = remarked(row, said)
+            row = remarked(row, shortfalls(row.latency, spent_s=row.duration_ns / 1e9))
         self.rows.append(row)
         self.samples |= samples
         self.seen[row.samples] = seen

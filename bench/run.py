@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from dlops.artifact import Artifact, open_artifact
 from dlops.bench import inprocess
 from dlops.bench.arrivals import Offered
 from dlops.bench.inprocess import Conditions
+from dlops.bench.launches import check_processes
 from dlops.bench.loadgen import check_installed
 from dlops.bench.payload import most_items
 from dlops.bench.pilot import LONGEST_S, length
@@ -43,6 +45,7 @@ def measure(
     cuda_graph: bool = False,
     trust: bool = False,
     concurrency: Sequence[int] | None = None,
+    processes: int = 1,
     offered: Offered | None = None,
     scenarios: Sequence[Scenario] = (),
     samples_per_query: int | None = None,
@@ -63,15 +66,15 @@ def measure(
     a module or a function keeps the two in this process. batch (by default 1), boundary, threads and device are axes:
     for each combination all targets take turns within one run. boundary "device": the inference alone, inputs in place;
     "preprocessing": from the raw input, decoding included. cuda_graph: inferences replay a CUDA graph. trust: as in
-    SessionOptions. concurrency:
-    calls kept in flight, at URLs and in process by as many threads on one session, by default 1 unless `offered` is
-    given. offered: requests at rates or from a trace, whether or not earlier ones are answered. scenarios: MLPerf's,
-    instead of those axes: batch and concurrency are then for "offline" (by default 32 items or what all targets take,
-    and 8 in flight), `offered` for "server", in process too, and samples_per_query (8) for "multi_stream". engine:
-    "loadgen" has MLCommons' LoadGen run them. duration_s: for each row, on the clock: the waits between turns count,
-    the warm-up does not; without it a row lasts as long as it takes to know p50 to 1 % and p99 to 5 %, from 3 s to
-    max_duration_s. payload: whose samples are sent to URLs; without it the first artifact among the targets, else
-    random numbers within the signature.
+    SessionOptions. concurrency: calls kept in flight, at URLs and in process by as many threads on one session, by
+    default 1 unless `offered` is given. processes: fresh ones that run each target in process, one after the other, for
+    a part of the row's time each; from 6 on intervals are of what differs between processes, too. offered: requests at
+    rates or from a trace, whether or not earlier ones are answered. scenarios: MLPerf's, instead of those axes: batch
+    and concurrency are then for "offline" (by default 32 items or what all targets take, and 8 in flight), `offered`
+    for "server", in process too, and samples_per_query (8) for "multi_stream". engine: "loadgen" has MLCommons' LoadGen
+    run them. duration_s: for each row, on the clock: the waits between turns count, the warm-up does not; without it a
+    row lasts as long as it takes to know p50 to 1 % and p99 to 5 %, from 3 s to max_duration_s. payload: whose samples
+    are sent to URLs; without it the first artifact among the targets, else random numbers within the signature.
 
     Raises UsageError and MachineError before anything is timed where a target is not there or cannot run what is
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
@@ -101,6 +104,8 @@ def measure(
             "threads and device are for targets on this machine, and only URLs are named", hint="leave them out"
         )
     conditions = _conditions(planned, boundary, threads, device, cuda_graph=cuda_graph, trust=trust)
+    check_processes(processes)
+    conditions = [(step, replace(one, processes=processes)) for step, one in conditions]
     if cuda_graph and (not chosen or any(one.options.device == "cpu" for _, one in conditions)):
         what = "a service runs its models itself" if not chosen else "there is none on the CPU"
         raise UsageError(f"a CUDA graph was asked for, and {what}", hint="leave --cuda-graph out, or --device cuda")
@@ -116,8 +121,12 @@ def measure(
             f"{what} calls on bound buffers, and {maker} gives each call arrays of its own",
             hint="leave --cuda-graph out" if cuda_graph else "--boundary host",
         )
+    if processes > 1 and (urls or alone):
+        what = "a service is one" if urls else "each rate of the server scenario and LoadGen take one"
+        raise UsageError(f"{processes} processes a row, and {what}", hint="leave --processes out")
+    own_process = "--scenario server and LoadGen" if alone else "more than one process" if processes > 1 else None
     inprocess.check(
-        chosen, batches=sorted({step.batch for step in planned}), boundaries=boundary, own_process=bool(alone)
+        chosen, batches=sorted({step.batch for step in planned}), boundaries=boundary, own_process=own_process
     )
     endpoints = _find_endpoints(urls, sent)
 

@@ -12,12 +12,13 @@ from dlops.bench.arrivals import STRETCH
 from dlops.bench.attended import Attended
 from dlops.bench.disturbed import Seen, seen_in_turns
 from dlops.bench.inprocess import Conditions, Started, Subject
+from dlops.bench.launches import Launches
 from dlops.bench.results import row_key
 from dlops.bench.rows import Rows, Samples
 from dlops.bench.scenarios import Step
-from dlops.console import progress_bar, say
+from dlops.console import Bar, progress_bar, say
 from dlops.errors import MachineError
-from dlops.report import STARTS, TURNS, Engine, Measurement
+from dlops.report import PROCESSES, STARTS, TURNS, Engine, Measurement
 from dlops.timing import Interleaved, TimingFailedError, TimingInterrupted, WarmUp
 
 _PROGRESS_STEPS = 100
@@ -31,8 +32,8 @@ def time_in_turns(rows: Rows, chosen: Sequence[Subject], conditions: Conditions)
     for subject in chosen:
         if subject.note:
             rows.note(subject.note)
-    with rows.keeping_what_there_is(), inprocess.started(chosen, conditions) as ready:
-        _time(rows, ready, conditions)
+    with rows.keeping_what_there_is():
+        _time(rows, chosen, conditions)
 
 
 def time_alone(rows: Rows, chosen: Sequence[Subject], conditions: Conditions, step: Step, *, engine: Engine) -> None:
@@ -48,52 +49,77 @@ def time_alone(rows: Rows, chosen: Sequence[Subject], conditions: Conditions, st
                 _time_one(rows, one, conditions, step, rate, engine, artifacts)
 
 
-def keep_turns(
-    rows: Rows, ready: Sequence[Started], arms: Sequence[Attended], timed: Interleaved, conditions: Conditions, *,
-    cut_short: str | None = None,
-) -> None:  # fmt: skip
-    """Add the rows of targets that took turns. arms: theirs, in the same order. cut_short: why they ended early."""
+def keep_turns(rows: Rows, found: Launches, conditions: Conditions, *, cut_short: str | None = None) -> None:
+    """Add the rows of targets that took turns. cut_short: why they ended early."""
+    ready, timed, of_round = found.ready, found.timed, found.of_round
     keys = [row_key(len(rows.rows) + index) for index in range(len(ready))]
     made = inprocess.measurements(
-        ready, timed, conditions=conditions, baseline=rows.baseline, keys=keys, cut_short=cut_short
+        ready, timed, conditions=conditions, baseline=rows.baseline, keys=keys, processes=of_round, cut_short=cut_short
     )
-    # Cut short, some have had a turn more than there are whole rounds.
-    turns = [arm.turns[: timed.rounds] for arm in arms]
     for number, (key, row, one) in enumerate(zip(keys, made, ready, strict=True)):
         run = timed.runs[one.target]
         samples = {key: run.latencies_ns, key + STARTS: run.starts_ns, key + TURNS: run.turns}
+        if of_round is not None:
+            samples[key + PROCESSES] = of_round[run.turns]
         samples |= {key + suffix: part for suffix, part in run.parts_ns.items()}
-        rows.add(row, samples, seen_in_turns(turns, number, batch=conditions.batch, gpu=one.gpu))
+        rows.add(row, samples, seen_in_turns(found.attended, number, batch=conditions.batch, gpu=one.gpu))
 
 
-def _time(rows: Rows, ready: Sequence[Started], conditions: Conditions) -> None:
-    title = f"batch {conditions.batch}"
-    count = f"{len(ready)} target{'' if len(ready) == 1 else 's'}"
-    say(f"timing {count} in turns at {title}, {rows.lasting} each with the waits between turns, after the warm-up")
+def _time(rows: Rows, chosen: Sequence[Subject], conditions: Conditions) -> None:
+    title, count = f"batch {conditions.batch}", f"{len(chosen)} target{'' if len(chosen) == 1 else 's'}"
+    each = f", in {conditions.processes} processes each" if conditions.processes > 1 else ""
+    say(f"timing {count} in turns at {title}{each}: {rows.lasting} a row, waits between turns included, warm-up not")
+    found = Launches()
+    try:
+        if conditions.processes == 1:
+            with inprocess.started(chosen, conditions) as ready, progress_bar(title, total=_PROGRESS_STEPS) as bar:
+                _launch(rows, found, ready, bar, parts=1)
+        else:
+            with progress_bar(title, total=_PROGRESS_STEPS * conditions.processes) as bar:
+                for number in range(conditions.processes):
+                    bar.advance(0, note=f"process {number + 1} of {conditions.processes}")
+                    # Who starts first may find the machine otherwise than who starts last.
+                    order = chosen if number % 2 == 0 else chosen[::-1]
+                    samples = inprocess.first_artifact(chosen)
+                    with inprocess.started(order, conditions, samples=samples, quiet=True) as ready:
+                        _launch(rows, found, ready[:: 1 if number % 2 == 0 else -1], bar, parts=conditions.processes)
+    except KeyboardInterrupt:
+        if found:
+            keep_turns(rows, found, conditions, cut_short="interrupted")
+        raise
+    except MachineError as error:
+        if found:
+            keep_turns(rows, found, conditions, cut_short=f"cut short: {error.message}")
+        raise
+    keep_turns(rows, found, conditions)
+
+
+def _launch(rows: Rows, found: Launches, ready: Sequence[Started], bar: Bar, *, parts: int) -> None:
+    """Time what was started, and add that to what was found, however it ends."""
     read_energy = rows.energy.read if rows.energy.domains else None
     arms = [Attended(one.arm, read_energy) for one in ready]
     ready = [replace(one, arm=arm) for one, arm in zip(ready, arms, strict=True)]
-    with progress_bar(title, total=_PROGRESS_STEPS) as bar:
-        done = 0
+    done = 0
 
-        def advance(fraction: float) -> None:
-            nonlocal done
-            steps = round(fraction * _PROGRESS_STEPS) - done
-            done += steps
-            bar.advance(steps)
+    def advance(fraction: float) -> None:
+        nonlocal done
+        steps = round(fraction * _PROGRESS_STEPS) - done
+        done += steps
+        bar.advance(steps)
 
-        try:
-            timed = inprocess.time_targets(ready, lasting=rows.lasting, on_progress=advance)
-        except TimingInterrupted as interruption:
-            keep_turns(rows, ready, arms, interruption.partial, conditions, cut_short="interrupted")
+    def add(timed: Interleaved) -> None:
+        found.add(timed, ready, [arm.turns for arm in arms])
+
+    try:
+        add(inprocess.time_targets(ready, lasting=rows.lasting, parts=parts, seed=len(found), on_progress=advance))
+    except TimingInterrupted as interruption:
+        add(interruption.partial)
+        raise
+    except TimingFailedError as failure:
+        add(failure.partial)
+        if failure.__cause__ is None:
             raise
-        except TimingFailedError as failure:
-            error = failure.__cause__
-            assert error is not None
-            if isinstance(error, MachineError):
-                keep_turns(rows, ready, arms, failure.partial, conditions, cut_short=f"cut short: {error.message}")
-            raise error from None
-    keep_turns(rows, ready, arms, timed, conditions)
+        raise failure.__cause__ from None
 
 
 def _time_one(

@@ -158,18 +158,38 @@ def share_bounds(share: float, n: int, *, confidence: float = CONFIDENCE) -> tup
     return lower, upper
 
 
-def summarize(latencies_ns: Integers, *, turns: Integers | None = None) -> Latency:
-    """p50, p90 and p99 with their intervals, each null where the sample does not certify it."""
+def summarize(latencies_ns: Integers, *, turns: Integers | None = None, apart: bool = False) -> Latency:
+    """p50, p90 and p99 with their intervals, each null where the sample does not certify it.
+
+    apart: what `turns` numbers was made apart, as processes are, and has a median of its own: p50's interval is
+    Student's over those.
+    """
+    assert turns is not None or not apart
+    median = _median_apart(latencies_ns, turns) if apart and turns is not None else None
     return Latency(
         samples=len(latencies_ns),
         effective_samples=effective_samples(latencies_ns, 0.5, turns=turns),
-        p50_ns=quantile_interval(latencies_ns, 0.5, turns=turns),
+        p50_ns=median if apart else quantile_interval(latencies_ns, 0.5, turns=turns),
         p90_ns=quantile_interval(latencies_ns, 0.9, turns=turns),
         p99_ns=quantile_interval(latencies_ns, 0.99, turns=turns),
         mean_ns=float(np.mean(latencies_ns)),
         min_ns=float(np.min(latencies_ns)),
         max_ns=float(np.max(latencies_ns)),
     )
+
+
+def _median_apart(latencies_ns: Integers, blocks: Integers) -> Interval | None:
+    """The geometric mean of the blocks' medians with Student's interval; None below six blocks.
+
+    Few blocks that differ by more than their calls do leave order statistics nothing but the range of all calls.
+    """
+    medians = [float(np.median(latencies_ns[blocks == block])) for block in np.unique(blocks)]
+    if len(medians) < fewest_samples(0.5):
+        return None
+    logs = np.log(np.maximum(medians, _LEAST))
+    half = student_t(CONFIDENCE, len(logs) - 1) * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
+    middle = float(np.mean(logs))
+    return Interval(value=math.exp(middle), low=math.exp(middle - half), high=math.exp(middle + half))
 
 
 def ratio_interval(numerator: Sequence[Integers], denominator: Sequence[Integers]) -> Interval | None:

@@ -61,6 +61,9 @@ def bench(
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help="Calls in flight; in process, of as many threads.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="In process: fresh ones a row; intervals then see how they differ.")
+    ] = 1,
     rate: Annotated[list[float] | None, typer.Option(help="Requests a second offered to URLs; repeatable.")] = None,
     arrivals: Annotated[Literal["poisson", "constant"], typer.Option(help="How requests at a rate come.")] = "poisson",
     pauses: Annotated[
@@ -136,6 +139,7 @@ def bench(
         trust=trust,
         threads=threads or None,
         concurrency=concurrency,
+        processes=processes,
         offered=offered,
         scenarios=[one.value for one in scenario or []],
         samples_per_query=samples_per_query,
@@ -157,6 +161,9 @@ def compare(
     new: Annotated[Path, typer.Argument(help="What is compared with it; of the same kind.")],
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Artifacts: items a call; repeatable.")] = None,
     duration: Annotated[float | None, typer.Option(min=0.1, help="Artifacts: seconds a row. Default 5.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Artifacts: fresh processes of each; their differences count. Default 8.")
+    ] = None,
     device: Annotated[
         Place | None,
         typer.Option(help="Artifacts: auto takes CUDA where it works."),
@@ -185,6 +192,7 @@ def compare(
         new,
         batch=batch,
         duration_s=duration,
+        processes=processes,
         threads=threads,
         device=device,
         trust=trust,

@@ -31,6 +31,7 @@ from dlops.report_rows import (
     DEVICE,
     EARLIER,
     ENQUEUE,
+    PROCESSES,
     SERVICE,
     STARTS,
     SUFFIXES,
@@ -52,10 +53,11 @@ from dlops.report_rows import (
 from dlops.version import __version__
 
 __all__ = [
-    "CLOCKS", "COPY_IN", "COPY_OUT", "DEVICE", "EARLIER", "ENQUEUE", "SERVICE", "STARTS", "SUFFIXES", "TIMES", "TURNS",
-    "Boundary", "Calibration", "Clocks", "ColdStart", "CpuPeak", "Engine", "GpuPeak", "Interval", "Latency", "Load",
-    "Machine", "Measurement", "Metric", "Objective", "Peaks", "Profile", "ProfiledOperator", "ProviderUse", "Report",
-    "Scenario", "SendingCost", "ServerTime", "Telemetry", "TimingCost", "Verdict", "read_report",
+    "CLOCKS", "COPY_IN", "COPY_OUT", "DEVICE", "EARLIER", "ENQUEUE", "PROCESSES", "SERVICE", "STARTS", "SUFFIXES",
+    "TIMES", "TURNS", "Boundary", "Calibration", "Clocks", "ColdStart", "CpuPeak", "Engine", "GpuPeak", "Interval",
+    "Latency", "Load", "Machine", "Measurement", "Metric", "Objective", "Peaks", "Profile", "ProfiledOperator",
+    "ProviderUse", "Report", "Scenario", "SendingCost", "ServerTime", "Telemetry", "TimingCost", "Verdict",
+    "read_report",
 ]  # fmt: skip
 
 
@@ -103,7 +105,8 @@ class Report(Manifest):
         """Every latency that was measured, in order, in nanoseconds, by measurement key.
 
         Beside "<key>" lie "<key>.starts" (when the call began or was due, from the row's start), where targets took
-        turns "<key>.turns" (the round of each call), under a rate "<key>.service" (from the send; -1 where the call
+        turns "<key>.turns" (the round of each call), where several processes ran a target one after the other
+        "<key>.processes" (the number of each call's), under a rate "<key>.service" (from the send; -1 where the call
         failed), and over the network "<key>.earlier" (when calls that began before the row were answered within it).
         On CUDA there are the names of CLOCKS, too: the parts of each call. The series of each telemetry are there too.
         Raises CorruptError where those or a row's latencies are missing.

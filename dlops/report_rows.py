@@ -18,12 +18,13 @@ Metric = Literal["p90", "p99", "throughput"]
 # What made the requests and took their times: this package, or MLCommons' LoadGen.
 Engine = Literal["dlops", "loadgen"]
 # Beside the latencies under "<key>", the samples file holds when each call began (under a rate: was due), in which
-# turn, under a rate its service time, -1 where it failed, and when calls that began before the row were answered.
-STARTS, TURNS, SERVICE, EARLIER = ".starts", ".turns", ".service", ".earlier"
+# turn, in which of several processes, under a rate its service time, -1 where it failed, and when calls that began
+# before the row were answered.
+STARTS, TURNS, PROCESSES, SERVICE, EARLIER = ".starts", ".turns", ".processes", ".service", ".earlier"
 # On a GPU, what else was timed of each call: the suffix of its samples, and the field of Clocks that it fills.
 DEVICE, ENQUEUE, COPY_IN, COPY_OUT = ".device", ".enqueue", ".copy_in", ".copy_out"
 CLOCKS = {DEVICE: "device", ENQUEUE: "enqueue", COPY_IN: "copy_in", COPY_OUT: "copy_out"}
-SUFFIXES = ("", STARTS, TURNS, SERVICE, EARLIER, *CLOCKS)
+SUFFIXES = ("", STARTS, TURNS, PROCESSES, SERVICE, EARLIER, *CLOCKS)
 
 
 class Interval(Record):
@@ -178,6 +179,9 @@ class Measurement(Record):
     """The key of its raw latencies in the samples file."""
     paired_with: str | None = None
     """The key of the row that its turns are paired with, which the speed-up is over; null where there is none."""
+    processes: int = Field(1, ge=1)
+    """[processes] Fresh ones that ran it, one after the other; above 1, intervals are of what differs between them,
+    too. A service counts as one."""
     duration_ns: int | None = None
     """How long a row lasted that is over the network, at a rate or LoadGen's, after the warm-up; null where targets
     took turns."""
@@ -207,13 +211,14 @@ class Measurement(Record):
     nodes: dict[str, dict[str, int]] = {}
     """[nodes] Of the graph that each provider was given, by operator; empty where that is not known."""
     peak_memory_bytes: int | None = None
-    """Most that a fresh process held that loaded and ran it, interpreter and runtime included; null where a service or
-    the run's own process ran it."""
+    """Most that a fresh process (of several, any) held that loaded and ran it, interpreter and runtime included; null
+    where a service or the run's own process ran it."""
     device_memory_bytes: int | None = None
     """By how much the GPU's memory in use had grown after its first calls, CUDA's context included; null off CUDA and
     where NVML does not tell."""
     cold_start: ColdStart | None = None
-    """Of that fresh process; null where a service or the run's own process ran it."""
+    """Of that fresh process, of several the one with the median total; null where a service or the run's own process
+    ran it."""
     accuracy: float | None = None
     """[fraction] Of the evaluation samples, as export measured it; null where that is not recorded, and of a service
     that did not give the artifact's recorded answers."""

@@ -117,12 +117,14 @@ class Timed:
 class Interleaved:
     """Turn i of one arm and turn i of another were made in the same round: they are a pair.
 
-    spent_s: what all the turns took together, with the waits between them.
+    spent_s: what all the turns took together, with the waits between them. began_ns: when the first began, on the
+    clock that it was timed by.
     """
 
     runs: Mapping[str, Timed]
     rounds: int
     spent_s: float
+    began_ns: int
 
 
 class TimingFailedError(Exception):
@@ -367,4 +369,4 @@ def _done(arms: Sequence[_Kept], rounds: int, elapsed_s: float, budget_s: float,
 
 def _result(names: Iterable[str], arms: Sequence[_Kept], rounds: int, began: int, clock: Clock) -> Interleaved:
     runs = {name: arm.cut_to(rounds, began) for name, arm in zip(names, arms, strict=True)}
-    return Interleaved(runs=runs, rounds=rounds, spent_s=(clock.now_ns() - began) / 1e9)
+    return Interleaved(runs=runs, rounds=rounds, spent_s=(clock.now_ns() - began) / 1e9, began_ns=began)

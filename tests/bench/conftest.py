@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -72,68 +73,66 @@ def soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlops.bench.load._DEAD_AFTER_S", 0.5)
 
 
+def write_artifact(
+    folder: Path, slug: str = "onnx-fp32", *, hidden: int = 8, drop: float = 0.0, name: str = "toy"
+) -> Artifact:
+    model = onnx_mlp(hidden)
+    onnx.checker.check_model(onnx.load_from_string(model))
+    inputs = np.random.default_rng(1).standard_normal((12, FEATURES)).astype(np.float32)
+    logits = run_onnx(model, inputs)
+    samples = Samples(raw=tuple(inputs), inputs={"input": inputs}, outputs={"logits": logits}, targets=logits.argmax(1))
+    signature = Signature(
+        inputs=(TensorSpec(name="input", dtype="float32", shape=("batch", FEATURES)),),
+        outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", CLASSES)),),
+        dims={"batch": DimRange(max=MAX_BATCH)},
+    )
+    with DirectoryWriter(folder / name / slug) as writer:
+        files = {
+            "model": writer.add("model.onnx", model),
+            "samples": writer.add("samples.safetensors", samples.to_bytes()),
+        }
+        return writer.commit(
+            Artifact(
+                name=name,
+                created=datetime.now(UTC),
+                variant=Variant.parse(slug),
+                signature=signature,
+                preprocess=None,
+                labels=tuple(str(i) for i in range(CLASSES)),
+                task="classification",
+                requires=("onnxruntime",),
+                parity=Parity(
+                    provider="CPUExecutionProvider",
+                    batches=(1, 2),
+                    samples=12,
+                    max_abs=0.0,
+                    max_rel=0.0,
+                    sqnr_db=None,
+                    agreement=1.0,
+                    tolerance=Tolerance(max_abs=1e-3, max_rel=1e-3),
+                ),
+                accuracy=Accuracy(
+                    metric="accuracy",
+                    samples=360,
+                    value=0.98 - drop / 100,
+                    reference=0.98,
+                    drop_points=drop,
+                    drop_low=drop - 0.4,
+                    drop_high=drop + 0.4,
+                    flips=round(drop * 3.6),
+                    max_drop=1.0,
+                    strict=False,
+                ),
+                provenance=Provenance(checkpoint=name, checkpoint_sha256="0" * 64, environment=describe_environment()),
+                files=files,
+            )
+        )
+
+
 @pytest.fixture
 def make_artifact(tmp_path: Path) -> MakeArtifact:
     """make_artifact("onnx-fp32", hidden=8, drop=0.0, name="toy") writes a real artifact and returns it."""
-
-    def make(slug: str = "onnx-fp32", *, hidden: int = 8, drop: float = 0.0, name: str = "toy") -> Artifact:
-        model = onnx_mlp(hidden)
-        onnx.checker.check_model(onnx.load_from_string(model))
-        inputs = np.random.default_rng(1).standard_normal((12, FEATURES)).astype(np.float32)
-        logits = run_onnx(model, inputs)
-        samples = Samples(
-            raw=tuple(inputs), inputs={"input": inputs}, outputs={"logits": logits}, targets=logits.argmax(1)
-        )
-        signature = Signature(
-            inputs=(TensorSpec(name="input", dtype="float32", shape=("batch", FEATURES)),),
-            outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", CLASSES)),),
-            dims={"batch": DimRange(max=MAX_BATCH)},
-        )
-        with DirectoryWriter(tmp_path / name / slug) as writer:
-            files = {
-                "model": writer.add("model.onnx", model),
-                "samples": writer.add("samples.safetensors", samples.to_bytes()),
-            }
-            return writer.commit(
-                Artifact(
-                    name=name,
-                    created=datetime.now(UTC),
-                    variant=Variant.parse(slug),
-                    signature=signature,
-                    preprocess=None,
-                    labels=tuple(str(i) for i in range(CLASSES)),
-                    task="classification",
-                    requires=("onnxruntime",),
-                    parity=Parity(
-                        provider="CPUExecutionProvider",
-                        batches=(1, 2),
-                        samples=12,
-                        max_abs=0.0,
-                        max_rel=0.0,
-                        sqnr_db=None,
-                        agreement=1.0,
-                        tolerance=Tolerance(max_abs=1e-3, max_rel=1e-3),
-                    ),
-                    accuracy=Accuracy(
-                        metric="accuracy",
-                        samples=360,
-                        value=0.98 - drop / 100,
-                        reference=0.98,
-                        drop_points=drop,
-                        drop_low=drop - 0.4,
-                        drop_high=drop + 0.4,
-                        flips=round(drop * 3.6),
-                        max_drop=1.0,
-                        strict=False,
-                    ),
-                    provenance=Provenance(
-                        checkpoint=name, checkpoint_sha256="0" * 64, environment=describe_environment()
-                    ),
-                    files=files,
-                )
-            )
-
-    return make
+    return partial(write_artifact, tmp_path)
 
 
 class QuietServer(ThreadingHTTPServer):

@@ -17,6 +17,7 @@ from dlops.bench.analysis import analyse_turns, launch_bound
 from dlops.bench.attended import Attended
 from dlops.bench.boundcall import bound_arm
 from dlops.bench.inprocess import Conditions, Started, Subject
+from dlops.bench.launches import Launches
 from dlops.bench.pilot import length
 from dlops.bench.rows import Rows
 from dlops.bench.run import Measured, measure, merge, save_report
@@ -177,7 +178,9 @@ def on_cuda(make_artifact) -> Measured:
         conditions = Conditions(batch=1, boundary=boundary, options=SessionOptions())
         with Recorder() as recorder:
             rows = Rows(title="gpu", command=(), lasting=length(1.0), recorder=recorder)
-            keep_turns(rows, [Started(subject=subject, arm=arm, placement=ON_CUDA)], [arm], timed, conditions)
+            found = Launches()
+            found.add(timed, [Started(subject=subject, arm=arm, placement=ON_CUDA)], [arm.turns])
+            keep_turns(rows, found, conditions)
             made = rows.result(partial=False)
         measured = made if measured is None else merge(measured, made)
     return measured

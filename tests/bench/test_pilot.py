@@ -43,7 +43,7 @@ def test_the_time_a_pilot_asks_for_is_enough_and_not_far_too_much(spread: float,
         assert takes_s > 1.0
         more, more_turns = drawn(round(4000 * takes_s), spread=spread, tail=tail, seed=100 + seed)
         for q, wanted in {0.5: 0.01, 0.99: 0.05}.items():
-            widths[q].append((half_width(more, q, turns=more_turns) or 9) / wanted)
+            widths[q].append((half_width(stats.quantile_interval(more, q, turns=more_turns)) or 9) / wanted)
     medians = {q: float(np.median(of_q)) for q, of_q in widths.items()}
     assert max(medians.values()) <= 1.0
     # The quantile that is hardest to know decides, and it is known no better than asked.
@@ -62,7 +62,7 @@ def test_a_pilot_whose_p99_has_an_interval_and_is_not_certified_goes_on() -> Non
     order = np.arange(600)
     samples, turns = 1_000_000 + 37 * order % 600, order // 120
     assert stats.fewest_samples(0.99) < 600 < stats.certifying_samples(0.99)
-    known = [half_width(samples, q, turns=turns) for q in (0.5, 0.99)]
+    known = [half_width(stats.quantile_interval(samples, q, turns=turns)) for q in (0.5, 0.99)]
     assert all(width is not None and width < 0.01 for width in known)
     assert seconds_wanted(samples, turns=turns, spent_s=1.0) > stats.certifying_samples(0.99) / 600
 
@@ -89,6 +89,14 @@ def test_intervals_still_hold_where_a_pilot_ends_the_run() -> None:
     assert covered / 200 >= 0.95 - 3 * 0.0154
 
 
+def test_the_parts_of_a_row_know_it_together() -> None:
+    samples, turns = drawn(4000, spread=0.5)
+    lasting = length(None, 30.0)
+    alone, part = (lasting.part(parts).after(samples, turns=turns, spent_s=0.5) for parts in (1, 4))
+    assert part == pytest.approx(alone / 4, rel=0.01)
+    assert (lasting.part(4).first_s, lasting.part(4).longest_s) == (lasting.first_s / 4, 7.5)
+
+
 def test_a_named_duration_is_kept_whatever_is_known_then() -> None:
     samples, turns = drawn(1000, spread=0.5)
     lasting = length(2.0)
@@ -105,9 +113,12 @@ def test_what_the_longest_row_does_not_reach_is_said_with_what_it_would_take() -
     assert str(lasting) == "3 to 4 s"
     assert lasting.after(samples, turns=turns, spent_s=3.0) == 4.0
     assert lasting.after(samples, turns=turns, spent_s=4.1) == 4.1
-    said = shortfalls(samples, turns=turns, spent_s=4.1)
+    latency = stats.summarize(samples, turns=turns)
+    said = shortfalls(latency, spent_s=4.1)
     assert any(one.startswith("under-sampled: p50 is known to ±") and "4 s were spent" in one for one in said)
-    assert shortfalls(*drawn(20_000, spread=0.05)[:1], turns=drawn(20_000, spread=0.05)[1], spent_s=3.0) == ()
+    assert any(one.endswith("processes, 8 were measured") for one in shortfalls(latency, spent_s=4.1, processes=8))
+    samples, turns = drawn(20_000, spread=0.05)
+    assert shortfalls(stats.summarize(samples, turns=turns), spent_s=3.0) == ()
     assert length(None).longest_s == LONGEST_S
 
 
@@ -231,7 +242,7 @@ def test_the_command_takes_the_longest_a_row_may_last(make_artifact, tmp_path, c
         ["bench", str(artifact.directory), "--max-duration", "0.2", "--threads", "1", "--out", str(tmp_path / "r")]
     )
     assert status in (0, 3)
-    assert "0.2 s each" in capsys.readouterr().err
+    assert "0.2 s a row" in capsys.readouterr().err
     assert len(read_report(tmp_path / "r").measurements) == 1
 
 

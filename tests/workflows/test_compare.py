@@ -81,8 +81,8 @@ def test_two_artifacts_are_measured_in_one_run_and_their_report_is_written(
     working_folder: Path, tmp_path: Path
 ) -> None:
     answer = dlops(
-        "compare", FP32, INT8, "--duration", 0.3, "--batch", 1, "--batch", 4, "--device", "cpu", "--out",
-        tmp_path / "report", "--json", tmp_path / "found.json", "--markdown", tmp_path / "found.md",
+        "compare", FP32, INT8, "--duration", 0.3, "--processes", 1, "--batch", 1, "--batch", 4, "--device", "cpu",
+        "--out", tmp_path / "report", "--json", tmp_path / "found.json", "--markdown", tmp_path / "found.md",
         cwd=working_folder,
     )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())
@@ -90,6 +90,8 @@ def test_two_artifacts_are_measured_in_one_run_and_their_report_is_written(
     assert found["paired"]
     assert [row["load"]["batch"] for row in found["rows"]] == [1, 4]
     assert [judged["quantity"] for judged in found["rows"][0]["judged"]] == ["p50", "p99", "throughput"]
+    assert found["processes"] == 1
+    assert "one process of each" in answer.stdout
     assert len(dlops_api.read_report(tmp_path / "report").measurements) == 4
     assert max(map(len, answer.stdout.splitlines())) <= 80
     assert "timing 2 targets" in answer.stderr
@@ -102,10 +104,12 @@ def test_two_artifacts_are_measured_in_one_run_and_their_report_is_written(
 
 def test_an_artifact_against_itself_did_not_regress(working_folder: Path, tmp_path: Path) -> None:
     answer = dlops(
-        "compare", FP32, FP32, "--duration", 1, "--device", "cpu", "--out", tmp_path / "report", "--gate", "p50=+30%",
-        "--json", "-", cwd=working_folder,
+        "compare", FP32, FP32, "--duration", 1, "--processes", 6, "--device", "cpu", "--out", tmp_path / "report",
+        "--gate", "p50=+30%", "--json", "-", cwd=working_folder,
     )  # fmt: skip
     found = json.loads(answer.stdout)
+    assert found["processes"] == 6
+    assert "in 6 processes each" in answer.stderr
     (row,) = found["rows"]
     assert row["base_target"] != row["new_target"]
     assert [judged["quantity"] for judged in row["judged"]] == ["p50"]
@@ -189,8 +193,10 @@ def test_what_cannot_be_compared_is_said_in_one_line(
         ([artifact, "http://127.0.0.1:1"], ["NEW", "no such file", "dlops bench URL"]),
         ([measured, measured, "--batch", "4", "--out", "x"], ["--batch, --out", "for artifacts"]),
         ([one, one, "--gate", "p99=+5%", "--margin", "1%"], ["--gate", "--margin"]),
-        ([artifact, artifact, "--margin", "0.5%"], ["0.50%", "two processes", "1% or more"]),
-        ([artifact, artifact, "--gate", "p99=+0.2%,throughput=-9%"], ["0.20%", "1% or more"]),
+        ([artifact, artifact, "--margin", "0.5%", "--processes", 1], ["0.50%", "two processes", "1% or more"]),
+        ([artifact, artifact, "--gate", "p99=+0.2%,throughput=-9%", "--processes", 1], ["0.20%", "1% or more"]),
+        ([artifact, artifact, "--processes", 5], ["5 processes", "from 6", "or 1"]),
+        ([measured, measured, "--processes", 6], ["--processes", "for artifacts"]),
         ([one, one, "--json", "-", "--markdown", "-"], ["stdout"]),
     ):
         answer = dlops("compare", *arguments, cwd=tmp_path)

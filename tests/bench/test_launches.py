@@ -1,0 +1,189 @@
+"""Rows over several fresh processes: what they keep, what they say, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dlops.bench import inprocess, ratios, stats
+from dlops.bench.compare import ONE_PROCESS, WITHIN_RUNS, compare_reports, compare_turns
+from dlops.bench.reanalysis import reanalyse
+from dlops.bench.results import Measured, MeasureInterrupted, save_report
+from dlops.bench.run import measure
+from dlops.bench.stats import Integers
+from dlops.errors import MachineError, UsageError
+from dlops.report import PROCESSES, STARTS, TURNS
+
+from .conftest import MakeArtifact, write_artifact
+
+LAUNCHES, TURNS_EACH, CALLS = 8, 10, 20
+RUNS = 200
+# Three standard errors of a share of 1 in 20 in a simulation of so many.
+STRAY = 3 * 0.0154
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """Two artifacts, six processes each."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    two = [write_artifact(folder, hidden=8), write_artifact(folder, hidden=512, name="large")]
+    return measure(two, duration_s=0.6, processes=6, threads=1)
+
+
+def test_a_row_holds_the_calls_of_all_processes_in_order(measured: Measured) -> None:
+    for row in measured.measurements:
+        calls, turns, processes = (measured.samples[row.samples + name] for name in ("", TURNS, PROCESSES))
+        assert row.processes == 6
+        assert calls.shape == turns.shape == processes.shape
+        assert np.unique(processes).tolist() == list(range(6))
+        assert (np.diff(turns) >= 0).all()
+        assert (np.diff(processes) >= 0).all()
+        # No turn is of two processes, and each had enough of them for a median of its own.
+        pairs = np.unique(np.stack([turns, processes]), axis=1)
+        assert len(pairs[0]) == len(np.unique(turns))
+        assert np.bincount(pairs[1]).min() >= 6
+        # One clock: a later process's calls began later.
+        assert (np.diff(measured.samples[row.samples + STARTS]) > 0).all()
+        assert row.cold_start is not None
+        assert row.peak_memory_bytes is not None
+        assert row.latency.p50_ns is not None
+        assert row.latency.p50_ns.low is not None
+    small, large = measured.measurements
+    assert large.paired_with == small.samples
+    assert large.speedup is not None
+
+
+def test_its_report_is_worked_out_again_to_the_last_bit(measured: Measured, tmp_path) -> None:
+    report = save_report(measured, tmp_path / "report")
+    again = reanalyse(report)
+    assert again.report.notes[-1].endswith("every number as before")
+    assert again.report.measurements == report.measurements
+
+
+def test_its_own_comparison_counts_processes(measured: Measured) -> None:
+    found = compare_turns(measured, base="small", new="large")
+    assert found.processes == 6
+    assert ONE_PROCESS not in found.warnings
+    reports = compare_reports(measured, measured)
+    assert reports.processes == 6
+    assert WITHIN_RUNS not in reports.warnings
+    assert any("different times" in one for one in reports.warnings)
+
+
+@pytest.mark.parametrize("count", [2, 5, 101])
+def test_too_few_processes_or_too_many_are_refused(make_artifact: MakeArtifact, count: int) -> None:
+    with pytest.raises(UsageError, match=f"{count} processes"):
+        measure([make_artifact()], processes=count)
+
+
+def test_services_have_one_process(make_artifact: MakeArtifact) -> None:
+    with pytest.raises(UsageError, match="a service is one"):
+        measure([make_artifact(), "http://127.0.0.1:9"], processes=6)
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), MachineError("no more memory", hint="buy some")])
+def test_what_earlier_processes_measured_is_kept(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch, ending: BaseException
+) -> None:
+    start, starts = inprocess.started, []
+
+    @contextmanager
+    def failing(*words: Any, **named: Any) -> Iterator[Any]:
+        starts.append(words)
+        if len(starts) == 3:
+            raise ending
+        with start(*words, **named) as ready:
+            yield ready
+
+    monkeypatch.setattr(inprocess, "started", failing)
+    if isinstance(ending, MachineError):
+        found = measure([make_artifact()], processes=6, duration_s=0.6)
+        (said,) = [reason for reason in found.measurements[0].verdict.reasons if "no more memory" in reason]
+        assert said.startswith("cut short")
+    else:
+        with pytest.raises(MeasureInterrupted) as interruption:
+            measure([make_artifact()], processes=6, duration_s=0.6)
+        found = interruption.value.measured
+        assert "interrupted" in found.measurements[0].verdict.reasons
+    (row,) = found.measurements
+    assert found.partial
+    assert row.processes == 2
+    # Two processes do not say how much processes differ.
+    assert row.latency.p50_ns is None
+    assert row.throughput.low is None
+    comparison = compare_turns(
+        Measured(report=found.report.model_copy(update={"measurements": (row, row)}), samples=found.samples),
+        base="a", new="b",
+    )  # fmt: skip
+    assert comparison.verdict == "INCONCLUSIVE"
+
+
+def _run(draw: np.random.Generator, *, between: float, factor: float = 1.0) -> tuple[Integers, Integers, Integers]:
+    """Latencies, turns and processes: each process has a pace of its own."""
+    pace = draw.normal(0, between, LAUNCHES)[:, None, None]
+    noise = draw.normal(0, 0.05, (LAUNCHES, TURNS_EACH, CALLS))
+    latencies = (factor * 1_000_000 * np.exp(pace + noise)).astype(np.int64).ravel()
+    turns = np.repeat(np.arange(LAUNCHES * TURNS_EACH), CALLS)
+    return latencies, turns, turns // TURNS_EACH
+
+
+def _calls(draw: np.random.Generator, *, between: float, factor: float = 1.0, apart: bool = True) -> ratios.Calls:
+    latencies, turns, processes = _run(draw, between=between, factor=factor)
+    return ratios.Calls(
+        latencies_ns=latencies, turns=turns, durations_s=np.bincount(turns, weights=latencies / 1e9),
+        processes=processes[::CALLS] if apart else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("between", [0.0, 0.02])
+def test_processes_that_differ_are_no_change(between: float, paired: bool) -> None:
+    draw = np.random.default_rng(5)
+    alarms = np.zeros(3)
+    for _ in range(RUNS):
+        base, new = (_calls(draw, between=between) for _ in range(2))
+        found = (
+            ratios.median_ratio(base, new, paired=paired),
+            ratios.rate_ratio(base, new, paired=paired),
+            ratios.quantile_ratio(base, new, 0.99, paired=paired),
+        )
+        alarms += [one is not None and one.p_value < 0.05 for one in found]
+    assert alarms.max() / RUNS <= 0.05 + STRAY
+
+
+def test_one_process_each_would_call_that_a_change() -> None:
+    """The simulation can tell: a run of one process each, whose intervals see its calls alone."""
+    draw = np.random.default_rng(5)
+    alarms = 0
+    for _ in range(RUNS):
+        base, new = (_calls(draw, between=0.0, factor=float(np.exp(draw.normal(0, 0.02))), apart=False) for _ in "ab")
+        found = ratios.median_ratio(base, new, paired=True)
+        alarms += found is not None and found.p_value < 0.05
+    assert alarms / RUNS > 0.5
+
+
+def test_a_planted_five_per_cent_is_found_over_processes_that_differ_by_two() -> None:
+    draw = np.random.default_rng(6)
+    found = 0
+    for _ in range(RUNS):
+        one = ratios.median_ratio(_calls(draw, between=0.01), _calls(draw, between=0.01, factor=1.05), paired=True)
+        # By Holm over three quantities, at the worst.
+        found += one is not None and one.p_value < 0.05 / 3 and one.value > 1.02
+    assert found / RUNS >= 0.95
+
+
+@pytest.mark.parametrize("between", [0.0, 0.05])
+def test_the_interval_of_a_median_holds_between_processes(between: float) -> None:
+    draw = np.random.default_rng(7)
+    held = {True: 0, False: 0}
+    for _ in range(RUNS):
+        latencies, turns, processes = _run(draw, between=between)
+        for apart in held:
+            known = stats.summarize(latencies, turns=processes if apart else turns, apart=apart).p50_ns
+            held[apart] += known is not None and known.low <= 1e6 <= known.high
+    assert held[True] / RUNS >= 0.95 - STRAY
+    assert between == 0 or held[False] < held[True]
