@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dlops.bench import stats
 from dlops.bench.dependence import STRETCHES
+from dlops.bench.pacing import GONE
 from dlops.bench.stats import Integers
 from dlops.report import CLOCKS, COPY_IN, COPY_OUT, ENQUEUE, Clocks, Interval, Latency, Measurement, Verdict
 from dlops.timing import MIN_ROUNDS, by_turn
@@ -17,6 +19,10 @@ from dlops.timing import MIN_ROUNDS, by_turn
 # Requests that left this much too late (p99) say more about us than about the service.
 _MAX_LAG_NS = 1_000_000
 _MAX_LAG_SHARE = 0.1
+# Under a rate calls wait for one another, and a queue's bursts are rarer than its tail is long: a run that saw few of
+# them looks surer than it is. So a quantile also takes this many independent calls by the median, which every run sees
+# enough of: then about one run of twenty gives an interval that does not hold, up to 0.9 of the capacity.
+QUEUE_SAMPLES = {"p90": 100, "p99": 800}
 # A service that answers less than this share of what was offered has no steady state under it.
 _KEEPS_UP = 0.98
 # From this share of an inference on, what it takes on the GPU hardly matters: the host is what it waits for.
@@ -90,19 +96,22 @@ def launch_bound(latencies_ns: Integers, parts_ns: Mapping[str, Integers]) -> li
 
 def analyse_closed_loop(
     latencies_ns: Integers, starts_ns: Integers, earlier_ns: Integers, *, duration_ns: int, batch: int,
-    observed: Sequence[str], remarks: Sequence[str] = (),
+    succeeded: NDArray[np.bool_] | None = None, observed: Sequence[str], remarks: Sequence[str] = (),
 ) -> Figures:  # fmt: skip
     """A service with a fixed number of calls in flight.
 
     latencies_ns, starts_ns: (n,), from the run's begin. earlier_ns: (m,), when calls were answered that began before.
+    succeeded: (n,), None where all did; one that failed has the worst latency and is no answer.
     """
     turns = stats.stretches(starts_ns, duration_ns)
-    medians = _medians(latencies_ns, turns)
+    good = np.ones(len(latencies_ns), np.bool_) if succeeded is None else succeeded
+    # What failed is said by itself: a median of the worst latency would be called another's load.
+    medians = _medians(latencies_ns[good], turns[good])
     varying = "the median varies by {:.0%} within the run; something else used the machine"
     against = [*observed, *_unsteady(medians, varying)]
     return Figures(
         latency=stats.summarize(latencies_ns, turns=turns),
-        throughput=answered_rate(np.concatenate([starts_ns + latencies_ns, earlier_ns]), duration_ns, batch),
+        throughput=answered_rate(np.concatenate([(starts_ns + latencies_ns)[good], earlier_ns]), duration_ns, batch),
         verdict=_verdict(against, observed, latencies_ns, turns, remarks),
     )
 
@@ -122,21 +131,38 @@ def analyse_rate(
     against = [*observed]
     answered = int((arrived <= duration_ns).sum())
     trend = stats.drift(_medians(response_ns, turns))
-    saturated = answered < _KEEPS_UP * len(response_ns) and trend.change > 0 and trend.matters
+    # Where the server died what it left is no wait that grew.
+    gone = GONE in observed
+    saturated = not gone and answered < _KEEPS_UP * len(response_ns) and trend.change > 0 and trend.matters
     if saturated:
         against.append(f"saturated: {answered} of {len(response_ns)} requests were answered in time, and the wait grew")
-    elif trend.matters:
+    elif trend.matters and not gone:
         against.append(f"not steady: the median moved by {trend.change:+.0%} over the run")
     late = max(_MAX_LAG_NS, _MAX_LAG_SHARE * float(np.quantile(response_ns, 0.99, method="higher")))
     # Under a server that does not keep up all connections are taken: then requests leave late through no fault of ours.
-    if lag_p99_ns > late and not saturated:
+    if lag_p99_ns > late and not saturated and not gone:
         against.append(f"client-bound: 1% of the requests left {lag_p99_ns / 1e6:.1f} ms late or more")
+    latency, unsure = _of_a_queue(stats.summarize(response_ns, turns=turns))
     return Figures(
-        latency=stats.summarize(response_ns, turns=turns),
+        latency=latency,
         service=stats.summarize(service_ns[succeeded], turns=turns[succeeded]),
         throughput=answered_rate(np.concatenate([arrived, earlier_ns]), duration_ns, batch),
-        verdict=_verdict(against, observed, response_ns, turns, remarks),
+        verdict=_verdict(against, observed, response_ns, turns, remarks, said=unsure),
     )
+
+
+def _of_a_queue(latency: Latency) -> tuple[Latency, list[str]]:
+    """Response times without the quantiles that a queue's bursts leave open, and what is to be said of those."""
+    unknown: dict[str, None] = {}
+    said = []
+    for name, need in QUEUE_SAMPLES.items():
+        if getattr(latency, f"{name}_ns") is not None and latency.effective_samples < need:
+            unknown[f"{name}_ns"] = None
+            said.append(
+                f"under-sampled: {name} of a queue is not given: by its median the run is worth "
+                f"{latency.effective_samples} independent calls, it needs {need}"
+            )
+    return latency.model_copy(update=unknown), said
 
 
 def shortcomings(

@@ -6,17 +6,19 @@ still are late by their own clocks, and are counted so.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dlops.bench.stats import CERTIFIES_P99
 from dlops.errors import UsageError, from_os_error
+from dlops.report import Arrivals as LoadArrivals
 from dlops.report import Objective
 
 Integers = NDArray[np.int64]
@@ -98,12 +100,23 @@ def read_trace(path: Path | str) -> Integers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """One schedule to keep. rate: requests a second. due_ns: (n,), the lead-in included, which is not measured."""
+    """One schedule to keep. rate: requests a second. due_ns: (n,), the lead-in included, which is not measured.
+
+    arrivals, pauses: what made it, as a row's load says it.
+    """
 
     rate: float
     due_ns: Integers
     lead_in_ns: int
     end_ns: int
+    arrivals: LoadArrivals = "poisson"
+    pauses: tuple[float, float] | None = None
+
+    @property
+    def as_load(self) -> dict[str, Any]:
+        """The fields of `Load` that name it."""
+        digest = hashlib.sha256(self.due_ns.tobytes()).hexdigest()[:16] if self.arrivals == "trace" else None
+        return {"rate": self.rate, "arrivals": self.arrivals, "pauses_s": self.pauses, "trace": digest}
 
     @property
     def duration_s(self) -> float:
@@ -142,9 +155,11 @@ class Offered:
         """The trace, all of which is measured. Raises ValueError where there is none."""
         if self.trace is None:
             raise ValueError("no trace")
-        end_ns = int(self.trace[-1]) + 1
-        mean = len(self.trace) / max(end_ns / 1e9, 1e-9)
-        return Schedule(rate=mean, due_ns=self.trace, lead_in_ns=0, end_ns=end_ns)
+        last = int(self.trace[-1])
+        # Until the next request would be due: what is answered just after the last one is due counts too.
+        end_ns = last + max(1, last // max(1, len(self.trace) - 1))
+        mean = len(self.trace) / (end_ns / 1e9)
+        return Schedule(rate=mean, due_ns=self.trace, lead_in_ns=0, end_ns=end_ns, arrivals="trace")
 
     def at(
         self, rate: float, duration_s: float, *, wanted: int = WANTED_SAMPLES, stretch: float = STRETCH, again: int = 0
@@ -169,4 +184,7 @@ class Offered:
             raise UsageError(
                 f"at {rate:g} requests a second none is due within {lasts_s:g} s", hint="raise --rate or --duration"
             )
-        return Schedule(rate=rate, due_ns=due_ns, lead_in_ns=round(_LEAD_IN_S * 1e9), end_ns=int(end[0]))
+        return Schedule(
+            rate=rate, due_ns=due_ns, lead_in_ns=round(_LEAD_IN_S * 1e9), end_ns=int(end[0]), arrivals=self.arrivals,
+            pauses=self.pauses,
+        )  # fmt: skip

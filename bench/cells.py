@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dlops.report import Interval, Measurement, Report
+from dlops.report import Interval, Load, Measurement, Report
 
 NONE = "–"
 # The part of a request's time at the client that the server does not count.
@@ -99,15 +99,31 @@ def _vary(pairs: Iterable[tuple[str, object]]) -> bool:
 def name(row: Measurement) -> str:
     """What a row is called inside its group, in full."""
     if row.load.rate is not None:
-        return f"{model(row)} at {row.load.rate:,.5g} a second"
+        return f"{model(row)} at {offered(row.load)}"
     return f"{model(row)} with {row.load.concurrency} in flight" if _says_in_flight(row) else model(row)
 
 
 def short_name(row: Measurement) -> str:
     """The same where there is no room: `onnx-int8 ×8` with 8 requests in flight, `onnx-int8 @500` at 500 a second."""
     if row.load.rate is not None:
-        return f"{model(row)} @{row.load.rate:,.5g}"
+        return f"{model(row)} @{row.load.rate:,.5g}" + "".join(f" {word}" for word in _schedule(row.load))
     return f"{model(row)} ×{row.load.concurrency}" if _says_in_flight(row) else model(row)
+
+
+def offered(load: Load) -> str:
+    """`500 a second`, and how they came where that is not as from independent users without pauses."""
+    return ", ".join([f"{load.rate:,.5g} a second", *_schedule(load)])
+
+
+def _schedule(load: Load) -> list[str]:
+    words = []
+    if load.arrivals == "trace":
+        words.append(f"trace {(load.trace or '')[:6]}")
+    elif load.arrivals == "constant":
+        words.append("constant")
+    if load.pauses_s is not None:
+        words.append(f"{load.pauses_s[0]:g} s busy, {load.pauses_s[1]:g} s idle")
+    return words
 
 
 def _says_in_flight(row: Measurement) -> bool:

@@ -249,8 +249,8 @@ def _judge(
 
 
 def _less_failures(found: Judged, pair: _Pair) -> Judged:
-    """A quantile of the calls that succeeded says nothing good where more of them failed than before."""
-    shares = [row.error_count / (row.error_count + row.latency.samples) for row in (pair.base, pair.new)]
+    """No quantile says anything good where more calls failed than before: a median may not see them."""
+    shares = [row.error_count / row.latency.samples for row in (pair.base, pair.new)]
     if shares[1] <= shares[0] or found.word not in ("SAME", "IMPROVED", "PASSED"):
         return found
     return found.model_copy(update={"word": "INCONCLUSIVE", "because": f"{pair.new.error_count} calls of NEW failed"})

@@ -69,7 +69,7 @@ def measure_queue(
         ),
     )  # fmt: skip
     row = Measurement(
-        load=load_of(conditions.scenario, batch=conditions.batch, rate=schedule.rate),
+        load=load_of(conditions.scenario, batch=conditions.batch, **schedule.as_load),
         samples=key,
         duration_ns=duration_ns,
         lag_p99_ns=lag_p99_ns,

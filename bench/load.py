@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from dlops.bench import pacing
 from dlops.bench.http import HttpTransport
 from dlops.bench.transport import Connection, Transport
+from dlops.console import say
 from dlops.errors import MachineError
 from dlops.timing import steady
 
@@ -28,6 +32,8 @@ _WARMUP_TOLERANCE = 0.05
 _RECONNECT_PAUSE_S = 0.05
 # A server that has not answered one call for this long while others fail is gone.
 _DEAD_AFTER_S = 2.0
+# After Ctrl-C, how long answers may take to come before that is said.
+_SOON_S = 0.5
 _MIN_SAMPLES = 368
 _STRETCH = 2.0
 
@@ -39,10 +45,11 @@ class Loaded:
     """The run lasts from the end of the warm-up for duration_s; all times are counted from its begin.
 
     latencies_ns, starts_ns: (n,), the successful calls that began in the run, by start, the last of which end after it.
-    earlier_ns: (m,), when calls succeeded in the run that began in the warm-up: they count in the throughput.
-    errors: failed calls by kind, after the warm-up. attempts, answered: all calls ever sent, and those that succeeded,
-    the warm-up's included. stopped: why it ended early, or None. interrupted: by Ctrl-C. began_ns: when the run began,
-    on the system's clock.
+    failed_ns: (k,), when those began that failed, ascending. timeout_s: of a call. earlier_ns: (m,), when calls
+    succeeded in the run that began in the warm-up: they count in the throughput. errors: those by kind; where nothing
+    ever succeeded, of the warm-up too. attempts, answered: all calls ever sent, and those that succeeded, the warm-up's
+    included. stopped: why it ended early, or None. interrupted: by Ctrl-C. began_ns: when the run began, on the
+    system's clock.
     """
 
     latencies_ns: Integers
@@ -56,7 +63,14 @@ class Loaded:
     warmed_up: bool
     stopped: str | None
     interrupted: bool
+    failed_ns: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    timeout_s: float = TIMEOUT_S
     began_ns: int = 0
+
+    @property
+    def worst_ns(self) -> int:
+        """What a failed call counts as: the time-out, or the slowest answer where that took longer."""
+        return max(round(self.timeout_s * 1e9), int(self.latencies_ns.max(initial=0)))
 
 
 @dataclass(slots=True)
@@ -66,6 +80,7 @@ class _Recorder:
     # When each began, and its latency: one append, which no Ctrl-C can fall into.
     calls: list[tuple[int, int]] = field(default_factory=list)
     earlier: list[int] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     warmup_calls: int = 0
     warmup_errors: Counter[str] = field(default_factory=Counter)
@@ -95,6 +110,7 @@ class _Recorder:
         self.failing_ns = (now if self.failing_ns is None else self.failing_ns[0], now)
         if self.began_ns is not None and start >= self.began_ns:
             self.errors[kind] += 1
+            self.failed.append(start - self.began_ns)
         else:
             self.warmup_errors[kind] += 1
 
@@ -125,7 +141,8 @@ def closed_loop(
     gc.disable()
     try:
         caller = _Caller(transport=transport or HttpTransport(), host=host, port=port, timeout_s=timeout_s)
-        asyncio.run(_drive(caller, requests, recorder, concurrency, duration_s, max_warmup_s, on_warm))
+        with _asyncios_ctrl_c():
+            asyncio.run(_drive(caller, requests, recorder, concurrency, duration_s, max_warmup_s, on_warm))
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -150,8 +167,26 @@ def closed_loop(
         warmed_up=recorder.warmed_up,
         stopped=recorder.stopped,
         interrupted=interrupted,
+        failed_ns=np.sort(np.array(recorder.failed, np.int64)),
+        timeout_s=timeout_s,
         began_ns=began,
     )
+
+
+@contextmanager
+def _asyncios_ctrl_c() -> Iterator[None]:
+    """The first Ctrl-C cancels the main task, which then waits for what is in flight; the second ends everything.
+
+    asyncio does so where Python's own handler is in place, and nobody else's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,15 +223,25 @@ async def _drive(
     finally:
         recorder.ended_ns = time.perf_counter_ns()
         stop.set()
-        # Calls that are in flight began within the run: they are waited for and counted.
-        try:
-            for worker in asyncio.as_completed(workers, timeout=caller.timeout_s + 1):
-                await worker
-        except TimeoutError:
-            raise MachineError(
-                f"calls went on for over {caller.timeout_s:g} s, which is the time-out of each",
-                hint="the machine may be short of processor time: end what else runs, and measure again",
-            ) from None
+        task = asyncio.current_task()
+        await _end(workers, caller.timeout_s, interrupted=task is not None and task.cancelling() > 0)
+
+
+async def _end(workers: Sequence[asyncio.Task[None]], timeout_s: float, *, interrupted: bool) -> None:
+    """Wait for the calls in flight: they began within the run, and are counted."""
+    waiting = f"waiting for the answers in flight, at most {timeout_s:g} s; Ctrl-C again goes without them"
+    saying = asyncio.get_running_loop().call_later(_SOON_S, say, waiting) if interrupted else None
+    try:
+        for worker in asyncio.as_completed(workers, timeout=timeout_s + 1):
+            await worker
+    except TimeoutError:
+        raise MachineError(
+            f"calls went on for over {timeout_s:g} s, which is the time-out of each",
+            hint="the machine may be short of processor time: end what else runs, and measure again",
+        ) from None
+    finally:
+        if saying is not None:
+            saying.cancel()
 
 
 async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorder, stop: asyncio.Event) -> None:
@@ -213,6 +258,10 @@ async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorde
                     break
                 start = time.perf_counter_ns()
             answer = await connection.send(request, timeout_s=caller.timeout_s)
+        except asyncio.CancelledError:
+            # By a second Ctrl-C: what hangs is not to be missing from the latencies.
+            recorder.failure(start, pacing.outcome_name(pacing.ABANDONED))
+            raise
         except (OSError, ValueError) as error:
             recorder.failure(start, failure_kind(error))
             await asyncio.sleep(_RECONNECT_PAUSE_S)

@@ -104,16 +104,24 @@ def _row(
         lag_p99_ns = float(np.quantile(driven.lag_ns, 0.99, method="higher"))
         figures, samples = _at_rate(driven, good, duration_ns, lag_p99_ns, observed, remarks)
     else:
-        starts, latencies = driven.starts_ns[good], driven.latencies_ns[good]
-        duration_ns = int((starts + latencies).max())
+        starts, latencies = driven.starts_ns, np.where(good, driven.latencies_ns, _worst(driven, good))
+        duration_ns = int((starts + latencies)[good].max())
         samples = {"": latencies, STARTS: starts, EARLIER: np.zeros(0, np.int64)}
+        if not good.all():
+            samples[SERVICE] = np.where(good, driven.latencies_ns, -1)
         figures = analyse_closed_loop(
-            latencies, starts, samples[EARLIER], duration_ns=duration_ns, batch=settings.batch, observed=observed,
-            remarks=remarks,
+            latencies, starts, samples[EARLIER], duration_ns=duration_ns, batch=settings.batch, succeeded=good,
+            observed=observed, remarks=remarks,
         )  # fmt: skip
     row = Measurement(
         engine="loadgen",
-        load=load_of(settings.scenario, batch=settings.batch, concurrency=concurrency, rate=settings.rate),
+        load=load_of(
+            settings.scenario,
+            batch=settings.batch,
+            concurrency=concurrency,
+            rate=settings.rate,
+            arrivals="poisson" if settings.scenario == "server" else None,
+        ),
         samples=key,
         duration_ns=duration_ns,
         lag_p99_ns=lag_p99_ns,
@@ -129,8 +137,7 @@ def _at_rate(
     driven: Driven, good: np.ndarray[Any, np.dtype[np.bool_]], duration_ns: int, lag_p99_ns: float,
     observed: Sequence[str], remarks: Sequence[str],
 ) -> tuple[Figures, dict[str, Integers]]:  # fmt: skip
-    worst = max(round(TIMEOUT_S * 1e9), int(driven.latencies_ns[good].max()))
-    response = np.where(good, driven.latencies_ns, worst)
+    response = np.where(good, driven.latencies_ns, _worst(driven, good))
     service = np.where(good, driven.latencies_ns - driven.lag_ns, -1)
     earlier = np.zeros(0, np.int64)
     figures = analyse_rate(
@@ -138,6 +145,11 @@ def _at_rate(
         observed=observed, remarks=remarks,
     )  # fmt: skip
     return figures, {"": response, STARTS: driven.starts_ns, SERVICE: service, EARLIER: earlier}
+
+
+def _worst(driven: Driven, good: np.ndarray[Any, np.dtype[np.bool_]]) -> int:
+    """What a failed call counts as."""
+    return max(round(TIMEOUT_S * 1e9), int(driven.latencies_ns[good].max()))
 
 
 def _in_words(said: Said, settings: Settings) -> str:

@@ -67,11 +67,12 @@ def _key(row: Measurement) -> tuple[object, ...]:
     # What the scenario is called follows from these.
     return (
         what, row.engine, row.runtime, row.provider, row.boundary, load.batch, load.concurrency, load.rate,
+        load.arrivals, load.pauses_s, load.trace,
     )  # fmt: skip
 
 
 def _described(row: Measurement) -> str:
-    rate = f", {row.load.rate:g} a second" if row.load.rate is not None else ""
+    rate = f", {cells.offered(row.load)}" if row.load.rate is not None else ""
     return (
         f"{row.target} ({row.artifact or row.precision}, {row.runtime} on {row.provider}), {row.boundary}, "
         f"{row.load.scenario}, batch {row.load.batch}, {row.load.concurrency} in flight{rate}"

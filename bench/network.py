@@ -19,7 +19,7 @@ from dlops.bench.server_time import NoStatisticsError, Sent, Watch
 from dlops.bench.stats import Integers
 from dlops.errors import GateError, MachineError, UsageError
 from dlops.parity import compare, shortfalls
-from dlops.report import EARLIER, STARTS, Measurement, Scenario
+from dlops.report import EARLIER, SERVICE, STARTS, Measurement, Scenario
 from dlops.signature import Feed
 from dlops.tasks import open_task
 
@@ -102,8 +102,9 @@ def measure_endpoint(
         errors=loaded.errors, calls=len(loaded.latencies_ns) + sum(loaded.errors.values()), stopped=loaded.stopped,
         interrupted=loaded.interrupted, warmed_up=loaded.warmed_up, warmup_calls=loaded.warmup_calls,
     )  # fmt: skip
+    latencies, starts, service = _with_failures(loaded)
     figures = analyse_closed_loop(
-        loaded.latencies_ns, loaded.starts_ns, loaded.earlier_ns, duration_ns=loaded.duration_ns, batch=batch,
+        latencies, starts, loaded.earlier_ns, duration_ns=loaded.duration_ns, batch=batch, succeeded=service >= 0,
         observed=(*seen, *accounted.against), remarks=accounted.remarks,
     )  # fmt: skip
     row = Measurement(
@@ -116,8 +117,21 @@ def measure_endpoint(
         **figures.as_fields(),
         **served_fields(endpoint, payload),
     )
-    samples = {key: loaded.latencies_ns, key + STARTS: loaded.starts_ns, key + EARLIER: loaded.earlier_ns}
+    samples = {key: latencies, key + STARTS: starts, key + EARLIER: loaded.earlier_ns}
+    if (service < 0).any():
+        samples[key + SERVICE] = service
     return row, samples, loaded
+
+
+def _with_failures(loaded: Loaded) -> tuple[Integers, Integers, Integers]:
+    """Latencies and begins of all calls, by begin, those that failed with the worst latency; and the latencies of those
+    that did not, -1 where one did: (n,) each."""
+    answered, failed = loaded.latencies_ns, loaded.failed_ns
+    starts = np.concatenate([loaded.starts_ns, failed])
+    latencies = np.concatenate([answered, np.full(len(failed), loaded.worst_ns)])
+    service = np.concatenate([answered, np.full(len(failed), -1)])
+    order = np.argsort(starts, kind="stable")
+    return latencies[order], starts[order], service[order]
 
 
 def served_fields(endpoint: Endpoint, payload: Payload) -> dict[str, Any]:

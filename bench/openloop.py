@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from dlops.bench import pacing
 from dlops.bench.http import HttpTransport
 from dlops.bench.load import TIMEOUT_S
-from dlops.bench.sender import MAX_CONNECTIONS
+from dlops.bench.sender import ABANDON, MAX_CONNECTIONS, STOP
 from dlops.bench.transport import Transport
-from dlops.console import progress_bar
+from dlops.console import progress_bar, say
 from dlops.errors import MachineError
 
 Integers = NDArray[np.int64]
@@ -34,6 +34,8 @@ Integers = NDArray[np.int64]
 _MAX_SENDERS = 8
 # Senders have this long to see the start line before the schedule begins.
 _START_NS = 50_000_000
+# After Ctrl-C, how long answers may take to come before that is said.
+_SOON_NS = 500_000_000
 _STARTING_S = 30.0
 _STEPS = 100
 
@@ -132,8 +134,8 @@ def open_loop(
     what is due while none is free waits, which is in its response time and not in its service time.
 
     Any status but success, a broken connection and a time-out are failures; nothing is repeated. Where the server is
-    gone for two seconds the rest is not sent. Ctrl-C ends it and keeps what was done. Raises MachineError where a
-    sender does not start or ends before its time.
+    gone for two seconds the rest is not sent. Ctrl-C ends it and keeps what was done, once what is in flight is
+    answered or Ctrl-C comes again. Raises MachineError where a sender does not start or ends before its time.
     """
     transport = transport or HttpTransport()
     count = senders or _senders_for(due_ns, transport.rate_a_sender)
@@ -154,8 +156,7 @@ def open_loop(
             _watch(processes, int(due_ns[-1]), start_ns, title)
         except KeyboardInterrupt:
             interrupted = True
-            for one in processes:
-                one.stop()
+            _wind_up(processes, timeout_s)
         outcomes = [one.outcome(timeout_s) for one in processes]
     sent, arrived, outcome = (np.empty(len(due_ns), np.int64) for _ in range(3))
     for share, kept in zip(shares, outcomes, strict=True):
@@ -168,7 +169,7 @@ def open_loop(
         outcome=outcome,
         timeout_s=timeout_s,
         connections=sum(kept.connections for kept in outcomes),
-        stopped="no request was answered for 2 s: the server is gone or refuses everything" if gone else None,
+        stopped=pacing.GONE if gone else None,
         interrupted=interrupted,
         began_ns=start_ns,
     )
@@ -208,7 +209,10 @@ class _Process:
         self._say(b"%d\n" % start_ns)
 
     def stop(self) -> None:
-        self._say(b"stop\n")
+        self._say(STOP)
+
+    def abandon(self) -> None:
+        self._say(ABANDON)
 
     @property
     def is_running(self) -> bool:
@@ -283,6 +287,23 @@ def _watch(processes: Sequence[_Process], last_due_ns: int, start_ns: int, title
             steps = min(_STEPS, max(0, round(share * _STEPS))) - done
             done += steps
             bar.advance(steps)
+
+
+def _wind_up(processes: Sequence[_Process], timeout_s: float) -> None:
+    """After Ctrl-C: send no more, and wait for what is in flight until it is there or Ctrl-C comes again."""
+    try:
+        for one in processes:
+            one.stop()
+        asked = time.perf_counter_ns()
+        told = False
+        while any(one.is_running for one in processes):
+            time.sleep(0.05)
+            if not told and time.perf_counter_ns() - asked > _SOON_NS:
+                say(f"waiting for the answers in flight, at most {timeout_s:g} s; Ctrl-C again goes without them")
+                told = True
+    except KeyboardInterrupt:
+        for one in processes:
+            one.abandon()
 
 
 def _senders_for(due_ns: Integers, rate_a_sender: float) -> int:

@@ -16,14 +16,17 @@ GRPC_STATUSES = (
     "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
 )  # fmt: skip
 # What became of a request, where it is no status.
-PENDING, TIMED_OUT, REFUSED, LOST, NOT_HTTP, NOT_SENT = 0, -1, -2, -3, -4, -5
+PENDING, TIMED_OUT, REFUSED, LOST, NOT_HTTP, NOT_SENT, ABANDONED = 0, -1, -2, -3, -4, -5, -6
 OUTCOMES = {
     TIMED_OUT: "timed out",
     REFUSED: "connection refused",
     LOST: "connection lost",
     NOT_HTTP: "not an HTTP answer",
     NOT_SENT: "not sent: the server was gone",
+    ABANDONED: "not waited for after Ctrl-C",
 }
+
+GONE = "no request was answered for 2 s: the server is gone or refuses everything"
 
 
 def outcome_name(outcome: int) -> str:
@@ -122,3 +125,10 @@ class Pacer:
         for request in range(self._next, len(self.due_ns)):
             self.outcome[request] = NOT_SENT
         self._next = len(self.due_ns)
+
+    def abandon(self) -> None:
+        """Wait for no answer either."""
+        self.give_up()
+        for request in self._flying.values():
+            self.outcome[request] = ABANDONED
+        self._flying.clear()

@@ -104,7 +104,7 @@ def measure_rate(
         observed=(*seen, *accounted.against), remarks=accounted.remarks,
     )  # fmt: skip
     row = Measurement(
-        load=load_of(scenario, batch=batch, rate=schedule.rate),
+        load=load_of(scenario, batch=batch, **schedule.as_load),
         samples=key,
         duration_ns=duration_ns,
         server=accounted.server,

@@ -62,9 +62,10 @@ def _figures(report: Report, row: Measurement, rows: Mapping[str, Measurement], 
     if row.duration_ns is not None:
         latencies, starts = _arrays(report, row, samples, "", STARTS)
         (earlier,) = _arrays(report, row, samples, EARLIER, aligned=False)
+        service = _arrays(report, row, samples, SERVICE)[0] if row.samples + SERVICE in samples else latencies
         return analyse_closed_loop(
-            latencies, starts, earlier, duration_ns=row.duration_ns, batch=batch, observed=observed,
-            remarks=row.verdict.remarks,
+            latencies, starts, earlier, duration_ns=row.duration_ns, batch=batch, succeeded=service >= 0,
+            observed=observed, remarks=row.verdict.remarks,
         )  # fmt: skip
     latencies, turns = _arrays(report, row, samples, "", TURNS)
     return analyse_turns(
@@ -132,7 +133,7 @@ def _found_again(report: Report, one: Objective, rows: Mapping[str, Measurement]
             raise CorruptError(f"{report.directory}: an objective was looked for with {key}, which is under no rate")
         outcomes.append((row.load.rate, judge(row, samples[key], samples[key + STARTS], one)))
     found = found_among(outcomes)
-    return one.model_copy(update={"rate": found.met, "missed": found.missed})
+    return one.model_copy(update={"rate": found.met, "missed": found.missed, "unsure": found.unsure})
 
 
 def _what_changed(old: Report, new: Report) -> str:

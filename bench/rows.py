@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.bench import stats
-from dlops.bench.analysis import remarked
+from dlops.bench.analysis import QUEUE_SAMPLES, remarked
 from dlops.bench.disturbed import Seen, attach
 from dlops.bench.pilot import Length, shortfalls
 from dlops.bench.results import Measured, row_key
@@ -84,6 +84,9 @@ class Rows:
         spent_s = row.duration_ns / 1e9
         turns = stats.stretches(self.samples[row.samples + STARTS], row.duration_ns)
         wanted_s = self.lasting.after(self.samples[row.samples], turns=turns, spent_s=spent_s)
+        if row.load.rate is not None and self.lasting.is_piloted:
+            times = max(QUEUE_SAMPLES.values()) / row.latency.effective_samples
+            wanted_s = max(wanted_s, min(self.lasting.longest_s, spent_s * times))
         return wanted_s if wanted_s > spent_s else None
 
     def note(self, text: str) -> None:

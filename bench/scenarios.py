@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dlops.bench.arrivals import Offered
 from dlops.errors import UsageError
-from dlops.report import Engine, Load, Metric, Scenario
+from dlops.report import Arrivals, Engine, Load, Metric, Scenario
 
 # As the rules of MLPerf Inference have them. Its result for "server" is the highest rate whose p99 keeps a limit: a
 # rate is given here, and `--slo` looks for the highest.
@@ -55,12 +55,16 @@ class Asked:
     samples_per_query: int | None = None
 
 
-def load_of(scenario: Scenario | None, *, batch: int, concurrency: int = 1, rate: float | None = None) -> Load:
+def load_of(
+    scenario: Scenario | None, *, batch: int, concurrency: int = 1, rate: float | None = None,
+    arrivals: Arrivals | None = None, pauses_s: tuple[float, float] | None = None, trace: str | None = None,
+) -> Load:  # fmt: skip
     """A row's load. scenario: as it was asked for by name; None takes the one that the rest amounts to."""
-    if scenario is not None:
-        return Load(scenario=scenario, metric=METRICS[scenario], batch=batch, concurrency=concurrency, rate=rate)
     implied: Scenario = "server" if rate is not None else "single_stream" if batch == concurrency == 1 else "offline"
-    return Load(scenario=implied, batch=batch, concurrency=concurrency, rate=rate)
+    return Load(
+        scenario=scenario or implied, metric=None if scenario is None else METRICS[scenario], batch=batch,
+        concurrency=concurrency, rate=rate, arrivals=arrivals, pauses_s=pauses_s, trace=trace,
+    )  # fmt: skip
 
 
 def steps(asked: Asked, *, in_process: bool, over_network: bool, most_items: int) -> list[Step]:

@@ -11,6 +11,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import os
 import selectors
 import signal
 import sys
@@ -29,6 +30,7 @@ _FIRST_CONNECTIONS = 8
 _SWEEP_S = 0.02
 # A server is gone where requests fail over this long and none succeeds in between.
 _DEAD_AFTER_NS = 2_000_000_000
+STOP, ABANDON = b"stop\n", b"abandon\n"
 # From <sys/prctl.h>: how much later than asked the kernel may wake this process, by default 50 µs.
 _PR_SET_TIMERSLACK = 29
 
@@ -79,6 +81,11 @@ class Sender:
     def stop(self) -> None:
         """Send no more; what is in flight is waited for."""
         self.pacer.give_up()
+        self._after_one()
+
+    def abandon(self) -> None:
+        """Wait for nothing more."""
+        self.pacer.abandon()
         self._after_one()
 
     def answered(self, wire: Wire, arrived_ns: int, status: int, *, keep: bool) -> None:
@@ -209,11 +216,11 @@ async def _keep(task: dict[str, object], requests: list[bytes], due_ns: list[int
     await sender.connect()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    line = sys.stdin.buffer.readline()
+    line = _line(sys.stdin.fileno())
     if not line:
         sender.stop()
         return sender
-    # Whatever comes on stdin after the start, its end included, means: stop.
+    # The first that comes on stdin after the start, its end included, means: send no more; the second: do not wait.
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _on_stdin, sender)
     gc.collect()
     gc.disable()
@@ -222,8 +229,21 @@ async def _keep(task: dict[str, object], requests: list[bytes], due_ns: list[int
 
 
 def _on_stdin(sender: Sender) -> None:
-    asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-    sender.stop()
+    word = _line(sys.stdin.fileno())
+    if not word:
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+    if word == ABANDON:
+        sender.abandon()
+    else:
+        sender.stop()
+
+
+def _line(descriptor: int) -> bytes:
+    """The next line, without a buffer that would keep the one after it from `select`; empty at the end."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
+        line += byte
+    return line
 
 
 def _exactly(stream: BinaryIO, size: int) -> bytes:

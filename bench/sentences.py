@@ -65,10 +65,12 @@ def objectives(report: Report) -> list[str]:
     for target, one in report.objectives.items():
         wanted = f"{one.quantile} ≤ {significant(one.limit_ns / 1e6)} ms"
         missed = None if one.missed is None else per_second(one.missed)
+        how = "could not be judged, by too few independent requests" if one.unsure else "did not"
         if one.rate is None:
-            lines.append(f"{target}: no rate tried certainly kept {wanted}; the lowest was {missed or 0} a second")
+            tried = "none was tried" if missed is None else f"the lowest, {missed} a second, {how}"
+            lines.append(f"{target}: no rate tried certainly kept {wanted}; {tried}")
         else:
-            beyond = "the search ended there" if missed is None else f"{missed} could not be shown to"
+            beyond = "the search ended there" if missed is None else f"{missed} {how}"
             kept = f"{per_second(one.rate)} requests a second is the highest rate that kept {wanted}"
             lines.append(f"{target}: {kept}; {beyond}")
     return lines

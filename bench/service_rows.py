@@ -151,5 +151,5 @@ class _Offering:
         rows = self._rows
         tried = tuple(row.samples for row in rows.rows[first:])
         rows.rows[first:] = sorted(rows.rows[first:], key=lambda row: row.load.rate or 0.0)
-        update = {"rate": found.met, "missed": found.missed, "tried": tried}
+        update = {"rate": found.met, "missed": found.missed, "unsure": found.unsure, "tried": tried}
         rows.objectives[cells.service(rows.rows[first])] = objective.model_copy(update=update)

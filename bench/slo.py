@@ -27,11 +27,12 @@ _UNIT_NS = {"us": 1e3, "ms": 1e6, "s": 1e9}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """met: the highest rate that kept the objective, None where none did. missed: the lowest above it that did not,
-    None where all did. Both in requests a second."""
+    """met: the highest rate that kept the objective, None where none did. missed: the lowest above it that did not, or
+    could not be judged (unsure), None where all did. Both in requests a second."""
 
     met: float | None
     missed: float | None
+    unsure: bool = False
 
 
 def parse_objective(text: str) -> Objective:
@@ -82,10 +83,11 @@ def found_among(outcomes: Sequence[tuple[float, Outcome]]) -> Found:
     by_rate: dict[float, list[Outcome]] = {}
     for rate, outcome in outcomes:
         by_rate.setdefault(rate, []).append(outcome)
-    certain = {rate: next((one for one in tries[:2] if one != "unsure"), "missed") for rate, tries in by_rate.items()}
-    met = max((rate for rate, outcome in certain.items() if outcome == "met"), default=None)
-    missed = (rate for rate, outcome in certain.items() if outcome == "missed" and (met is None or rate > met))
-    return Found(met=met, missed=min(missed, default=None))
+    settled = {rate: next((one for one in tries[:2] if one != "unsure"), "unsure") for rate, tries in by_rate.items()}
+    met = max((rate for rate, outcome in settled.items() if outcome == "met"), default=None)
+    beyond = (rate for rate, outcome in settled.items() if outcome != "met" and (met is None or rate > met))
+    missed = min(beyond, default=None)
+    return Found(met=met, missed=missed, unsure=missed is not None and settled[missed] == "unsure")
 
 
 def search(
@@ -94,16 +96,21 @@ def search(
     """Double from `start` until a rate is missed (halve where the first one is), then bisect between the two.
 
     probe: offers a rate, in requests a second. least: no lower rate is tried. A rate that it is unsure about is tried
-    once more and then counts as missed: what cannot be certified is not promised.
+    once more and then counts as one that did not keep it: what cannot be certified is not promised.
     """
+    settled: dict[float, Outcome] = {}
 
     def met(rate: float) -> bool:
         outcome = probe(rate)
-        return (probe(rate) if outcome == "unsure" else outcome) == "met"
+        settled[rate] = probe(rate) if outcome == "unsure" else outcome
+        return settled[rate] == "met"
+
+    def found(low: float | None, high: float | None) -> Found:
+        return Found(met=low, missed=high, unsure=high is not None and settled[high] == "unsure")
 
     low, high = _bracket(met, _round(start), least)
     if low is None:
-        return Found(met=None, missed=high)
+        return found(None, high)
     while high is not None and high > low * (1 + resolution):
         middle = _round(math.sqrt(low * high))
         if middle in (low, high):
@@ -112,7 +119,7 @@ def search(
             low = middle
         else:
             high = middle
-    return Found(met=low, missed=high)
+    return found(low, high)
 
 
 def _bracket(met: Callable[[float], bool], start: float, least: float) -> tuple[float | None, float | None]:

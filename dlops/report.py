@@ -36,6 +36,7 @@ from dlops.report_rows import (
     STARTS,
     SUFFIXES,
     TURNS,
+    Arrivals,
     Boundary,
     Clocks,
     ColdStart,
@@ -54,10 +55,10 @@ from dlops.version import __version__
 
 __all__ = [
     "CLOCKS", "COPY_IN", "COPY_OUT", "DEVICE", "EARLIER", "ENQUEUE", "PROCESSES", "SERVICE", "STARTS", "SUFFIXES",
-    "TIMES", "TURNS", "Boundary", "Calibration", "Clocks", "ColdStart", "CpuPeak", "Engine", "GpuPeak", "Interval",
-    "Latency", "Load", "Machine", "Measurement", "Metric", "Objective", "Peaks", "Profile", "ProfiledOperator",
-    "ProviderUse", "Report", "Scenario", "SendingCost", "ServerTime", "Telemetry", "TimingCost", "Verdict",
-    "read_report",
+    "TIMES", "TURNS", "Arrivals", "Boundary", "Calibration", "Clocks", "ColdStart", "CpuPeak", "Engine", "GpuPeak",
+    "Interval", "Latency", "Load", "Machine", "Measurement", "Metric", "Objective", "Peaks", "Profile",
+    "ProfiledOperator", "ProviderUse", "Report", "Scenario", "SendingCost", "ServerTime", "Telemetry", "TimingCost",
+    "Verdict", "read_report",
 ]  # fmt: skip
 
 

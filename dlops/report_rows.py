@@ -17,6 +17,7 @@ Scenario = Literal["single_stream", "multi_stream", "server", "offline"]
 Metric = Literal["p90", "p99", "throughput"]
 # What made the requests and took their times: this package, or MLCommons' LoadGen.
 Engine = Literal["dlops", "loadgen"]
+Arrivals = Literal["poisson", "constant", "trace"]
 # Beside the latencies under "<key>", the samples file holds when each call began (under a rate: was due), in which
 # turn, in which of several processes, under a rate its service time, -1 where it failed, and when calls that began
 # before the row were answered.
@@ -89,7 +90,14 @@ class Load(Record):
     concurrency: int = Field(1, ge=1)
     """[calls] In flight at once."""
     rate: float | None = None
-    """[calls/s] Offered; null in a closed loop."""
+    """[calls/s] Offered; null in a closed loop. Of a trace its mean."""
+    arrivals: Arrivals | None = None
+    """How calls at a rate came: poisson, as from independent users; constant, with equal gaps; trace, as recorded. Null
+    in a closed loop."""
+    pauses_s: tuple[float, float] | None = None
+    """Busy seconds, then idle ones in which none was due, again and again; null where there were none."""
+    trace: str | None = None
+    """Of a trace the first 16 digits of its times' SHA-256; else null."""
 
 
 class Verdict(Record):
@@ -202,8 +210,8 @@ class Measurement(Record):
     """[ratio] How many times faster than the report's baseline under the same load, from paired turns; null without a
     baseline, of the baseline itself, and below six rounds."""
     errors: dict[str, int] = {}
-    """[calls] That failed, by kind. In a closed loop they are in no latency, in an open loop each counts as the worst
-    latency."""
+    """[calls] That failed, by kind. Each counts as the worst latency: the time-out, or the slowest answer where that
+    took longer."""
     warmup_calls: int
     """[calls] Made before the row, in none of its numbers."""
     model_bytes: int | None = None
@@ -290,6 +298,8 @@ class Objective(Record):
     rate: float | None = None
     """[requests/s] The highest rate tried that certainly kept it; null where none did or none was tried."""
     missed: float | None = None
-    """[requests/s] The lowest rate above that which did not; null where all did."""
+    """[requests/s] The lowest rate above that which did not, or could not be judged; null where all did."""
+    unsure: bool = False
+    """Whether `missed` could not be judged: it was tried twice, and there were too few independent requests."""
     tried: tuple[str, ...] = ()
     """The keys of the rows that it was looked for with, in order."""

@@ -63,8 +63,20 @@ def test_a_trace_is_replayed_whole(tmp_path: Path) -> None:
     trace = read_trace(path)
     assert trace.tolist() == [0, 250_000_000, 250_000_000, 2_000_000_000]
     schedule = Offered(trace=trace).replayed()
-    assert (round(schedule.rate), schedule.lead_in_ns, schedule.end_ns) == (2, 0, 2_000_000_001)
+    # What is answered after the last one is due counts until the next would be.
+    assert (schedule.lead_in_ns, schedule.end_ns) == (0, 2_666_666_666)
+    assert schedule.rate == pytest.approx(1.5)
     assert schedule.due_ns is trace
+    assert schedule.as_load["arrivals"] == "trace"
+    assert schedule.as_load["trace"] == Offered(trace=trace.copy()).replayed().as_load["trace"]
+    assert schedule.as_load["trace"] != Offered(trace=trace + 1).replayed().as_load["trace"]
+
+
+def test_a_schedule_says_what_made_it() -> None:
+    offered = Offered(rates=(10.0,), arrivals="constant", pauses=(1.0, 2.0))
+    assert offered.at(10.0, 3.0).as_load == {
+        "rate": 10.0, "arrivals": "constant", "pauses_s": (1.0, 2.0), "trace": None
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -320,6 +320,30 @@ def test_rows_of_two_reports_are_matched_by_what_was_measured(measured: Callable
     assert "spread within each run" in " ".join(text.split())
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ({"arrivals": "poisson"}, {"arrivals": "constant"}, "20 a second, constant"),
+        ({"arrivals": "poisson"}, {"arrivals": "poisson", "pauses_s": (5.0, 10.0)}, "5 s busy, 10 s idle"),
+        ({"arrivals": "trace", "trace": "a" * 16}, {"arrivals": "trace", "trace": "b" * 16}, "trace bbbbbb"),
+    ],
+)
+def test_rows_of_two_schedules_are_no_partners(
+    one: dict[str, object], other: dict[str, object], said: str, example: Callable[..., Measured]
+) -> None:
+    def scheduled(fields: dict[str, object]) -> Measured:
+        measured = example()
+        row = measured.measurements[4]
+        row = row.model_copy(update={"load": row.load.model_copy(update={"rate": 20.0, **fields})})
+        report = measured.report.model_copy(update={"measurements": (row,)})
+        return Measured(report=report, samples=measured.samples)
+
+    with pytest.raises(UsageError) as refusal:
+        compare_reports(scheduled(one), scheduled(other))
+    assert said in str(refusal.value)
+    assert compare_reports(scheduled(one), scheduled(one)).rows
+
+
 def test_two_reports_without_a_common_row_are_refused(measured: Callable[..., Measured]) -> None:
     run = calls(np.zeros((TURNS, CALLS)))
     with pytest.raises(UsageError, match="onnx-fp16") as refusal:

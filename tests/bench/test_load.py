@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import signal
 import socketserver
 import sys
 import threading
@@ -16,12 +18,13 @@ import numpy as np
 import pytest
 
 from dlops.bench.http import AnswerParser, Connection, HttpTransport
-from dlops.bench.load import closed_loop
+from dlops.bench.load import TIMEOUT_S, closed_loop
 from dlops.bench.network import encoded, measure_endpoint, prepare
 from dlops.bench.oip import encode_request, find_endpoint
 from dlops.bench.oip_rest import decode_outputs
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.errors import MachineError, UsageError
+from dlops.report import SERVICE, STARTS
 
 
 def after_calls_of_a_row(server, calls: int, act: Callable[[], None]) -> None:
@@ -142,19 +145,25 @@ def test_the_throughput_of_a_slow_server_is_its_true_rate(make_artifact, serve) 
     assert samples["row00.earlier"].min() >= 0
 
 
-def test_errors_are_counted_by_kind_and_are_in_no_latency(make_artifact, serve) -> None:
+def test_errors_are_counted_by_kind_and_have_the_worst_latency(make_artifact, serve) -> None:
     artifact = make_artifact()
     server = serve(artifact)
     endpoint = find_endpoint(server.url, model=artifact.name)
     payload = prepare(endpoint, artifact, batch=1)
     server.behave = lambda count: (503, b'{"error": "busy"}') if count % 4 == 0 else None
-    row, _, loaded = measure_endpoint(endpoint, payload, batch=1, concurrency=2, duration_s=0.5, key="row00")
+    row, samples, loaded = measure_endpoint(endpoint, payload, batch=1, concurrency=2, duration_s=0.5, key="row00")
     assert set(row.errors) == {"HTTP 503"}
-    calls = row.error_count + row.latency.samples
+    calls = row.latency.samples
     assert row.error_count / calls == pytest.approx(0.25, abs=0.02)
     assert not row.verdict.steady
     assert f"{row.error_count} of {calls} calls failed: HTTP 503" in row.verdict.reasons[0]
-    assert len(loaded.latencies_ns) == row.latency.samples
+    assert len(loaded.latencies_ns) == calls - row.error_count
+    assert (np.diff(samples["row00" + STARTS]) >= 0).all()
+    failed = samples["row00" + SERVICE] < 0
+    assert failed.sum() == row.error_count
+    assert set(samples["row00"][failed].tolist()) == {round(TIMEOUT_S * 1e9)} == {row.latency.max_ns}
+    # What failed is no answer.
+    assert row.throughput.value == pytest.approx((calls - row.error_count) / row.duration_ns * 1e9, rel=0.05)
 
 
 @pytest.mark.usefixtures("soon_given_up")
@@ -333,9 +342,6 @@ def test_a_server_that_does_not_list_its_models_needs_a_name(make_artifact, serv
 
 
 def test_ctrl_c_under_load_keeps_what_was_measured(make_artifact, serve) -> None:
-    import os
-    import signal
-
     artifact = make_artifact()
     server = serve(artifact)
     # Python's own handler, whatever tests before this one in the same process have left.
@@ -351,3 +357,34 @@ def test_ctrl_c_under_load_keeps_what_was_measured(make_artifact, serve) -> None
     (row,) = caught.value.measured.measurements
     assert row.latency.samples > 20
     assert "interrupted" in row.verdict.reasons
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_server_that_hangs(make_artifact, serve, capsys) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    hang = threading.Event()
+
+    def press() -> None:
+        """Twice, once a call hangs; the second after it was said that answers are waited for."""
+        answers = server.behave
+        server.behave = lambda count: hang.wait(60) and None
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        server.behave = answers
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        after_calls_of_a_row(server, 100, lambda: threading.Thread(target=press).start())
+        began = time.monotonic()
+        with pytest.raises(MeasureInterrupted) as caught:
+            measure([server.url], payload=artifact, concurrency=(2,), duration_s=20.0)
+        assert time.monotonic() - began < 20
+    finally:
+        hang.set()
+        signal.signal(signal.SIGINT, before)
+    (row,) = caught.value.measured.measurements
+    assert row.errors == {"not waited for after Ctrl-C": 2}
+    assert row.latency.max_ns == TIMEOUT_S * 1e9
+    assert "Ctrl-C again goes without them" in " ".join(capsys.readouterr().err.split())

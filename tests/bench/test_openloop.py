@@ -15,6 +15,7 @@ import pytest
 
 import dlops
 from dlops.bench import cells, openloop
+from dlops.bench.analysis import analyse_rate
 from dlops.bench.arrivals import Offered, constant, poisson
 from dlops.bench.oip import encode_request, find_endpoint
 from dlops.bench.openloop import open_loop
@@ -115,6 +116,12 @@ def test_a_server_that_dies_half_way_is_noticed_and_the_rest_is_not_sent(make_ar
     assert "connection refused" in loaded.errors
     # Of 3,000 in a minute: it does not go on to the end of the schedule.
     assert loaded.errors["not sent: the server was gone"] > 1000
+    figures = analyse_rate(
+        loaded.response_ns, loaded.due_ns, np.where(loaded.succeeded, loaded.arrived_ns - loaded.sent_ns, -1),
+        np.empty(0, np.int64), duration_ns=60_000_000_000, lag_p99_ns=0.0, batch=1, observed=(loaded.stopped,),
+    )  # fmt: skip
+    # A server that died was not asked too much.
+    assert [one for one in figures.verdict.reasons if not one.startswith("under-sampled")] == [loaded.stopped]
 
 
 def test_one_failure_and_then_nothing_to_do_is_no_server_that_is_gone(make_artifact, serve) -> None:
@@ -236,6 +243,39 @@ def test_ctrl_c_keeps_the_requests_that_were_sent(make_artifact, serve, tmp_path
     assert row.errors == {}
     assert "interrupted" in row.verdict.reasons
     assert "at 100 a second" in output
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_server_that_hangs(make_artifact, serve, tmp_path) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    command = [
+        sys.executable, "-m", "dlops", "bench", server.url, "--payload", str(artifact.directory), "--rate", "100",
+        "--duration", "60", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "offering" in line)
+        enough = server.requests + 200
+        while server.requests < enough:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        hang = threading.Event()
+        server.behave = lambda count: hang.wait(60) and None
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        next(line for line in process.stderr if "Ctrl-C again" in line)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        # The time-out of a call is 30 s.
+        assert time.monotonic() - began < 20
+        hang.set()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    (row,) = dlops.read_report(tmp_path / "out").measurements
+    assert row.latency.samples > 20
+    assert "interrupted" in row.verdict.reasons
+    assert row.errors["not waited for after Ctrl-C"] > 0
 
 
 @pytest.mark.parametrize(

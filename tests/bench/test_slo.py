@@ -14,7 +14,7 @@ import dlops
 from dlops.bench import sentences, service_rows, slo, stats
 from dlops.bench.arrivals import Offered, poisson
 from dlops.bench.run import measure, save_report
-from dlops.bench.slo import Found, judge, parse_objective, search
+from dlops.bench.slo import Found, Outcome, found_among, judge, parse_objective, search
 from dlops.bench.table import table_text
 from dlops.errors import UsageError
 from dlops.report import Objective
@@ -122,6 +122,28 @@ def test_a_miss_of_our_own_making_proves_nothing_and_saturation_is_a_miss(exampl
     never = np.zeros(1000, bool)
     assert judged(example, never, reasons=("client-bound: 1% of the requests left 3.0 ms late or more",)) == "met"
     assert judged(example, never, reasons=("saturated: 3 of 9 requests were answered in time",)) == "missed"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "unsure"),
+    [({100.0: "met", 200.0: "unsure"}, True), ({100.0: "met", 200.0: "missed"}, False), ({100.0: "unsure"}, True)],
+)
+def test_a_rate_that_could_not_be_judged_is_not_said_to_have_missed(
+    outcomes: dict[float, Outcome], unsure: bool, example
+) -> None:
+    tried: list[tuple[float, Outcome]] = []
+
+    def probe(rate: float) -> Outcome:
+        tried.append((rate, outcomes.get(rate, "missed" if rate > 100 else "unsure")))
+        return tried[-1][1]
+
+    found = search(probe, start=100.0, least=60.0, resolution=2.0)
+    assert found == found_among(tried)
+    assert found.unsure is unsure
+    objective = Objective(quantile="p99", limit_ns=1e6, rate=found.met, missed=found.missed, unsure=found.unsure)
+    report = example().report.model_copy(update={"objectives": {"it": objective}})
+    (said,) = sentences.objectives(report)
+    assert ("could not be judged" in said) is unsure
 
 
 @pytest.mark.parametrize("capacity", [3.0, 77.0, 1234.0, 51_000.0])
