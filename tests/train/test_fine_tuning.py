@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from dlops.artifact import Variant
 from dlops.checkpoint import Checkpoint, load_checkpoint
@@ -200,6 +202,24 @@ def test_quantization_aware_training_keeps_in_int8_what_rounding_afterwards_lose
     # without it gave 48 to 92 %: too wide to compare one run with another.
     assert afterwards < float(dense.metrics["accuracy"]) - 0.3
     assert int8_accuracy(aware, tmp_path) > afterwards + 0.3
+
+
+@pytest.mark.parametrize("recipe", ["cnn", "mlp"])
+def test_the_last_quarter_of_the_epochs_is_quantization_aware_in_both_recipes(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spy(network: nn.Module, *, enabled: bool) -> contextlib.AbstractContextManager[None]:
+        rounded.append(enabled)
+        return fake_quantization(network, enabled=enabled)
+
+    rounded: list[bool] = []
+    monkeypatch.setattr(f"dlops.train.recipes.{recipe}.fake_quantization", spy)
+    settings = configure(recipe, overrides=["epochs=5", "qat=true", "precision=fp32"])
+    checkpoint = train_recipe(recipe, settings, run_dir=tmp_path / recipe)
+    assert rounded == [False, False, False, True, True]
+    # The best was chosen among the epochs that rounded, and int8 of it is as good as it is.
+    kept = float(checkpoint.metrics["accuracy"])
+    assert int8_accuracy(checkpoint, tmp_path) > kept - 0.03 > 0.5
 
 
 @pytest.mark.parametrize(

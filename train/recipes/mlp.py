@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -21,6 +22,7 @@ from dlops.train.finish import write_checkpoint
 from dlops.train.images import MIN_SIZE, Images, prepare
 from dlops.train.models.mlp import mlp
 from dlops.train.optimizers import OptimizerName, build_optimizer, set_learning_rate
+from dlops.train.qat import fake_quantization
 from dlops.train.run import Run
 from dlops.train.schedules import warmup_cosine
 
@@ -70,6 +72,10 @@ class Config(BaseModel):
     crop: float = Field(0.125, ge=0, le=0.5, description="largest shift, as a fraction of the size")
     rotation: float | None = Field(None, ge=0, le=180, description="largest angle in degrees")
     zoom: float | None = Field(None, ge=0, le=1, description="largest change of scale, a fraction")
+
+    # For int8: slower by the rounding, so only once the network has learned what there is to learn.
+    qat: bool = Field(False, description="quantization-aware: the last epochs train with int8's rounding")
+    qat_epochs: int | None = Field(None, ge=1, description="how many those are; null: a quarter of all")
 
     # Where it runs.
     seed: int = Field(0, ge=0, description="of the weights, the order, the augmentation and dropout")
@@ -126,6 +132,7 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
     run.restore(state, network, optimizer)
     model, optimizer = fabric.setup(network, optimizer)
 
+    qat_from = plan.epochs - min(plan.epochs, config.qat_epochs or math.ceil(plan.epochs / 4))
     first = fabric.is_global_zero
     steps = plan.steps_per_epoch(len(images.train))
     with (
@@ -134,10 +141,16 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
     ):
         bar.advance(state.epoch * steps)
         while not state.is_over(plan.epochs):
-            train_loss = train_epoch(fabric, config, plan, images, model, optimizer, bar, state.epoch + 1)
-            accuracy, loss = validate(fabric, network, images)
+            quantized = config.qat and state.epoch >= qat_from
+            if quantized and state.epoch == qat_from:
+                # What was best without rounding is not what int8 is made of.
+                state.forget_best()
+            with fake_quantization(network, enabled=quantized):
+                train_loss = train_epoch(fabric, config, plan, images, model, optimizer, bar, state.epoch + 1)
+                accuracy, loss = validate(fabric, network, images)
             state.end_epoch(accuracy=accuracy, loss=loss, network=network, optimizer=optimizer)
-            state.stopped_early = config.patience is not None and state.epochs_since_best >= config.patience
+            patient = config.patience is None or (config.qat and not quantized)
+            state.stopped_early = not patient and state.epochs_since_best >= (config.patience or 0)
             curves.add(state.epoch, train_loss=train_loss, validation_loss=loss, validation_accuracy=accuracy)
             if first:
                 run.save_state(state)
