@@ -26,6 +26,10 @@ _METHOD = (
     "Throughput is items a second under that load. Memory is the most that a fresh process held that loaded the "
     "model and ran it, interpreter and runtime included.",
 )
+_PROCESSES = (
+    "Where several processes ran a target one after the other, its intervals are of what differs between processes, "
+    "too: p50's is Student's over their medians, the others take processes as blocks."
+)
 
 
 def render_html(report: Report, samples: Mapping[str, NDArray[np.int64]]) -> str:
@@ -184,10 +188,12 @@ def _cold_starts(groups: Sequence[cells.Group]) -> str:
                 rows.append(f'<tr><th scope="row">{name}</th>{cells_}</tr>')
     if not rows:
         return ""
+    several = any(row.processes > 1 for group in groups for row in group.rows)
+    often = "once, of several processes the one in the middle" if several else "once"
     head = "".join(f'<th scope="col">{one}</th>' for one in ("variant", "cold start s", "load ms", "first call ms"))
     return (
-        '<div class="scroll"><table><caption>Cold start: from the start of a process to its first answer, once; its '
-        "files were in the page cache</caption>"
+        f'<div class="scroll"><table><caption>Cold start: from the start of a process to its first answer, {often}; '
+        "its files were in the page cache</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -287,7 +293,8 @@ def _accuracy_caption(series: Sequence[plots.Series]) -> str:
 def _notes(report: Report) -> str:
     lines = [*sentences.explanations(report), *sentences.placements(report.measurements), *breakdown.placements(report)]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    method = "".join(f"<li>{escape(line)}</li>" for line in _METHOD)
+    several = any(row.processes > 1 for row in report.measurements)
+    method = "".join(f"<li>{escape(line)}</li>" for line in (*_METHOD, *([_PROCESSES] if several else [])))
     return (
         f'<section><h2>Verdicts and notes</h2><div class="card"><ul class="notes">{items}</ul></div></section>'
         f'<section><h2>How it was measured</h2><div class="card"><ul class="notes">{method}</ul></div></section>'

@@ -38,19 +38,27 @@ PRUNED = ("onnx-fp32-pruned50", "onnx-int8-pruned50", "openvino-int8-pruned50")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """settings, tuning: of the recipe cnn, for the network and for fine-tuning what is left after pruning."""
+    """settings, tuning: of the recipe cnn, for the network and for fine-tuning what is left after pruning. restarts: of
+    trainings that begin with the weights of the one before, at a high rate again (Loshchilov and Hutter 2017)."""
 
     name: str
     title: str
     data: str
     preset: str | None
     settings: Sequence[str]
+    restarts: Sequence[Sequence[str]] = ()
     tuning: Sequence[str]
 
 
+_SGD = (
+    "batch_size=128", "optimizer=sgd", "weight_decay=0.0005", "warmup_epochs=1", "label_smoothing=0", "crop=0.125",
+    "precision=bf16",
+)  # fmt: skip
 RESNET20 = Case(
     name="resnet20", title="Every variant of a ResNet-20 on CIFAR-10 images",
-    data=os.environ.get("DLOPS_CIFAR10", "cifar10"), preset="resnet20-cifar10", settings=(), tuning=("epochs=6",),
+    data=os.environ.get("DLOPS_CIFAR10", "cifar10"), preset="resnet20-cifar10",
+    settings=("epochs=32", "precision=bf16"),
+    restarts=((*_SGD, "epochs=24", "lr=0.15"), (*_SGD, "epochs=16", "lr=0.1")), tuning=("epochs=6", "precision=bf16"),
 )  # fmt: skip
 RESNET18 = Case(
     name="resnet18", title="Every variant of a ResNet-18 at 224×224 on photos",
@@ -106,6 +114,8 @@ def _show(case: Case, write_page: Callable[..., Path]) -> Mapping[str, Shown]:
     """Train, export, measure and write the page; by slug, and "eager"."""
     folder = RUNS / case.name
     checkpoint = _trained(case, case.settings, folder / "dense")
+    for number, settings in enumerate(case.restarts, start=1):
+        checkpoint = _trained(case, [f"init={checkpoint.directory}", *settings], folder / f"restart{number}")
     bf16 = BFLOAT16 if "avx512_bf16" in describe_environment().instruction_sets else ()
     made, refused = _exported(checkpoint, (*WHOLE, *bf16), folder / "artifacts", max_drop=MAX_DROP)
     pruned, lost = _exported(checkpoint, PRUNED, folder / "artifacts", max_drop=MAX_DROP_PRUNED)
@@ -175,7 +185,11 @@ def _write(
     samples = fp32.artifact.accuracy.samples if fp32.artifact is not None and fp32.artifact.accuracy else 0
     metrics = checkpoint.spec.metrics or {}
     says = [
-        f"Trained for {metrics.get('epochs')} epochs on {metrics.get('train_samples')} images from random weights; "
+        f"Trained by `dlops train cnn` on {metrics.get('train_samples')} images from random weights"
+        + "".join(
+            f", then again from those at {_setting(one, 'lr')} ({_setting(one, 'epochs')})" for one in case.restarts
+        )
+        + "; "
         f"exported, each checked at its gates with a budget of {MAX_DROP:g} point ({MAX_DROP_PRUNED:g} for half of the "
         f"multiply-accumulates removed), and measured in turns in one run: {THREADS} threads, from arrays to arrays, "
         f"accuracy on {samples} test images that took part in nothing else. *lost* are percentage points against the "
@@ -201,6 +215,11 @@ def _write(
         ],
         rows=[_line(one) for one in shown.values()],
     )  # fmt: skip
+
+
+def _setting(settings: Sequence[str], name: str) -> str:
+    """`lr 0.1` of `lr=0.1`."""
+    return next(one for one in settings if one.startswith(f"{name}=")).replace("=", " ")
 
 
 def _why(message: str) -> str:
