@@ -60,6 +60,12 @@ def with_pauses(due_ns: Integers, *, busy_s: float, idle_s: float) -> Integers:
     return due_ns + pauses * round(idle_s * 1e9)
 
 
+def _busy_s(lasts_s: float, busy_s: float, idle_s: float) -> float:
+    """How much of so many seconds is not idle."""
+    cycles, rest = divmod(lasts_s, busy_s + idle_s)
+    return cycles * busy_s + min(rest, busy_s)
+
+
 def read_trace(path: Path | str) -> Integers:
     """A recorded schedule: one number a line, seconds from the start, ascending; `#` begins a comment. (n,).
 
@@ -156,8 +162,9 @@ class Offered:
         if self.trace is None:
             raise ValueError("no trace")
         last = int(self.trace[-1])
-        # Until the next request would be due: what is answered just after the last one is due counts too.
-        end_ns = last + max(1, last // max(1, len(self.trace) - 1))
+        # Until the next request would be due: what is answered just after the last one is due counts too. Where all are
+        # due at once, for a second.
+        end_ns = last + (last // (len(self.trace) - 1) if last and len(self.trace) > 1 else 1_000_000_000)
         mean = len(self.trace) / (end_ns / 1e9)
         return Schedule(rate=mean, due_ns=self.trace, lead_in_ns=0, end_ns=end_ns, arrivals="trace")
 
@@ -166,25 +173,27 @@ class Offered:
     ) -> Schedule:
         """One rate for `duration_s` after its lead-in, up to `stretch` times that where it gives no `wanted` requests.
 
-        again: how often that rate was tried before; another look is at other arrivals.
+        Pauses are within those seconds, and `rate` is that of the busy ones. again: how often that rate was tried
+        before; another look is at other arrivals.
 
         Raises UsageError where it is so low that nothing would be due.
         """
-        lasts_s = _LEAD_IN_S + min(max(duration_s, wanted / rate), stretch * duration_s)
+        share = 1.0 if self.pauses is None else self.pauses[0] / sum(self.pauses)
+        lasts_s = _LEAD_IN_S + min(max(duration_s, wanted / (rate * share)), stretch * duration_s)
         if rate * lasts_s > _MAX_TRACE:
             raise UsageError(
                 f"{rate:g} requests a second for {lasts_s:.3g} s are more than {_MAX_TRACE:,}",
                 hint="a lower --rate, or a shorter --duration",
             )
-        due_ns = SCHEDULES[self.arrivals](rate, duration_s=lasts_s, seed=self.seed + again)
-        end = np.array([round(lasts_s * 1e9)])
+        busy_s = lasts_s if self.pauses is None else _busy_s(lasts_s, *self.pauses)
+        due_ns = SCHEDULES[self.arrivals](rate, duration_s=busy_s, seed=self.seed + again)
         if self.pauses is not None:
-            due_ns, end = (with_pauses(times, busy_s=self.pauses[0], idle_s=self.pauses[1]) for times in (due_ns, end))
+            due_ns = with_pauses(due_ns, busy_s=self.pauses[0], idle_s=self.pauses[1])
         if not len(due_ns):
             raise UsageError(
                 f"at {rate:g} requests a second none is due within {lasts_s:g} s", hint="raise --rate or --duration"
             )
         return Schedule(
-            rate=rate, due_ns=due_ns, lead_in_ns=round(_LEAD_IN_S * 1e9), end_ns=int(end[0]), arrivals=self.arrivals,
-            pauses=self.pauses,
+            rate=rate, due_ns=due_ns, lead_in_ns=round(_LEAD_IN_S * 1e9), end_ns=round(lasts_s * 1e9),
+            arrivals=self.arrivals, pauses=self.pauses,
         )  # fmt: skip

@@ -18,13 +18,15 @@ from dlops.bench.ratios import STRETCHES, Calls, Ratio, median_ratio, quantile_r
 from dlops.bench.results import Measured
 from dlops.errors import UsageError
 from dlops.manifest import Record
-from dlops.report import PROCESSES, STARTS, TURNS, Load, Measurement
+from dlops.report import PROCESSES, SERVICE, STARTS, TURNS, Load, Measurement
 
 Quantity = Literal["p50", "p99", "throughput"]
 Word = Literal["REGRESSED", "SAME", "IMPROVED", "PASSED", "INCONCLUSIVE"]
 QUANTITIES: tuple[Quantity, ...] = ("p50", "p99", "throughput")
 # Two runs of one program in one process differ by a per cent or two on a shared machine; CI must not fail for that.
 MARGIN = 0.05
+# From here on a stretch's median says more of how many calls failed than of how long they took.
+_MANY_FAILED = 0.25
 # That any quantity of any row is called changed though none has.
 FALSE_ALARMS = 0.05
 WITHIN_RUNS = (
@@ -284,6 +286,12 @@ def _cell(pair: _Pair, index: int, quantity: Quantity, *, paired: bool) -> _Cell
         for side, row in (("BASE", pair.base), ("NEW", pair.new))
         if _value(row, quantity) is None
     ]
+    if quantity == "p50":
+        reasons += [
+            f"{side}: up to {calls.most_failed:.0%} of the calls of a stretch failed"
+            for side, calls in (("BASE", pair.base_calls), ("NEW", pair.new_calls))
+            if calls.most_failed >= _MANY_FAILED
+        ]
     if reasons:
         return _Cell(index, quantity, None, "; ".join(reasons))
     of: dict[Quantity, Callable[[], Ratio | None]] = {
@@ -318,13 +326,17 @@ def _calls(row: Measurement, measured: Measured) -> Calls:
         return Calls(
             latencies_ns=latencies, turns=turns.astype(np.int64), durations_s=durations, processes=processes
         )  # fmt: skip
+    service = measured.samples.get(row.samples + SERVICE)
     # In a closed loop a call begins when another is answered: begins count the answers, without those of the warm-up.
     starts = measured.samples[row.samples + STARTS]
     order = np.argsort(starts, kind="stable")
     # Where the row says how long it lasted: a stall at its end has no begins.
     length = max(1, row.duration_ns or int(starts.max())) / STRETCHES
     stretch = np.minimum(starts[order] // length, STRETCHES - 1).astype(np.int64)
-    return Calls(latencies_ns=latencies[order], turns=stretch, durations_s=np.full(STRETCHES, length / 1e9))
+    return Calls(
+        latencies_ns=latencies[order], turns=stretch, durations_s=np.full(STRETCHES, length / 1e9),
+        answered=None if service is None else service[order] >= 0,
+    )  # fmt: skip
 
 
 def _compared(pair: _Pair, judged: tuple[Judged, ...]) -> Compared:

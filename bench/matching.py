@@ -26,7 +26,7 @@ def match_rows(
     for same in closer:
         rows, waiting = waiting, []
         for row in rows:
-            alike = [one for one in left if _key(one) == _key(row) and same(one) == same(row)]
+            alike = [one for one in left if _are_of_one_load(one, row) and same(one) == same(row)]
             if alike:
                 left.remove(alike[0])
                 pairs.append((row, alike[0]))
@@ -67,8 +67,17 @@ def _key(row: Measurement) -> tuple[object, ...]:
     # What the scenario is called follows from these.
     return (
         what, row.engine, row.runtime, row.provider, row.boundary, load.batch, load.concurrency, load.rate,
-        load.arrivals, load.pauses_s, load.trace,
     )  # fmt: skip
+
+
+def _are_of_one_load(one: Measurement, other: Measurement) -> bool:
+    """Older reports do not say how requests came: those are taken for the same."""
+    if _key(one) != _key(other):
+        return False
+    loads = (one.load, other.load)
+    if any(load.arrivals is None for load in loads):
+        return True
+    return len({(load.arrivals, load.pauses_s, load.trace) for load in loads}) == 1
 
 
 def _described(row: Measurement) -> str:

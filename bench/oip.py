@@ -87,7 +87,10 @@ def find_endpoint(url: str, *, model: str | None) -> Endpoint:
     UsageError for a URL that is none or a server that does not speak the protocol, MachineError where nothing answers
     or a package is missing.
     """
-    scheme = urlsplit(url).scheme
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError as error:
+        raise UsageError(f"target {url!r} is no {_FORMS}: {error}") from None
     if _SCHEMES.get(scheme) == "gRPC":
         from dlops.bench.oip_grpc import describe as describe_over_grpc
 

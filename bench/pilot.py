@@ -16,6 +16,8 @@ PILOT_S, LONGEST_S = 3.0, 30.0
 WANTED = {0.5: 0.01, 0.99: 0.05}
 # The pilot's interval has an error of its own: what is a little too short would mostly have to be repeated.
 _MARGIN = 1.1
+# More than this is no advice.
+_FAR = 1000
 # Where a pilot certifies no quantile, it is taken again with twice the samples that certify one if none is unlucky.
 _CERTIFYING = 2
 
@@ -106,6 +108,8 @@ def shortfalls(latency: Latency, *, spent_s: float, processes: int = 1) -> tuple
             takes = f"about {spent_s * times:,.0f} s, {spent_s:.0f} s were spent"
             if processes > 1:
                 takes = f"about {math.ceil(processes * times):,} processes, {processes} were measured"
+            if times > _FAR:
+                takes = f"more than {_FAR:,} times as much"
             said.append(
                 f"under-sampled: p{q * 100:.0f} is known to ±{known:.1%} where ±{wanted:.0%} is wanted: that takes "
                 f"{takes}"

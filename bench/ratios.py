@@ -37,13 +37,24 @@ class Calls:
 
     turns: (n,), ascending, the place in `durations_s` of the turn (or stretch of time) that each call was made in.
     processes: (turns,), which of several made the calls of each turn, counted from 0: each is a stretch then; None
-    where one made all.
+    where one made all. answered: (n,), which calls did not fail; None where none did.
     """
 
     latencies_ns: Integers
     turns: Integers
     durations_s: Floats
     processes: Integers | None = None
+    answered: NDArray[np.bool_] | None = None
+
+    @property
+    def most_failed(self) -> float:
+        """The largest share of failed calls in a stretch."""
+        if self.answered is None:
+            return 0.0
+        stretch = self.stretch_of_turn[self.turns]
+        made = np.bincount(stretch, minlength=self.stretches)
+        failed = np.bincount(stretch, weights=~self.answered, minlength=self.stretches)
+        return float((failed / np.maximum(made, 1)).max())
 
     @property
     def stretch_of_turn(self) -> Integers:
@@ -86,11 +97,11 @@ def median_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
     if paired:
         found = np.log(_medians(new.latencies_ns, new.turns)) - np.log(_medians(base.latencies_ns, base.turns))
         said = _medians(found, new.stretch_of_turn)
-        return _from_parts(float(said.mean()), _parts(said))
+        return _from_parts(float(said.mean()), _parts(said), apart=_apart(base, new))
     said_of = [np.log(_medians(calls.latencies_ns, calls.stretch_of_turn[calls.turns])) for calls in (base, new)]
     if min(map(len, said_of)) < MIN_STRETCHES:  # a stretch in which nothing was answered says nothing
         return None
-    return _from_parts(float(said_of[1].mean() - said_of[0].mean()), *map(_parts, said_of))
+    return _from_parts(float(said_of[1].mean() - said_of[0].mean()), *map(_parts, said_of), apart=_apart(base, new))
 
 
 def rate_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
@@ -101,11 +112,13 @@ def rate_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
     for calls in (base, new):
         stretch = calls.stretch_of_turn
         lasted = np.bincount(stretch, weights=calls.durations_s)
-        counted = np.bincount(stretch[calls.turns], minlength=calls.stretches)
-        rates.append(len(calls.latencies_ns) / float(lasted.sum()))
-        parts.append((counted - rates[-1] * lasted) / len(calls.latencies_ns))
+        counted = np.bincount(stretch[calls.turns], weights=calls.answered, minlength=calls.stretches)
+        if not counted.sum():
+            return None
+        rates.append(float(counted.sum()) / float(lasted.sum()))
+        parts.append((counted - rates[-1] * lasted) / float(counted.sum()))
     parts = [parts[1] - parts[0]] if paired else parts
-    return _from_parts(math.log(rates[1] / rates[0]), *parts)
+    return _from_parts(math.log(rates[1] / rates[0]), *parts, apart=_apart(base, new))
 
 
 def quantile_ratio(base: Calls, new: Calls, q: float, *, paired: bool) -> Ratio | None:
@@ -123,7 +136,7 @@ def quantile_ratio(base: Calls, new: Calls, q: float, *, paired: bool) -> Ratio 
         """How many errors more often NEW exceeds than BASE times exp(shift), and the degrees of freedom."""
         threshold = _threshold(tails[0].logs + shift, tails[1].logs, tails[0].calls, tails[1].calls, q)
         parts = [tails[0].excess(threshold - shift, q), tails[1].excess(threshold, q)]
-        error = _error(parts[1] - parts[0]) if paired else _error(*parts)
+        error = _error(*([parts[1] - parts[0]] if paired else parts), apart=_apart(base, new))
         # Calls exceed a quantile at least as unevenly as independent ones would.
         least = math.sqrt(q * (1 - q) * (1 / tails[0].calls + 1 / tails[1].calls))
         return float(parts[1].sum() - parts[0].sum()) / max(error.deviation, least), error.degrees
@@ -210,8 +223,13 @@ def _parts(said: Floats) -> Floats:
     return np.asarray((said - said.mean()) / len(said))
 
 
-def _from_parts(log_ratio: float, *parts: Floats) -> Ratio:
-    error = _error(*parts)
+def _apart(base: Calls, new: Calls) -> bool:
+    """Whether the stretches are processes: those do not follow from the ones before."""
+    return base.processes is not None and new.processes is not None
+
+
+def _from_parts(log_ratio: float, *parts: Floats, apart: bool) -> Ratio:
+    error = _error(*parts, apart=apart)
 
     def interval(confidence: float) -> tuple[float | None, float | None]:
         half = student_t(confidence, error.degrees) * error.deviation
@@ -222,9 +240,9 @@ def _from_parts(log_ratio: float, *parts: Floats) -> Ratio:
     return Ratio(math.exp(log_ratio), two_sided_p(log_ratio / error.deviation, error.degrees), interval)
 
 
-def _error(*parts: Floats) -> _Error:
+def _error(*parts: Floats, apart: bool) -> _Error:
     """Of the sum of every run's parts, one a stretch. Of two runs: Welch's degrees of freedom, rounded down."""
-    variances = [_variance_of_sum(one) for one in parts]
+    variances = [_variance_of_sum(one, apart=apart) for one in parts]
     total = sum(variances)
     if total == 0:
         return _Error(0.0, sum(len(one) - 1 for one in parts))
@@ -233,13 +251,13 @@ def _error(*parts: Floats) -> _Error:
     return _Error(math.sqrt(total), max(1, math.floor(welch + 1e-9)))
 
 
-def _variance_of_sum(parts: Floats) -> float:
+def _variance_of_sum(parts: Floats, *, apart: bool) -> float:
     n = len(parts)
     centred = parts - parts.mean()
     squares = float(np.sum(centred**2))
     if squares == 0:
         return 0.0
-    return n / (n - 1) * squares * resemblance(centred)[1]
+    return n / (n - 1) * squares * (1.0 if apart else resemblance(centred)[1])
 
 
 def two_sided_p(t: float, degrees: int) -> float:

@@ -22,6 +22,9 @@ from dlops.environment import describe_environment
 from dlops.errors import MachineError, UsageError
 from dlops.report import STARTS, Measurement, Objective, Report
 
+# How many independent calls a queue is worth comes out differently from run to run.
+_MARGIN = 1.3
+
 Samples = dict[str, NDArray[np.int64]]
 
 
@@ -85,7 +88,7 @@ class Rows:
         turns = stats.stretches(self.samples[row.samples + STARTS], row.duration_ns)
         wanted_s = self.lasting.after(self.samples[row.samples], turns=turns, spent_s=spent_s)
         if row.load.rate is not None and self.lasting.is_piloted:
-            times = max(QUEUE_SAMPLES.values()) / row.latency.effective_samples
+            times = _MARGIN * max(QUEUE_SAMPLES.values()) / row.latency.effective_samples
             wanted_s = max(wanted_s, min(self.lasting.longest_s, spent_s * times))
         return wanted_s if wanted_s > spent_s else None
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dlops import signals
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench import inprocess
 from dlops.bench.arrivals import Offered
@@ -147,7 +148,9 @@ def measure(
         except KeyboardInterrupt:
             if not rows.rows:
                 raise
-            raise MeasureInterrupted(rows.result(partial=True)) from None
+            with signals.shielded():
+                measured = rows.result(partial=True)
+            raise MeasureInterrupted(measured) from None
 
 
 def _load_services(

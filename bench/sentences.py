@@ -65,7 +65,7 @@ def objectives(report: Report) -> list[str]:
     for target, one in report.objectives.items():
         wanted = f"{one.quantile} ≤ {significant(one.limit_ns / 1e6)} ms"
         missed = None if one.missed is None else per_second(one.missed)
-        how = "could not be judged, by too few independent requests" if one.unsure else "did not"
+        how = "could not be judged, for the reasons of its row" if one.unsure else "did not"
         if one.rate is None:
             tried = "none was tried" if missed is None else f"the lowest, {missed} a second, {how}"
             lines.append(f"{target}: no rate tried certainly kept {wanted}; {tried}")

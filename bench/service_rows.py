@@ -70,7 +70,7 @@ def _drive(rows: Rows, endpoint: Endpoint, sent: Payload, step: Step) -> None:
                 endpoint, sent, step.scenario, batch=step.batch, concurrency=calls, rate=rate,
                 duration_s=rows.lasting.first_s, warm=warm, key=rows.next_key,
             )  # fmt: skip
-            items = row.latency.samples * step.batch
+            items = (row.latency.samples - row.error_count) * step.batch
             seen = Seen(begin_ns=began_ns, end_ns=time.perf_counter_ns(), items=items, service=endpoint.url)
             rows.add(row, samples, seen)
             rows.note(note(said.version))
@@ -122,8 +122,12 @@ class _Offering:
 
         def probe(rate: float) -> Outcome:
             again = sum(tried == rate for tried, _ in outcomes)
-            asked = wanted * _AGAIN if again else wanted
-            row = self._one(self._offered.at(rate, first_s, wanted=asked, stretch=_SEARCH_STRETCH, again=again))
+            times = _AGAIN if again else 1
+            row = self._one(
+                self._offered.at(
+                    rate, times * first_s, wanted=times * wanted, stretch=_SEARCH_STRETCH / times, again=again
+                )
+            )
             outcome = judge(row, rows.samples[row.samples], rows.samples[row.samples + STARTS], objective)
             say(f"{rate:,.5g} requests/s: {outcome}")
             outcomes.append((rate, outcome))

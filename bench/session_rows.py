@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from dlops import signals
 from dlops.artifact import Artifact
 from dlops.bench import inprocess
 from dlops.bench.arrivals import STRETCH
@@ -85,7 +86,8 @@ def _time(rows: Rows, chosen: Sequence[Subject], conditions: Conditions) -> None
                         _launch(rows, found, ready[:: 1 if number % 2 == 0 else -1], bar, parts=conditions.processes)
     except KeyboardInterrupt:
         if found:
-            keep_turns(rows, found, conditions, cut_short="interrupted")
+            with signals.shielded():
+                keep_turns(rows, found, conditions, cut_short="interrupted")
         raise
     except MachineError as error:
         if found:
@@ -171,5 +173,5 @@ def _add(
     rows: Rows, row: Measurement, samples: Samples, one: Started, conditions: Conditions, *, began_ns: int
 ) -> None:
     # Those that were never run took no energy.
-    items = (row.latency.samples - sum(row.errors.values())) * conditions.batch
+    items = (row.latency.samples - row.error_count) * conditions.batch
     rows.add(row, samples, Seen(begin_ns=began_ns, end_ns=time.perf_counter_ns(), items=items, gpu=one.gpu))

@@ -181,6 +181,20 @@ def write_json(path: Path, text: str) -> None:
             temporary.unlink()
 
 
+def write_copy(path: Path, text: str) -> None:
+    """Write a file that the user named: whole as `write_json` does, through a link into what it points to, and straight
+    into a device or a pipe, which must stay what it is."""
+    target = path.resolve()
+    if not target.exists() or target.is_file():
+        write_json(target, text)
+        return
+    try:
+        with target.open("w") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise from_os_error(error, doing=f"writing {path}") from error
+
+
 def _named_by(path: Path) -> set[str] | None:
     """The payloads that a manifest of the folder names, none where it is no manifest, None where it is damaged."""
     if path.name.startswith(_TEMPORARY) or _OURS.fullmatch(path.name) or not path.is_file():

@@ -93,7 +93,7 @@ class Load(Record):
     """[calls/s] Offered; null in a closed loop. Of a trace its mean."""
     arrivals: Arrivals | None = None
     """How calls at a rate came: poisson, as from independent users; constant, with equal gaps; trace, as recorded. Null
-    in a closed loop."""
+    in a closed loop, and in reports that were written before this was kept."""
     pauses_s: tuple[float, float] | None = None
     """Busy seconds, then idle ones in which none was due, again and again; null where there were none."""
     trace: str | None = None
@@ -300,6 +300,6 @@ class Objective(Record):
     missed: float | None = None
     """[requests/s] The lowest rate above that which did not, or could not be judged; null where all did."""
     unsure: bool = False
-    """Whether `missed` could not be judged: it was tried twice, and there were too few independent requests."""
+    """Whether `missed` could not be judged, tried twice: by too few independent requests, or because they left late."""
     tried: tuple[str, ...] = ()
     """The keys of the rows that it was looked for with, in order."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -39,6 +41,27 @@ def die_on_signals() -> None:
     """From here on a signal ends the process at once: what could be saved is saved."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """While what was measured is put together and written, Ctrl-C and SIGTERM do nothing: impatience must not lose it.
+
+    In the main thread; elsewhere no signal arrives.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _pass_over) for number in _STATUS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_over(number: int, frame: FrameType | None) -> None:
+    return
 
 
 def received_status() -> int | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from dlops import signals
 from dlops.artifact import Artifact
 from dlops.bench.arrivals import Arrivals, Offered, read_trace
 from dlops.bench.pilot import LONGEST_S
@@ -102,7 +104,8 @@ def benchmark(
     except KeyboardInterrupt:
         status = _INTERRUPTED
         say("interrupted: the report goes without a calibration")
-    report = publish(measured, outputs)
+    with nullcontext() if status is None else signals.shielded():
+        report = publish(measured, outputs)
     if status is None and report.partial:
         say("incomplete: a target failed after others were measured; the report's notes say which")
         return MachineError.exit_status

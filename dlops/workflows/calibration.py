@@ -16,7 +16,7 @@ from dlops.bench.calibration_text import facts
 from dlops.bench.kept import keep, kept
 from dlops.bench.results import Measured
 from dlops.console import out, say
-from dlops.directory import write_json
+from dlops.directory import write_copy
 from dlops.errors import DlopsError, MachineError, UsageError
 from dlops.report import Calibration
 
@@ -37,7 +37,7 @@ def calibrate_alone(*, json: str | None, also_given: Sequence[str] = ()) -> int:
     else:
         out.print(_table(calibration))
         if json is not None:
-            write_json(Path(json), calibration.model_dump_json(indent=2) + "\n")
+            write_copy(Path(json), calibration.model_dump_json(indent=2) + "\n")
     say(f"kept: {keep(calibration)}")
     return 0
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, get_args
 
+from dlops import signals
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench.compare import Comparison, Quantity, compare_reports, compare_turns
 from dlops.bench.compare_table import comparison_markdown, render_comparison
 from dlops.bench.results import HTML_NAME, Measured
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.console import out, say
-from dlops.directory import write_json
+from dlops.directory import write_copy
 from dlops.errors import MachineError, UsageError
 from dlops.report import Report, read_report
 from dlops.runtimes.session import Device
@@ -85,14 +87,15 @@ def compare(
             artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S, processes=processes or PROCESSES,
             threads=threads, device=device or "auto", trust=trust, command=command,
         )  # fmt: skip
-        # The comparison is between turns of one run: whatever the harness adds, it adds to both.
-        measured = calibrated(measured, may_measure=False)
-        comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
-        # First what no full disk can take along, then what cannot be measured again.
-        _show(comparison, markdown=markdown, json=json)
-        report = save_or_rescue(measured, out_dir)
-        say(f"report: {report.directory / HTML_NAME}")
-        _write_copies(comparison, markdown=markdown, json=json)
+        with nullcontext() if status is None else signals.shielded():
+            # The comparison is between turns of one run: whatever the harness adds, it adds to both.
+            measured = calibrated(measured, may_measure=False)
+            comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
+            # First what no full disk can take along, then what cannot be measured again.
+            _show(comparison, markdown=markdown, json=json)
+            report = save_or_rescue(measured, out_dir)
+            say(f"report: {report.directory / HTML_NAME}")
+            _write_copies(comparison, markdown=markdown, json=json)
         if status is None and measured.partial:
             say("incomplete: a target failed, and what it should have been measured on is not compared")
             return exit_status(comparison, failed=True)
@@ -219,9 +222,9 @@ def _show(comparison: Comparison, *, markdown: str | None, json: str | None) -> 
 def _write_copies(comparison: Comparison, *, markdown: str | None, json: str | None) -> None:
     """Raises MachineError where one cannot be written."""
     if markdown not in (None, "-"):
-        write_json(Path(markdown), comparison_markdown(comparison))
+        write_copy(Path(markdown), comparison_markdown(comparison))
     if json not in (None, "-"):
-        write_json(Path(json), _to_json(comparison))
+        write_copy(Path(json), _to_json(comparison))
 
 
 def _to_json(comparison: Comparison) -> str:

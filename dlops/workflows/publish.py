@@ -11,7 +11,7 @@ from pathlib import Path
 from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.table import render_table, to_csv, to_markdown
 from dlops.console import out, say
-from dlops.directory import check_writable, write_json
+from dlops.directory import check_writable, write_copy
 from dlops.errors import MachineError, UsageError
 from dlops.report import Report
 
@@ -49,6 +49,8 @@ class Outputs:
         if report:
             check_writable(self.directory or Path("reports"), what="--out")
         for option, copy in self.copies.items():
+            if copy == "-" and option == "--html":
+                raise UsageError("--html -: a page is for a browser", hint="name a file; --markdown - prints a table")
             if copy != "-":
                 if Path(copy).is_dir():
                     raise UsageError(f"{option} {copy}: a folder", hint="name a file")
@@ -79,10 +81,9 @@ def publish(measured: Measured, outputs: Outputs) -> Report:
     say(f"report: {report.directory / HTML_NAME}")
     for name, write in texts:
         if name not in (None, "-"):
-            write_json(Path(name), write(report))
+            write_copy(Path(name), write(report))
     if outputs.html is not None:
-        outputs.html.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(report.directory / HTML_NAME, outputs.html)
+        write_copy(outputs.html, (report.directory / HTML_NAME).read_text(encoding="utf-8"))
     return report
 
 

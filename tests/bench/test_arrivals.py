@@ -50,11 +50,19 @@ def test_a_low_rate_is_kept_up_longer_for_p99_but_not_without_end() -> None:
     assert all(one.lead_in_ns == 500_000_000 for one in (quick, slow, slowest))
 
 
-def test_pauses_lengthen_the_run() -> None:
-    schedule = Offered(rates=(1000.0,), arrivals="constant", pauses=(1.0, 2.0)).at(1000.0, 2.0)
-    # 2.5 s of requests, the lead-in included: two pauses after each whole second of them.
-    assert schedule.end_ns == 6_500_000_000
+@pytest.mark.parametrize(("seconds", "requests"), [(2.0, 1000), (3.0, 1500), (6.5, 3000)])
+def test_pauses_are_within_the_seconds_of_a_run(seconds: float, requests: int) -> None:
+    schedule = Offered(rates=(1000.0,), arrivals="constant", pauses=(1.0, 2.0)).at(1000.0, seconds)
+    # Half a second of lead-in, then as long as was asked for.
+    assert schedule.end_ns == round((seconds + 0.5) * 1e9)
+    assert schedule.due_ns[-1] < schedule.end_ns
+    assert len(schedule.due_ns) == requests
     assert not np.any((schedule.due_ns > 1_000_000_000) & (schedule.due_ns < 3_000_000_000))
+
+
+def test_a_trace_of_one_moment_lasts_a_second() -> None:
+    schedule = Offered(trace=np.zeros(3, np.int64)).replayed()
+    assert (schedule.rate, schedule.end_ns) == (3.0, 1_000_000_000)
 
 
 def test_a_trace_is_replayed_whole(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from dlops.bench.matching import environment_differences
 from dlops.bench.results import Measured
 from dlops.bench.stats import rate_interval, summarize
 from dlops.errors import UsageError
-from dlops.report import STARTS, Load, Measurement, Verdict
+from dlops.report import SERVICE, STARTS, Interval, Load, Measurement, Verdict
 from dlops.workflows.compare import exit_status
 
 TURNS, CALLS = 50, 40
@@ -427,6 +427,46 @@ def test_calls_that_fail_leave_nothing_to_be_glad_of(example: Callable[..., Meas
     # The service's row had failed calls before, too.
     assert {one.word for one in judged} == {"INCONCLUSIVE"}
     assert judged[0].because == "70 calls of NEW failed"
+
+
+def test_calls_that_failed_are_no_throughput_and_make_no_median(example: Callable[..., Measured]) -> None:
+    """BASE failed every other call, at once; NEW none: it is twice as fast and not slower."""
+    measured = example()
+    row = measured.measurements[4]
+    count = len(measured.samples[row.samples])
+    starts = np.sort(measured.samples[row.samples + STARTS])
+    good = np.arange(count) % 2 == 0
+    failing = np.where(good, 50_000_000, 30_000_000_000)
+    half = row.model_copy(
+        update={
+            "errors": {"HTTP 500": int((~good).sum())}, "throughput": rate(count / 2), "latency": summarize(failing),
+            "duration_ns": int(starts[-1]) + 1,
+        }
+    )  # fmt: skip
+    whole = row.model_copy(
+        update={
+            "throughput": rate(count), "latency": summarize(np.full(count, 50_000_000)),
+            "duration_ns": half.duration_ns,
+        }
+    )  # fmt: skip
+
+    def report(one: Measurement, latencies: np.ndarray, **more: np.ndarray) -> Measured:
+        samples = {one.samples: latencies, one.samples + STARTS: starts}
+        samples |= {one.samples + suffix: array for suffix, array in more.items()}
+        return Measured(report=measured.report.model_copy(update={"measurements": (one,)}), samples=samples)
+
+    base = report(half, failing, **{SERVICE: np.where(good, 50_000_000, -1)})
+    (found,) = compare_reports(base, report(whole, np.full(count, 50_000_000))).rows
+    judged = {one.quantity: one for one in found.judged}
+    assert judged["throughput"].word == "IMPROVED"
+    assert judged["throughput"].ratio.value == pytest.approx(2, abs=0.1)
+    assert judged["p50"].word == "INCONCLUSIVE"
+    assert "BASE: up to" in judged["p50"].because
+    assert "failed" in judged["p50"].because
+
+
+def rate(value: float) -> Interval:
+    return Interval(value=value, low=0.9 * value, high=1.1 * value)
 
 
 def test_a_stall_at_the_end_of_a_run_is_in_its_throughput(example: Callable[..., Measured]) -> None:

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from dlops.bench.results import save_report
 from dlops.cli import run
+from dlops.directory import write_copy
 from dlops.errors import MachineError
 from dlops.report import read_report
 from dlops.workflows import publish as publishing
@@ -43,6 +45,28 @@ def test_a_place_below_a_file_is_refused_before_anything_is_measured(option, mak
     assert "is no folder" in said
     assert "timing" not in said
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_pipe_and_a_link_stay_what_they_are(tmp_path) -> None:
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_copy(pipe, "through the pipe")
+    reader.join(10)
+    assert read == ["through the pipe"]
+    assert pipe.is_fifo()
+    target.write_text("old")
+    link.symlink_to(target)
+    write_copy(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_a_page_has_no_place_on_stdout(make_artifact, capsys) -> None:
+    assert run(["bench", str(make_artifact().directory), "--html", "-"]) == 2
+    assert "--html -" in capsys.readouterr().err
 
 
 def test_a_copy_that_is_a_folder_is_refused_too(make_artifact, tmp_path, capsys) -> None:
@@ -95,7 +119,7 @@ def test_a_copy_that_has_no_room_costs_neither_the_table_nor_the_report(example,
     def full(path: Path, text: str) -> None:
         raise MachineError(f"writing {path}: the disk is full")
 
-    monkeypatch.setattr(publishing, "write_json", full)
+    monkeypatch.setattr(publishing, "write_copy", full)
     with pytest.raises(MachineError, match=r"writing .*copy\.json: the disk is full"):
         publish(example(), Outputs(directory=tmp_path / "r", json=str(tmp_path / "copy.json")))
     assert "onnx-int8-pruned50" in capsys.readouterr().out

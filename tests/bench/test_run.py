@@ -178,6 +178,8 @@ def test_nothing_listening_is_one_clear_error(make_artifact) -> None:
     [
         ("ftp://127.0.0.1:1", "no http://HOST:PORT"),
         ("http://127.0.0.1:99999", "port is no number"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("oip+grpc://[zz]:80", "zz"),
         ("http://127.0.0.1:1/predict", "unknown path /predict"),
     ],
 )

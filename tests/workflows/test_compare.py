@@ -154,7 +154,7 @@ def test_a_copy_that_has_no_room_costs_neither_the_table_nor_the_report(
     def full(path: Path, text: str) -> None:
         raise MachineError(f"writing {path}: the disk is full")
 
-    monkeypatch.setattr("dlops.workflows.compare.write_json", full)
+    monkeypatch.setattr("dlops.workflows.compare.write_copy", full)
     words = [FP32, FP32, "--duration", 0.5, "--device", "cpu", "--out", tmp_path / "report"]
     answer = dlops("compare", *words, "--json", tmp_path / "copy.json", cwd=working_folder)
     assert answer.returncode == 4, answer.stderr
