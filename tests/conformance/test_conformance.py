@@ -422,3 +422,16 @@ def test_it_is_ready_without_a_body(web: httpx.Client) -> None:
         response = web.get(path)
         assert (response.status_code, response.content) == (200, b""), path
     assert web.get("/v2/models/nothing/ready").status_code >= 400
+
+
+def test_an_unknown_model_or_version_is_404(web: httpx.Client) -> None:
+    paths = ["/v2/models/nothing", "/v2/models/nothing/config", "/v2/models/nothing/versions/7"]
+    for path in [*paths, "/v2/models/digits/versions/7"]:
+        response = web.get(path)
+        assert response.status_code == 404, f"{path}: {response.status_code} {response.text}"
+        assert response.json()["error"]
+    tensor = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1.0]}
+    response = web.post("/v2/models/nothing/infer", json={"inputs": [tensor]})
+    assert response.status_code == 404, response.text
+    # The one where tritonserver says 400.
+    assert web.get("/v2/models/nothing/stats").status_code in (400, 404)
