@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import ClassVar
 
 import pytest
@@ -45,8 +46,15 @@ def test_a_worker_on_the_cpu_leaves_the_gpus_alone(monkeypatch: pytest.MonkeyPat
     assert gpus.os.environ["CUDA_VISIBLE_DEVICES"] == "1"
 
 
+GPUS = ("worker 1: GPU 4", "worker 2: GPU 6")
+
+
 def test_each_worker_of_a_server_has_its_own(digits_artifact: Artifact) -> None:
     with ServerProcess(digits_artifact, workers=2, env={"CUDA_VISIBLE_DEVICES": "4,6"}) as server:
+        # It is ready as soon as one of them is: the other may not have said its own yet.
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not all(line in server.log_path.read_text() for line in GPUS):
+            time.sleep(0.05)
         log = server.log_path.read_text()
-    assert "worker 1: GPU 4" in log
-    assert "worker 2: GPU 6" in log
+    for line in GPUS:
+        assert line in log
