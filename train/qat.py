@@ -10,15 +10,19 @@ is folded in is rounding after.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+    from dlops.train.run import State
 
 # Seven bits: what export keeps weights to on x86 without VNNI. What holds for them holds for the finer eight.
 WEIGHT_LEVELS = 63
@@ -42,6 +46,33 @@ def fake_quantization(network: nn.Module, *, enabled: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Which epochs of a training round: from number `first` on, counted from 0; None rounds in none."""
+
+    first: int | None
+
+    @classmethod
+    def in_last(cls, count: int | None, *, of: int, enabled: bool) -> Rounding:
+        """The last `count` of so many epochs, where that is None a quarter of them."""
+        return cls(of - min(of, count or math.ceil(of / 4)) if enabled else None)
+
+    @contextmanager
+    def next_epoch(self, state: State, network: nn.Module) -> Iterator[None]:
+        """The block is the epoch that comes next."""
+        if state.epoch == self.first:
+            # What was best without rounding is not what int8 is made of.
+            state.forget_best()
+        with fake_quantization(network, enabled=self.first is not None and state.epoch >= self.first):
+            yield
+
+    def stops(self, state: State, *, patience: int | None) -> bool:
+        """Whether no better epoch came for too long; before rounding has begun a better one may still come."""
+        if patience is None or (self.first is not None and state.epoch <= self.first):
+            return False
+        return state.epochs_since_best >= patience
 
 
 @dataclass(slots=True)

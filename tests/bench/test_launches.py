@@ -79,6 +79,30 @@ def test_its_own_comparison_counts_processes(measured: Measured) -> None:
     assert any("different times" in one for one in reports.warnings)
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_a_comparison_says_is_of_its_processes(measured: Measured, apart: bool) -> None:
+    """By hand from the samples; taken for one process they give another interval."""
+    calls = []
+    for row in measured.measurements:
+        latencies, turns, processes = (measured.samples[row.samples + name] for name in ("", TURNS, PROCESSES))
+        _, first, place = np.unique(turns, return_index=True, return_inverse=True)
+        durations = np.bincount(place, weights=latencies / 1e9)
+        calls.append(
+            ratios.Calls(
+                latencies_ns=latencies,
+                turns=place,
+                durations_s=durations,
+                processes=processes[first] if apart else None,
+            )
+        )
+    (found,) = compare_turns(measured, base="small", new="large").rows
+    judged = next(one.ratio for one in found.judged if one.quantity == "p50")
+    wanted = ratios.median_ratio(*calls, paired=True)
+    assert judged is not None
+    assert wanted is not None
+    assert ((judged.low, judged.high) == pytest.approx(wanted.interval(judged.confidence))) is apart
+
+
 @pytest.mark.parametrize("count", [2, 5, 101])
 def test_too_few_processes_or_too_many_are_refused(make_artifact: MakeArtifact, count: int) -> None:
     with pytest.raises(UsageError, match=f"{count} processes"):

@@ -213,7 +213,7 @@ def test_the_last_quarter_of_the_epochs_is_quantization_aware_in_both_recipes(
         return fake_quantization(network, enabled=enabled)
 
     rounded: list[bool] = []
-    monkeypatch.setattr(f"dlops.train.recipes.{recipe}.fake_quantization", spy)
+    monkeypatch.setattr("dlops.train.qat.fake_quantization", spy)
     settings = configure(recipe, overrides=["epochs=5", "qat=true", "precision=fp32"])
     checkpoint = train_recipe(recipe, settings, run_dir=tmp_path / recipe)
     assert rounded == [False, False, False, True, True]

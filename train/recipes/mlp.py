@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -22,7 +21,7 @@ from dlops.train.finish import write_checkpoint
 from dlops.train.images import MIN_SIZE, Images, prepare
 from dlops.train.models.mlp import mlp
 from dlops.train.optimizers import OptimizerName, build_optimizer, set_learning_rate
-from dlops.train.qat import fake_quantization
+from dlops.train.qat import Rounding
 from dlops.train.run import Run
 from dlops.train.schedules import warmup_cosine
 
@@ -132,7 +131,7 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
     run.restore(state, network, optimizer)
     model, optimizer = fabric.setup(network, optimizer)
 
-    qat_from = plan.epochs - min(plan.epochs, config.qat_epochs or math.ceil(plan.epochs / 4))
+    rounding = Rounding.in_last(config.qat_epochs, of=plan.epochs, enabled=config.qat)
     first = fabric.is_global_zero
     steps = plan.steps_per_epoch(len(images.train))
     with (
@@ -141,16 +140,11 @@ def fit(fabric: Fabric, config: Config, plan: Plan, images: Images, run: Run) ->
     ):
         bar.advance(state.epoch * steps)
         while not state.is_over(plan.epochs):
-            quantized = config.qat and state.epoch >= qat_from
-            if quantized and state.epoch == qat_from:
-                # What was best without rounding is not what int8 is made of.
-                state.forget_best()
-            with fake_quantization(network, enabled=quantized):
+            with rounding.next_epoch(state, network):
                 train_loss = train_epoch(fabric, config, plan, images, model, optimizer, bar, state.epoch + 1)
                 accuracy, loss = validate(fabric, network, images)
             state.end_epoch(accuracy=accuracy, loss=loss, network=network, optimizer=optimizer)
-            patient = config.patience is None or (config.qat and not quantized)
-            state.stopped_early = not patient and state.epochs_since_best >= (config.patience or 0)
+            state.stopped_early = rounding.stops(state, patience=config.patience)
             curves.add(state.epoch, train_loss=train_loss, validation_loss=loss, validation_accuracy=accuracy)
             if first:
                 run.save_state(state)
