@@ -3,7 +3,8 @@
 Pure functions over arrays. Calls near in time resemble one another, so no call counts as evidence by itself: a run is
 cut into a dozen stretches, or where several processes made it into those, each says what it finds, and Student's t over
 the stretches says how sure that is. It holds where stretches differ in their spread (Ibragimov and Müller 2010), and
-the error is widened where neighbours agree.
+the error is widened where neighbours agree. Processes do not follow from one another, but one of eight may have had the
+machine against it from its start to its end: of their medians the lowest and the highest eighth are set aside.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dlops.bench.dependence import resemblance
 STRETCHES = 12
 # Of fewer, the spread says nothing.
 MIN_STRETCHES = 5
+# Of so many processes one on each side is set aside.
+_ONE_IN = 8
 # A factor beyond this is no change of one program: an interval's end that lies further out is not given.
 _FURTHEST = math.log(100)
 # Halvings of that range: the end is right to a millionth.
@@ -80,7 +83,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class _Error:
-    """Of a sum over stretches. degrees: of freedom, whole."""
+    """Of an estimate. degrees: of freedom, whole."""
 
     deviation: float
     degrees: int
@@ -89,19 +92,23 @@ class _Error:
 def median_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
     """Of the medians. paired: turn i of one and turn i of the other were made in one round, so what slows both cancels.
 
-    Paired, a stretch says the median of its rounds' ratios, else the median of its calls; the mean over stretches is
-    the estimate. None below five stretches.
+    Paired, a stretch says the median of its rounds' ratios, else the median of its calls; the mean over stretches, or
+    the trimmed mean over processes, is the estimate. None below five stretches.
     """
     if min(base.stretches, new.stretches) < MIN_STRETCHES:
         return None
     if paired:
         found = np.log(_medians(new.latencies_ns, new.turns)) - np.log(_medians(base.latencies_ns, base.turns))
         said = _medians(found, new.stretch_of_turn)
-        return _from_parts(float(said.mean()), _parts(said), apart=_apart(base, new))
+        if _apart(base, new):
+            return _from_means(trimmed_mean(said))
+        return _from_parts(float(said.mean()), _parts(said))
     said_of = [np.log(_medians(calls.latencies_ns, calls.stretch_of_turn[calls.turns])) for calls in (base, new)]
     if min(map(len, said_of)) < MIN_STRETCHES:  # a stretch in which nothing was answered says nothing
         return None
-    return _from_parts(float(said_of[1].mean() - said_of[0].mean()), *map(_parts, said_of), apart=_apart(base, new))
+    if _apart(base, new):
+        return _from_means(*map(trimmed_mean, reversed(said_of)))
+    return _from_parts(float(said_of[1].mean() - said_of[0].mean()), *map(_parts, said_of))
 
 
 def rate_ratio(base: Calls, new: Calls, *, paired: bool) -> Ratio | None:
@@ -228,9 +235,18 @@ def _apart(base: Calls, new: Calls) -> bool:
     return base.processes is not None and new.processes is not None
 
 
-def _from_parts(log_ratio: float, *parts: Floats, apart: bool) -> Ratio:
-    error = _error(*parts, apart=apart)
+def _from_parts(log_ratio: float, *parts: Floats, apart: bool = False) -> Ratio:
+    return _from_error(log_ratio, _error(*parts, apart=apart))
 
+
+def _from_means(new: Mean, base: Mean | None = None) -> Ratio:
+    """Of log ratios, or of logs of two runs."""
+    means = [new] if base is None else [new, base]
+    error = _together([one.deviation**2 for one in means], [one.degrees for one in means])
+    return _from_error(new.value - (base.value if base is not None else 0.0), error)
+
+
+def _from_error(log_ratio: float, error: _Error) -> Ratio:
     def interval(confidence: float) -> tuple[float | None, float | None]:
         half = student_t(confidence, error.degrees) * error.deviation
         return math.exp(log_ratio - half), math.exp(log_ratio + half)
@@ -241,14 +257,46 @@ def _from_parts(log_ratio: float, *parts: Floats, apart: bool) -> Ratio:
 
 
 def _error(*parts: Floats, apart: bool) -> _Error:
-    """Of the sum of every run's parts, one a stretch. Of two runs: Welch's degrees of freedom, rounded down."""
-    variances = [_variance_of_sum(one, apart=apart) for one in parts]
+    """Of the sum of every run's parts, one a stretch."""
+    return _together([_variance_of_sum(one, apart=apart) for one in parts], [len(one) - 1 for one in parts])
+
+
+def _together(variances: list[float], degrees: list[int]) -> _Error:
+    """Of a sum of one or two: Welch's degrees of freedom, rounded down."""
     total = sum(variances)
     if total == 0:
-        return _Error(0.0, sum(len(one) - 1 for one in parts))
-    welch = total**2 / sum(variance**2 / (len(one) - 1) for variance, one in zip(variances, parts, strict=True))
+        return _Error(0.0, sum(degrees))
+    welch = total**2 / sum(variance**2 / of for variance, of in zip(variances, degrees, strict=True))
     # The quotient of two equal numbers may come out just below a whole one.
     return _Error(math.sqrt(total), max(1, math.floor(welch + 1e-9)))
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """value: the trimmed mean. deviation: its standard error. degrees: of freedom of Student's t for it."""
+
+    value: float
+    deviation: float
+    degrees: int
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        half = student_t(confidence, self.degrees) * self.deviation
+        return self.value - half, self.value + half
+
+
+def trimmed_mean(values: Floats) -> Mean:
+    """Of independent values, two or more: an eighth of them on each side is set aside, below eight none.
+
+    Its error is from the values as if those set aside were at the nearest that was kept. Tukey and McLaughlin 1963;
+    for two samples Yuen 1974.
+    """
+    ordered = np.sort(np.asarray(values, np.float64))
+    n = len(ordered)
+    aside = n // _ONE_IN
+    kept = n - 2 * aside
+    winsorized = np.clip(ordered, ordered[aside], ordered[n - 1 - aside])
+    squares = float(np.sum((winsorized - winsorized.mean()) ** 2))
+    return Mean(float(ordered[aside : n - aside].mean()), math.sqrt(squares / (kept * (kept - 1))), kept - 1)
 
 
 def _variance_of_sum(parts: Floats, *, apart: bool) -> float:

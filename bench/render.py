@@ -28,7 +28,7 @@ _METHOD = (
 )
 _PROCESSES = (
     "Where several processes ran a target one after the other, its intervals are of what differs between processes, "
-    "too: p50's is Student's over their medians, the others take processes as blocks."
+    "too: p50's is of the trimmed mean over their medians, the others take processes as blocks."
 )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.bench.dependence import STRETCHES, effective_pairs, joined, resemblance
-from dlops.bench.ratios import student_t
+from dlops.bench.ratios import student_t, trimmed_mean
 from dlops.report import Interval, Latency
 
 CONFIDENCE = 0.95
@@ -161,8 +161,8 @@ def share_bounds(share: float, n: int, *, confidence: float = CONFIDENCE) -> tup
 def summarize(latencies_ns: Integers, *, turns: Integers | None = None, apart: bool = False) -> Latency:
     """p50, p90 and p99 with their intervals, each null where the sample does not certify it.
 
-    apart: what `turns` numbers was made apart, as processes are, and has a median of its own: p50's interval is
-    Student's over those.
+    apart: what `turns` numbers was made apart, as processes are, and has a median of its own: p50 and its
+    interval are the trimmed mean's over those.
     """
     assert turns is not None or not apart
     median = _median_apart(latencies_ns, turns) if apart and turns is not None else None
@@ -179,17 +179,16 @@ def summarize(latencies_ns: Integers, *, turns: Integers | None = None, apart: b
 
 
 def _median_apart(latencies_ns: Integers, blocks: Integers) -> Interval | None:
-    """The geometric mean of the blocks' medians with Student's interval; None below six blocks.
+    """The trimmed geometric mean of the blocks' medians with its interval; None below six blocks.
 
     Few blocks that differ by more than their calls do leave order statistics nothing but the range of all calls.
     """
     medians = [float(np.median(latencies_ns[blocks == block])) for block in np.unique(blocks)]
     if len(medians) < fewest_samples(0.5):
         return None
-    logs = np.log(np.maximum(medians, _LEAST))
-    half = student_t(CONFIDENCE, len(logs) - 1) * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
-    middle = float(np.mean(logs))
-    return Interval(value=math.exp(middle), low=math.exp(middle - half), high=math.exp(middle + half))
+    mean = trimmed_mean(np.log(np.maximum(medians, _LEAST)))
+    low, high = mean.interval(CONFIDENCE)
+    return Interval(value=math.exp(mean.value), low=math.exp(low), high=math.exp(high))
 
 
 def ratio_interval(numerator: Sequence[Integers], denominator: Sequence[Integers]) -> Interval | None:

@@ -151,17 +151,22 @@ def test_what_earlier_processes_measured_is_kept(
     assert comparison.verdict == "INCONCLUSIVE"
 
 
-def _run(draw: np.random.Generator, *, between: float, factor: float = 1.0) -> tuple[Integers, Integers, Integers]:
-    """Latencies, turns and processes: each process has a pace of its own."""
-    pace = draw.normal(0, between, LAUNCHES)[:, None, None]
+def _run(
+    draw: np.random.Generator, *, between: float, factor: float = 1.0, disturbed: float = 0.0
+) -> tuple[Integers, Integers, Integers]:
+    """Latencies, turns and processes: a process has its own pace, a share of them the machine against them."""
+    pace = draw.normal(0, between, LAUNCHES)
+    pace = (pace + (draw.random(LAUNCHES) < disturbed) * draw.exponential(0.1, LAUNCHES))[:, None, None]
     noise = draw.normal(0, 0.05, (LAUNCHES, TURNS_EACH, CALLS))
     latencies = (factor * 1_000_000 * np.exp(pace + noise)).astype(np.int64).ravel()
     turns = np.repeat(np.arange(LAUNCHES * TURNS_EACH), CALLS)
     return latencies, turns, turns // TURNS_EACH
 
 
-def _calls(draw: np.random.Generator, *, between: float, factor: float = 1.0, apart: bool = True) -> ratios.Calls:
-    latencies, turns, processes = _run(draw, between=between, factor=factor)
+def _calls(
+    draw: np.random.Generator, *, between: float, factor: float = 1.0, apart: bool = True, disturbed: float = 0.0
+) -> ratios.Calls:
+    latencies, turns, processes = _run(draw, between=between, factor=factor, disturbed=disturbed)
     return ratios.Calls(
         latencies_ns=latencies, turns=turns, durations_s=np.bincount(turns, weights=latencies / 1e9),
         processes=processes[::CALLS] if apart else None,
@@ -169,12 +174,12 @@ def _calls(draw: np.random.Generator, *, between: float, factor: float = 1.0, ap
 
 
 @pytest.mark.parametrize("paired", [True, False])
-@pytest.mark.parametrize("between", [0.0, 0.02])
-def test_processes_that_differ_are_no_change(between: float, paired: bool) -> None:
+@pytest.mark.parametrize(("between", "disturbed"), [(0.0, 0.0), (0.02, 0.0), (0.01, 0.1)])
+def test_processes_that_differ_are_no_change(between: float, disturbed: float, paired: bool) -> None:
     draw = np.random.default_rng(5)
     alarms = np.zeros(3)
     for _ in range(RUNS):
-        base, new = (_calls(draw, between=between) for _ in range(2))
+        base, new = (_calls(draw, between=between, disturbed=disturbed) for _ in range(2))
         found = (
             ratios.median_ratio(base, new, paired=paired),
             ratios.rate_ratio(base, new, paired=paired),
@@ -195,14 +200,30 @@ def test_one_process_each_would_call_that_a_change() -> None:
     assert alarms / RUNS > 0.5
 
 
-def test_a_planted_five_per_cent_is_found_over_processes_that_differ_by_one() -> None:
+@pytest.mark.parametrize("disturbed", [0.0, 0.05])
+def test_a_planted_five_per_cent_is_found_over_processes_that_differ_by_one(disturbed: float) -> None:
     draw = np.random.default_rng(6)
     found = 0
     for _ in range(RUNS):
-        one = ratios.median_ratio(_calls(draw, between=0.01), _calls(draw, between=0.01, factor=1.05), paired=True)
+        base = _calls(draw, between=0.01, disturbed=disturbed)
+        one = ratios.median_ratio(base, _calls(draw, between=0.01, factor=1.05, disturbed=disturbed), paired=True)
         # By Holm over three quantities, at the worst.
         found += one is not None and one.p_value < 0.05 / 3 and one.value > 1.02
     assert found / RUNS >= 0.95
+
+
+def test_one_process_of_eight_on_each_side_is_set_aside() -> None:
+    """Worked out by hand: -50 and 50 count as -2 and 2 for the spread, whose squares are 2·(4+4+1)=18, over 6·5."""
+    found = ratios.trimmed_mean(np.array([50.0, -2, -1, 0, 0, 1, 2, -50]))
+    assert (found.value, found.degrees) == (0.0, 5)
+    assert found.deviation == pytest.approx((18 / 30) ** 0.5)
+    low, high = found.interval(0.95)
+    assert (low, high) == pytest.approx((-2.5706 * 0.6**0.5, 2.5706 * 0.6**0.5), rel=1e-4)
+    # Below eight it is the mean with its usual error.
+    seven = np.array([3.0, 1, 4, 1, 5, 9, 2])
+    plain = ratios.trimmed_mean(seven)
+    assert (plain.value, plain.degrees) == (pytest.approx(seven.mean()), 6)
+    assert plain.deviation == pytest.approx(seven.std(ddof=1) / 7**0.5)
 
 
 @pytest.mark.parametrize("between", [0.0, 0.05])
