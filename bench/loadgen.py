@@ -5,17 +5,17 @@ The workloads here are none of MLPerf's, so what comes out is no MLPerf result. 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,7 +45,8 @@ _SAMPLE = re.compile(
     r'.*?"issue_start_ns":(-?\d+),"complete_ns":(\d+)'
 )
 _LOG_LINE = ":::MLLOG "
-_NOT_RUN = "not run: the backlog took longer than the run itself"
+# prctl(2): by how much later than asked a thread, and those that it starts, may be woken. It is 50 µs unless told.
+_PR_SET_TIMERSLACK = 29
 
 
 class Settings(Record):
@@ -73,19 +74,20 @@ class Said(Record):
 class Driven:
     """The calls of a test, in order, in nanoseconds: (n,) each.
 
-    starts_ns: when each was due, from the first; lag_ns: how much later it was issued; latencies_ns: from when it was
-    due; succeeded: 1 or 0. By LoadGen's clock, but for "offline": there all is due at once, and a call's times are
-    those that its caller took.
+    starts_ns: when each was due, from the first; lag_ns: how much later than it could it was issued; latencies_ns:
+    from when it was due; service_ns: from when it was issued; succeeded: 1 or 0. By LoadGen's clock, but for "offline":
+    there all is due at once, and a call's times are those that its caller took.
     """
 
     starts_ns: Integers
     lag_ns: Integers
     latencies_ns: Integers
+    service_ns: Integers
     succeeded: Integers
     said: Said
 
     def arrays(self) -> Integers:
-        return np.stack([self.starts_ns, self.lag_ns, self.latencies_ns, self.succeeded])
+        return np.stack([self.starts_ns, self.lag_ns, self.latencies_ns, self.service_ns, self.succeeded])
 
 
 @dataclass(slots=True)
@@ -99,7 +101,10 @@ class Call:
 
 
 class Target(Protocol):
-    """What LoadGen calls its system under test. calls: in the order their queries were issued."""
+    """What LoadGen calls its system under test. calls: in the order their queries were issued. keeps_loadgen: whether
+    `issue` returns only when its query is answered, so that queries wait in LoadGen."""
+
+    keeps_loadgen: bool
 
     @property
     def calls(self) -> Sequence[Call]: ...
@@ -118,11 +123,15 @@ def check_installed() -> None:
 
 
 class Direct:
-    """Queries are run where they are issued: LoadGen waits for them anyway."""
+    """Queries are run where they are issued. Under "server" those that come due meanwhile are issued late, and count
+    from when they were due: it is the queue in front of one session, without a hand-over to another thread."""
+
+    keeps_loadgen = True
 
     def __init__(self, call: Callable[[], object], batch: int) -> None:
         self._call, self._batch = call, batch
         self.calls: list[Call] = []
+        self._complete = completer()
         self._failure: Exception | None = None
 
     def issue(self, samples: list[Any]) -> None:
@@ -134,59 +143,37 @@ class Direct:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, samples: list[Any], *, skip: bool = False) -> None:
+    def _run(self, samples: list[Any]) -> None:
         begin = time.perf_counter_ns()
-        if self._failure is None and not skip:
+        if self._failure is None:
             try:
                 self._call()
             except Exception as error:  # noqa: BLE001 - raised again in close()
                 self._failure = error
-        failed = _NOT_RUN if skip else None
-        self.calls.append(Call(begin_ns=begin, end_ns=time.perf_counter_ns(), items=len(samples), failed=failed))
-        complete(samples)
+        end = time.perf_counter_ns()
+        # First: until LoadGen knows, the query's time runs.
+        self._complete(samples)
+        self.calls.append(Call(begin_ns=begin, end_ns=end, items=len(samples)))
 
 
-class Queued(Direct):
-    """Queries wait in a queue for a thread that runs one at a time; what waits at `give_up_s` is not run."""
-
-    def __init__(self, call: Callable[[], object], *, give_up_s: float) -> None:
-        super().__init__(call, batch=1)
-        self._queue: SimpleQueue[list[Any] | None] = SimpleQueue()
-        self._give_up_ns = time.perf_counter_ns() + round(give_up_s * 1e9)
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-
-    def issue(self, samples: list[Any]) -> None:
-        self._queue.put(samples)
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        super().close()
-
-    def _work(self) -> None:
-        while (samples := self._queue.get()) is not None:
-            self._run(samples, skip=time.perf_counter_ns() > self._give_up_ns)
-
-
-def complete(samples: Sequence[Any]) -> None:
-    """Tell LoadGen that these are answered; the answers themselves are none of its business in a performance run."""
+def completer() -> Callable[[Sequence[Any]], None]:
+    """What tells LoadGen that samples are answered; the answers are none of its business in a performance run."""
     import mlperf_loadgen
 
-    mlperf_loadgen.QuerySamplesComplete([mlperf_loadgen.QuerySampleResponse(one.id, 0, 0) for one in samples])
+    tell, response = mlperf_loadgen.QuerySamplesComplete, mlperf_loadgen.QuerySampleResponse
+    return lambda samples: tell([response(one.id, 0, 0) for one in samples])
 
 
 def drive_session(call: Callable[[], object], settings: Settings) -> Driven:
     """One test of a session of this process. call: runs one batch."""
-    if settings.scenario != "server":
-        return drive(Direct(call, settings.batch), settings)
-    return drive(Queued(call, give_up_s=2 * STRETCH * settings.duration_s), settings)
+    return drive(Direct(call, settings.batch), settings)
 
 
 def drive(target: Target, settings: Settings) -> Driven:
     """Run LoadGen's test on the target, which is closed, and read its logs. Raises what a call of the target raised."""
     import mlperf_loadgen
 
+    wake_on_time()
     with tempfile.TemporaryDirectory(prefix="dlops-loadgen-") as folder:
         log = mlperf_loadgen.LogSettings()
         log.log_output.outdir = folder
@@ -210,11 +197,24 @@ def drive(target: Target, settings: Settings) -> Driven:
         )
         if settings.scenario == "offline":
             return _offline(target.calls, settings.batch, said)
-        due, lag, latencies = read_trace(Path(folder) / "mlperf_log_trace.json")
+        due, late, latencies = read_trace(Path(folder) / "mlperf_log_trace.json")
     succeeded = np.array([call.failed is None for call in target.calls], np.int64)
     if len(succeeded) != len(due):
         raise MachineError(f"LoadGen issued {len(succeeded)} queries and its trace holds {len(due)}")
-    return Driven(starts_ns=due - due[0], lag_ns=lag, latencies_ns=latencies, succeeded=succeeded, said=said)
+    return Driven(
+        starts_ns=due - due[0],
+        lag_ns=np.maximum(0, late - _held_up(due, latencies)) if target.keeps_loadgen else late,
+        latencies_ns=latencies,
+        service_ns=latencies - late,
+        succeeded=succeeded,
+        said=said,
+    )
+
+
+def _held_up(due_ns: Integers, latencies_ns: Integers) -> Integers:
+    """For how long after it was due each query had to wait for the one before it."""
+    ended = (due_ns + latencies_ns)[:-1]
+    return np.concatenate([[0], np.maximum(0, ended - due_ns[1:])])
 
 
 def read_trace(path: Path) -> tuple[Integers, Integers, Integers]:
@@ -297,9 +297,20 @@ def _offline(calls: Sequence[Call], batch: int, said: Said) -> Driven:
         starts_ns=begin - begin[0],
         lag_ns=np.zeros(len(whole), np.int64),
         latencies_ns=end - begin,
+        service_ns=end - begin,
         succeeded=np.array([call.failed is None for call in whole], np.int64),
         said=said,
     )
+
+
+def wake_on_time() -> None:
+    """Have the kernel wake this thread, and those that it starts, as exactly as it can.
+
+    LoadGen sleeps until a query is due; what it oversleeps is in the query's latency.
+    """
+    if sys.platform == "linux":
+        # Where the kernel does not know of it, the row's lag says how late queries were.
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
 
 
 def _nothing(*_: object) -> None:

@@ -83,9 +83,11 @@ def measure_url(
 
 
 def _driven(header: dict[str, Any], body: bytes) -> Driven:
-    starts, lag, latencies, succeeded = np.frombuffer(body, np.int64).reshape(4, -1)
+    starts, lag, latencies, service, succeeded = np.frombuffer(body, np.int64).reshape(5, -1)
     said = Said.model_validate(header["said"])
-    return Driven(starts_ns=starts, lag_ns=lag, latencies_ns=latencies, succeeded=succeeded, said=said)
+    return Driven(
+        starts_ns=starts, lag_ns=lag, latencies_ns=latencies, service_ns=service, succeeded=succeeded, said=said
+    )
 
 
 def _row(
@@ -138,7 +140,7 @@ def _at_rate(
     observed: Sequence[str], remarks: Sequence[str],
 ) -> tuple[Figures, dict[str, Integers]]:  # fmt: skip
     response = np.where(good, driven.latencies_ns, _worst(driven, good))
-    service = np.where(good, driven.latencies_ns - driven.lag_ns, -1)
+    service = np.where(good, driven.service_ns, -1)
     earlier = np.zeros(0, np.int64)
     figures = analyse_rate(
         response, driven.starts_ns, service, earlier, duration_ns=duration_ns, lag_p99_ns=lag_p99_ns, batch=1,

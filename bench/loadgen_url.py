@@ -17,7 +17,7 @@ from typing import Any
 from dlops.bench import pacing
 from dlops.bench.channel import Channel, telling
 from dlops.bench.load import failure_kind
-from dlops.bench.loadgen import Call, Settings, complete, drive
+from dlops.bench.loadgen import Call, Settings, completer, drive
 from dlops.bench.transport import Connection, Transport, TransportName, open_transport
 from dlops.errors import UsageError
 from dlops.manifest import Record
@@ -42,9 +42,12 @@ class UrlJob(Record):
 class Remote:
     """A service as LoadGen's system under test. requests: sent in turn, one for each batch of samples."""
 
+    keeps_loadgen = False
+
     def __init__(self, transport: Transport, job: UrlJob, requests: Sequence[bytes]) -> None:
         self._transport, self._job, self._requests = transport, job, requests
         self.calls: list[Call] = []
+        self._complete = completer()
         self._idle: list[Connection] = []
         self._open = 0
         self._waiting: deque[tuple[Call, list[Any], bytes]] = deque()
@@ -93,7 +96,7 @@ class Remote:
             try:
                 connection = await self._send(call, request, connection)
             finally:
-                complete(samples)
+                self._complete(samples)
         if connection is not None:
             self._idle.append(connection)
 

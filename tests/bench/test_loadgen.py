@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -160,3 +161,24 @@ def test_a_target_that_fails_under_loadgen_is_one_clear_error() -> None:
     for scenario, rate in (("single_stream", None), ("server", 5000.0)):
         with pytest.raises(ValueError, match="out of order"):
             loadgen.drive_session(broken, Settings(scenario=scenario, duration_s=0.05, rate=rate, expected_ns=1e5))
+
+
+def test_a_query_is_held_up_by_the_one_before_it() -> None:
+    due, latencies = np.array([0, 10, 30]), np.array([25, 16, 5])
+    assert loadgen._held_up(due, latencies).tolist() == [0, 15, 0]
+
+
+@installed
+def test_under_server_in_process_queries_wait_in_loadgen_and_count_from_when_they_were_due() -> None:
+    """Twice what it can do: one runs at a time, service is the call's own time, and the rest is waiting, not lag."""
+    call_ns = 3_000_000
+    settings = Settings(scenario="server", duration_s=0.2, rate=2 * 1e9 / call_ns, expected_ns=call_ns)
+    driven = loadgen.drive_session(lambda: time.sleep(call_ns / 1e9), settings)
+    ended = driven.starts_ns + driven.latencies_ns
+    assert (driven.service_ns >= call_ns).all()
+    assert (np.diff(ended) >= call_ns).all()
+    assert driven.latencies_ns[-1] > 10 * call_ns
+    assert (driven.lag_ns <= driven.latencies_ns - driven.service_ns).all()
+    # It is issued when the one before it is done, and not only later.
+    waited = (driven.latencies_ns - driven.service_ns)[len(ended) // 2 :]
+    assert driven.lag_ns[len(ended) // 2 :].sum() < waited.sum() / 2

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dlops.bench.fifo import PipeTicker, keep_schedule
-from dlops.bench.loadgen import Settings, drive_session
+from dlops.bench.loadgen import Settings, drive_session, wake_on_time
 from dlops.timing import Local, collector_off
 
 
@@ -33,11 +33,30 @@ def waiting(length_ns: int, *, asleep: bool) -> Callable[[], None]:
     return (lambda: time.sleep(length_ns / 1e9)) if asleep else busy
 
 
+class Sleeper:
+    """A clock that sleeps until a request is due, as LoadGen does, and is late and cold when it wakes up."""
+
+    def __init__(self) -> None:
+        wake_on_time()
+        self._start_ns = time.perf_counter_ns()
+
+    def now_ns(self) -> int:
+        return time.perf_counter_ns() - self._start_ns
+
+    def wait_until(self, due_ns: int) -> bool:
+        if (left_ns := due_ns - self.now_ns()) > 0:
+            time.sleep(left_ns / 1e9)
+        return True
+
+
 def by_dlops(order: dict, call: Callable[[], None], due_ns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Latencies, starts, and how late calls were made."""
     if order["scenario"] == "single_stream":
         turn = Local("target", call).take_turn(order["duration_s"])
         return turn.latencies_ns, turn.starts_ns, np.zeros(len(turn.starts_ns), np.int64)
+    if order["generator"] == "dlops asleep":
+        kept = keep_schedule(call, due_ns, give_up_ns=2**62, ticker=Sleeper())
+        return kept.ended_ns - due_ns, due_ns, kept.lag_ns(due_ns)
     # Nothing ever comes on this pipe.
     reader, _ = os.pipe()
     with os.fdopen(reader, "rb") as pipe:
@@ -64,7 +83,7 @@ def main() -> None:
     for _ in range(50):
         call()
     with collector_off():
-        found = by_dlops(order, call, due_ns) if order["generator"] == "dlops" else by_loadgen(order, call)
+        found = by_loadgen(order, call) if order["generator"] == "loadgen" else by_dlops(order, call, due_ns)
     answer.write(np.stack(found).tobytes())
     answer.close()
 

@@ -171,6 +171,44 @@ def speedup_coverage(correlation: float, turns: int) -> float:
     return float(np.mean([one.low <= 1 <= one.high for one in intervals]))
 
 
+# How processes of one artifact differ, and how many there are: by nothing, or by a normal factor of so much.
+DIFFER = {"nothing": 0.0, "2 %": 0.02, "10 %": 0.1}
+PROCESSES = (6, 8, 16)
+_CALLS_EACH = 500
+# Of the logarithm of a call, and of a process of heavy tails.
+_CALL_SPREAD, _HEAVY_SPREAD, _HEAVY_DEGREES = 0.3, 0.02, 3
+
+
+def processes_coverage(spread: float, count: int) -> dict[str, Kept]:
+    """Of every quantile over so many processes, each with a pace of its own."""
+    draw = np.random.default_rng(count)
+    whole = math.hypot(_CALL_SPREAD, spread)
+    truths = {name: 1e6 * math.exp(whole * NormalDist().inv_cdf(q)) for name, q in QUANTILES.items()}
+    return _over_processes(lambda: spread * draw.standard_normal(count), truths, draw)
+
+
+def heavy_coverage(count: int) -> Kept:
+    """Of the median over processes of which now and then one is far off: Student's t of three degrees."""
+    draw = np.random.default_rng(count)
+    found = _over_processes(lambda: _HEAVY_SPREAD * draw.standard_t(_HEAVY_DEGREES, count), {"p50": 1e6}, draw)
+    return found["p50"]
+
+
+def _over_processes(paces: Callable[[], Array], truths: dict[str, float], draw: np.random.Generator) -> dict[str, Kept]:
+    given, right = dict.fromkeys(truths, 0), dict.fromkeys(truths, 0)
+    for _ in range(RUNS):
+        pace = paces()
+        logs = pace[:, None] + _CALL_SPREAD * draw.standard_normal((len(pace), _CALLS_EACH))
+        processes = np.repeat(np.arange(len(pace)), _CALLS_EACH)
+        latency = stats.summarize((1e6 * np.exp(logs)).astype(np.int64).ravel(), turns=processes, apart=True)
+        for name, truth in truths.items():
+            interval = getattr(latency, f"{name}_ns")
+            if interval is not None:
+                given[name] += 1
+                right[name] += interval.low <= truth <= interval.high
+    return {name: Kept(given[name], right[name]) for name in truths}
+
+
 @pytest.mark.timeout(1800)
 def test_intervals_hold_as_often_as_they_say(write_page: Callable[..., Path]) -> None:
     found = {name: {n: simulated(case, n) for n in SIZES} for name, case in CASES.items()}
@@ -178,7 +216,9 @@ def test_intervals_hold_as_often_as_they_say(write_page: Callable[..., Path]) ->
         what: {said: {turns: coverage(spell, turns) for turns in TURNS} for said, spell in SPELLS.items()}
         for what, coverage in (("throughput", throughput_coverage), ("speed-up", speedup_coverage))
     }
-    write(found, of_turns, write_page)
+    over = {said: {count: processes_coverage(spread, count) for count in PROCESSES} for said, spread in DIFFER.items()}
+    heavy = {count: heavy_coverage(count) for count in PROCESSES}
+    write(found, of_turns, _processes_table(over, heavy), write_page)
     for name, case in CASES.items():
         for n in SIZES:
             for q, kept in found[name][n].items():
@@ -195,11 +235,15 @@ def test_intervals_hold_as_often_as_they_say(write_page: Callable[..., Path]) ->
             assert coverage >= 0.95 - ERROR, (what, turns)
         for said, by_turns in spells.items():
             assert by_turns[300] >= 0.95 - ERROR, (what, said)
+    for count in PROCESSES:
+        assert heavy[count].coverage >= 0.95 - ERROR, count
+        for said in DIFFER:
+            assert over[said][count]["p50"].coverage >= 0.95 - ERROR, (said, count)
 
 
 def write(
     found: dict[str, dict[int, dict[str, Kept]]], of_turns: dict[str, dict[str, dict[int, float]]],
-    write_page: Callable[..., Path],
+    over_processes: list[str], write_page: Callable[..., Path],
 ) -> None:  # fmt: skip
     header = " | ".join(["of", "spells that turns share", *[f"{turns} turns" for turns in TURNS]])
     second = [f"| {header} |", "|---|---|" + "---:|" * len(TURNS)]
@@ -211,7 +255,9 @@ def write(
     path = write_page(
         "coverage",
         title="How often the intervals hold",
-        says="\n".join([SAYS, "", PLOT, "", LIMITS, "", *second, "", QUANTILES_SAY]),
+        says="\n".join(
+            [SAYS, "", PLOT, "", LIMITS, "", *second, "", PROCESSES_SAY, "", *over_processes, "", QUANTILES_SAY]
+        ),
         header=["distribution", "calls", *QUANTILES],
         rows=[
             [name, f"{n:,}", *map(str, by_quantile.values())]
@@ -221,6 +267,18 @@ def write(
     )
     panels = {q: {name: _dots(found[name], q) for name in found} for q in QUANTILES}
     path.with_suffix(".svg").write_text(plot(panels))
+
+
+def _processes_table(over: dict[str, dict[int, dict[str, Kept]]], heavy: dict[int, Kept]) -> list[str]:
+    counts = " | ".join(f"{count} processes" for count in PROCESSES)
+    lines = [f"| of | processes differ by | {counts} |", "|---|---|" + "---:|" * len(PROCESSES)]
+    for name in QUANTILES:
+        lines += [
+            f"| {name} | {said} | " + " | ".join(str(by_count[count][name]) for count in PROCESSES) + " |"
+            for said, by_count in over.items()
+        ]
+    said = f"{_HEAVY_SPREAD * 100:.0f} % times Student's t of {_HEAVY_DEGREES} degrees"
+    return [*lines, f"| p50 | {said} | " + " | ".join(str(heavy[count]) for count in PROCESSES) + " |"]
 
 
 def _dots(by_size: dict[int, dict[str, Kept]], q: str) -> list[Dot]:
@@ -245,4 +303,8 @@ LIMITS = (
     "do are the ones that look better than they are: of the few p99 given there, fewer than 95 % hold."
 )
 PLOT = "![share of runs that gave no wrong interval, against the number of calls](coverage.svg)"
+PROCESSES_SAY = (
+    f"Over several processes (`--processes`), {_CALLS_EACH} calls of each, whose spread is {_CALL_SPREAD:.0%}: p50 is "
+    "the trimmed mean over processes, the others take them as blocks."
+)
 QUANTILES_SAY = "Quantiles, by the number of calls in a run:"

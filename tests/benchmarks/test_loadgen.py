@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("mlperf_loadgen", reason="mlcommons-loadgen is not installed: pip install 'dlops[loadgen]'")
 
-GENERATORS = ("dlops", "loadgen")
+# Under server ours looks at the clock until a request is due, and LoadGen sleeps: so does the one asleep.
+GENERATORS = {"single_stream": ("dlops", "loadgen"), "server": ("dlops", "dlops asleep", "loadgen")}
 ROUNDS, SECONDS, RATE = 8, 2.0, 200.0
 LENGTHS = {"null": 0, "2 ms": 2_000_000, "2 ms asleep": 2_000_000}
 # A sleeping target wakes up late, by another amount each time, and with its caches cold: it is shown, not judged.
@@ -37,30 +38,34 @@ def run(generator: str, scenario: str, name: str, due_ns: np.ndarray) -> np.ndar
 
 
 def compare(scenario: str, name: str) -> tuple[list[list[str]], bool]:
-    """The rows of one target, and whether every quantile is within 2 % or 50 µs."""
+    """The rows of one target, and whether every quantile is within 2 % or 50 µs of the generator that waits alike."""
     length_ns = LENGTHS[name]
     due_ns = np.zeros(0, np.int64)
     if scenario == "server":
         # Its schedule is the same every time: ours keeps it too, so that both see the same bursts.
         due_ns = run("loadgen", scenario, name, due_ns)[1]
+    generators = GENERATORS[scenario]
     order = random.Random(0)
-    kept: dict[str, list[np.ndarray]] = {one: [] for one in GENERATORS}
+    kept: dict[str, list[np.ndarray]] = {one: [] for one in generators}
     for _ in range(ROUNDS):
-        for one in order.sample(GENERATORS, len(GENERATORS)):
+        for one in order.sample(generators, len(generators)):
             kept[one].append(run(one, scenario, name, due_ns))
-    late = [float(np.median([np.median(run[2]) for run in kept[one]])) / 1e3 for one in GENERATORS]
+    late = [float(np.median([np.median(run[2]) for run in kept[one]])) / 1e3 for one in generators]
+    alike = generators[-2]
     rows, agree = [], True
     for label, q in QUANTILES.items():
-        by_round = {one: np.array([np.quantile(run[0], q, method="higher") for run in kept[one]]) for one in GENERATORS}
-        ours, theirs = (float(np.median(by_round[one])) for one in GENERATORS)
+        by_round = {one: np.array([np.quantile(run[0], q, method="higher") for run in kept[one]]) for one in generators}
+        found = {one: float(np.median(values)) for one, values in by_round.items()}
+        ours, theirs = found[alike], found["loadgen"]
         apart = theirs - ours
-        spread = max(float(np.ptp(np.quantile(by_round[one], (0.25, 0.75)))) for one in GENERATORS)
+        spread = max(float(np.ptp(np.quantile(by_round[one], (0.25, 0.75)))) for one in (alike, "loadgen"))
         within = abs(apart) <= max(0.02 * ours, 50_000)
         agree &= within
         rows.append(
-            [scenario, name, label, f"{ours / 1e6:.4f} ms", f"{theirs / 1e6:.4f} ms",
+            [scenario, name, label,
+             *(f"{found[one] / 1e6:.4f} ms" if one in found else "–" for one in ("dlops", "dlops asleep", "loadgen")),
              f"{apart / 1e3:+.1f} µs" + (f", {apart / ours:+.1%}" if length_ns else ""), f"{spread / 1e3:.1f} µs",
-             f"{late[0]:.1f} µs, {late[1]:.1f} µs" if scenario == "server" else "–", "yes" if within else "no"]
+             ", ".join(f"{one:.1f} µs" for one in late) if scenario == "server" else "–", "yes" if within else "no"]
         )  # fmt: skip
     return rows, agree
 
@@ -74,16 +79,30 @@ def test_quantiles_are_loadgens(write_page: Callable[..., Path]) -> None:
         says="MLCommons' LoadGen (mlcommons-loadgen, through its Python API; LoadGen, non-MLPerf workload) and our own "
         "generator call the same function: one that returns at once, one that waits 2 ms with its eye on the clock, "
         "and one that sleeps 2 ms, which wakes up late and cold. "
-        f"{ROUNDS} rounds; in each both run for {SECONDS:g} s or more, in an order drawn at random, in a fresh process "
+        f"{ROUNDS} rounds; in each all run for {SECONDS:g} s or more, in an order drawn at random, in a fresh process "
         f"each. Under server {RATE:g} requests a second come by Poisson arrivals; ours keeps the very schedule that "
-        "LoadGen made. Each is the median of the rounds' quantiles; wanted under single_stream is a difference of at "
-        "most 2 % or 50 µs, but for the sleeping target. Spread: between the quartiles of the rounds' quantiles, of "
-        "the generator where that is wider, which is what other programs on the machine did. Late: how much later "
-        "than due the median call was made by ours and by LoadGen, which is in the latencies of both: LoadGen sleeps "
-        "until a query is due, ours "
-        "looks at the clock for the last 0.2 ms.",
-        header=["scenario", "target", "quantile", "dlops", "LoadGen", "apart", "spread", "late", "within"],
+        "LoadGen made. Each is the median of the rounds' quantiles; wanted is a difference of at most 2 % or 50 µs, "
+        "but for the sleeping target.\n\n"
+        "**Under server the two wait in different ways.** LoadGen sleeps until a query is due, and what it oversleeps, "
+        "with what it then takes to get going, is in its latencies. Ours looks at the clock for the last 0.2 ms. So "
+        "ours is shown twice: as `dlops bench` has it, and with a clock that sleeps as LoadGen's does (*asleep*), and "
+        "compared is that one. Both sleep with a timer slack of 1 ns, where the kernel's is 50 µs. Late: "
+        "by how much later than it could the median call was made, by each of the three.\n\n"
+        "Spread: between the quartiles of the rounds' quantiles, of the generator where that is wider, which is what "
+        "other programs on the machine did.",
+        header=[
+            "scenario",
+            "target",
+            "quantile",
+            "dlops",
+            "dlops asleep",
+            "LoadGen",
+            "apart",
+            "spread",
+            "late",
+            "within",
+        ],
         rows=rows,
     )
-    # Under server LoadGen's own lateness, and the hand-over to a thread, are in its latencies.
-    assert all(agree for name, (_, agree) in zip(LENGTHS, found, strict=False) if name in JUDGED), rows
+    judged = [*zip(LENGTHS, found[: len(LENGTHS)], strict=True), *zip(LENGTHS, found[len(LENGTHS) :], strict=True)]
+    assert all(agree for name, (_, agree) in judged if name in JUDGED), rows
