@@ -18,6 +18,8 @@ from dlops.timing import MIN_ROUNDS, by_turn
 
 # Requests that left this much too late (p99) say more about us than about the service.
 _MAX_LAG_NS = 1_000_000
+# How a reason begins that says so.
+LEFT_LATE = "client-bound: 1% of the requests left"
 _MAX_LAG_SHARE = 0.1
 # Under a rate calls wait for one another, and a queue's bursts are rarer than its tail is long: a run that saw few of
 # them looks surer than it is. So a quantile also takes this many independent calls by the median, which every run sees
@@ -141,7 +143,7 @@ def analyse_rate(
     late = max(_MAX_LAG_NS, _MAX_LAG_SHARE * float(np.quantile(response_ns, 0.99, method="higher")))
     # Under a server that does not keep up all connections are taken: then requests leave late through no fault of ours.
     if lag_p99_ns > late and not saturated and not gone:
-        against.append(f"client-bound: 1% of the requests left {lag_p99_ns / 1e6:.1f} ms late or more")
+        against.append(f"{LEFT_LATE} {lag_p99_ns / 1e6:.1f} ms late or more")
     latency, unsure = _of_a_queue(stats.summarize(response_ns, turns=turns))
     return Figures(
         latency=latency,

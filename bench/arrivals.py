@@ -31,6 +31,8 @@ WANTED_SAMPLES = CERTIFIES_P99
 STRETCH = 3.0
 # A trace of more lines than this is a mistake: an hour at 3,000 requests a second.
 _MAX_TRACE = 10_000_000
+# Of a busy or an idle stretch.
+_LONGEST_PAUSE_S = 86_400
 _LONGEST_S = 7 * 24 * 3600.0
 
 
@@ -152,8 +154,11 @@ class Offered:
         wrong = [f"{rate:g}" for rate in self.rates if not 0 < rate < math.inf]
         if wrong:
             raise UsageError(f"a rate of {', '.join(wrong)} requests a second", hint="name a number above 0")
-        if self.pauses is not None and not all(0 < seconds < math.inf for seconds in self.pauses):
-            raise UsageError(f"pauses of {self.pauses[1]:g} s after {self.pauses[0]:g} s", hint="both must be above 0")
+        if self.pauses is not None and not all(0 < seconds <= _LONGEST_PAUSE_S for seconds in self.pauses):
+            raise UsageError(
+                f"pauses of {self.pauses[1]:g} s after {self.pauses[0]:g} s",
+                hint=f"both must be above 0, and at most a day ({_LONGEST_PAUSE_S} s)",
+            )
         if not self.rates and self.trace is None and self.objective is None:
             raise UsageError("nothing to offer", hint="name a rate, a trace or an objective")
 

@@ -229,6 +229,11 @@ def _judge(
         # At a given rate the throughput is what was offered.
         if not (quantity == "throughput" and pair.base.load.rate is not None)
     ]
+    if not cells_:
+        raise UsageError(
+            f"nothing to judge: at a given rate {' and '.join(quantities)} is what was offered",
+            hint="gate p50 or p99, or compare rows of a load without a rate",
+        )
     known = [cell for cell in cells_ if cell.ratio is not None]
     adjusted, divisors = holm([cell.ratio.p_value for cell in known if cell.ratio is not None])
     judged: list[list[Judged]] = [[] for _ in pairs]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dlops.bench import pacing
 from dlops.bench.http import HttpTransport
+from dlops.bench.kernel import NO_MORE_FILES, open_more_files
 from dlops.bench.transport import Connection, Transport
 from dlops.console import say
 from dlops.errors import MachineError
@@ -132,8 +133,9 @@ def closed_loop(
     requests: whole, as `transport` sends them (HTTP where it is None), in turn. on_warm: called in a thread when the
     warm-up has ended; the calls meanwhile still belong to it. It goes on to twice the time where there are fewer than
     368 answers. Any status but success, a broken connection and a time-out are errors; the call is not repeated.
-    Ctrl-C ends it and keeps what was measured.
+    Ctrl-C ends it and keeps what was measured. Raises MachineError where this process may not open so many connections.
     """
+    open_more_files(concurrency)
     recorder = _Recorder()
     interrupted = False
     was_on = gc.isenabled()
@@ -322,4 +324,6 @@ def failure_kind(error: BaseException) -> str:
         return "connection refused"
     if isinstance(error, ValueError):
         return "not an HTTP answer"
+    if isinstance(error, OSError) and error.errno in NO_MORE_FILES:
+        return pacing.outcome_name(pacing.NO_FILES)
     return "connection lost"

@@ -5,10 +5,8 @@ The workloads here are none of MLPerf's, so what comes out is no MLPerf result. 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.bench.arrivals import WANTED_SAMPLES
+from dlops.bench.kernel import wake_on_time
 from dlops.errors import MachineError, missing_package
 from dlops.manifest import Record
 from dlops.report import Scenario
@@ -45,8 +44,6 @@ _SAMPLE = re.compile(
     r'.*?"issue_start_ns":(-?\d+),"complete_ns":(\d+)'
 )
 _LOG_LINE = ":::MLLOG "
-# prctl(2): by how much later than asked a thread, and those that it starts, may be woken. It is 50 µs unless told.
-_PR_SET_TIMERSLACK = 29
 
 
 class Settings(Record):
@@ -173,6 +170,7 @@ def drive(target: Target, settings: Settings) -> Driven:
     """Run LoadGen's test on the target, which is closed, and read its logs. Raises what a call of the target raised."""
     import mlperf_loadgen
 
+    # LoadGen sleeps until a query is due; what it oversleeps is in the query's latency.
     wake_on_time()
     with tempfile.TemporaryDirectory(prefix="dlops-loadgen-") as folder:
         log = mlperf_loadgen.LogSettings()
@@ -301,16 +299,6 @@ def _offline(calls: Sequence[Call], batch: int, said: Said) -> Driven:
         succeeded=np.array([call.failed is None for call in whole], np.int64),
         said=said,
     )
-
-
-def wake_on_time() -> None:
-    """Have the kernel wake this thread, and those that it starts, as exactly as it can.
-
-    LoadGen sleeps until a query is due; what it oversleeps is in the query's latency.
-    """
-    if sys.platform == "linux":
-        # Where the kernel does not know of it, the row's lag says how late queries were.
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
 
 
 def _nothing(*_: object) -> None:

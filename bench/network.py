@@ -50,6 +50,8 @@ def prepare(endpoint: Endpoint, artifact: Artifact | None, *, batch: int) -> Pay
     Raises UsageError where the service does not take it, MachineError where it does not answer.
     """
     notes = []
+    if not endpoint.client.binary:
+        notes.append(f"{endpoint.url}: tensors go and come as numbers in JSON: the server lists no binary_tensor_data")
     served = None
     if artifact is None:
         feeds: list[Feed] = [random_feed(endpoint.signature, batch)]

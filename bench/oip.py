@@ -38,6 +38,9 @@ class Address:
 class Client(Protocol):
     """One model of one server, over REST or gRPC."""
 
+    binary: bool
+    """Whether tensors go as bytes, and not as numbers in JSON."""
+
     @property
     def transport(self) -> Transport: ...
 

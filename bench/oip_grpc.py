@@ -25,7 +25,7 @@ _PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute
 
 class GrpcClient:
     def __init__(self, address: Address, *, model: str) -> None:
-        self._address, self._model = address, model
+        self._address, self._model, self.binary = address, model, True
         self.transport = GrpcTransport()
 
     def encode(self, feed: Feed) -> bytes:

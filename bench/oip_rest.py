@@ -23,32 +23,36 @@ except ModuleNotFoundError as error:
     raise missing_package("httpx", extra="bench", needed_for="measuring a URL") from None
 
 
-class RestClient:
-    """base: scheme, host and port."""
+# What a server lists that takes tensors as bytes after the JSON; one that does not is sent numbers.
+_BINARY = "binary_tensor_data"
 
-    def __init__(self, *, base: str, model: str) -> None:
-        self._base, self._path = base, f"{MODEL_PATH}{model}"
+
+class RestClient:
+    """base: scheme, host and port. binary: whether tensors go, and come, as bytes and not as numbers in JSON."""
+
+    def __init__(self, *, base: str, model: str, binary: bool = True) -> None:
+        self._base, self._path, self.binary = base, f"{MODEL_PATH}{model}", binary
         self.transport = HttpTransport()
 
     def encode(self, feed: Feed) -> bytes:
-        inputs, chunks = [], []
+        inputs: list[dict[str, Any]] = []
+        chunks = []
         for name, array in feed.items():
-            chunks.append(np.ascontiguousarray(array).tobytes())
-            inputs.append(
-                {
-                    "name": name,
-                    "datatype": DATATYPES[array.dtype.name],
-                    "shape": list(array.shape),
-                    "parameters": {"binary_data_size": len(chunks[-1])},
-                }
-            )
-        header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+            entry = {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": list(array.shape)}
+            if self.binary:
+                chunks.append(np.ascontiguousarray(array).tobytes())
+                inputs.append(entry | {"parameters": {"binary_data_size": len(chunks[-1])}})
+            else:
+                inputs.append(entry | {"data": array.ravel().tolist()})
+        parameters = {"parameters": {"binary_data_output": True}} if self.binary else {}
+        header = json.dumps({"inputs": inputs} | parameters).encode()
         body = b"".join((header, *chunks))
+        kind = "application/octet-stream" if self.binary else "application/json"
+        length = f"Inference-Header-Content-Length: {len(header)}\r\n" if self.binary else ""
         head = (
             f"POST {self._path}/infer HTTP/1.1\r\n"
             f"Host: {self._base.removeprefix('http://')}\r\n"
-            "Content-Type: application/octet-stream\r\n"
-            f"Inference-Header-Content-Length: {len(header)}\r\n"
+            f"Content-Type: {kind}\r\n{length}"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body
@@ -79,8 +83,10 @@ def describe(address: Address, *, model: str | None) -> Described:
         server = _get(client, "/v2", address.url)
         name = model or _only_model(client, address.url)
         metadata = _get(client, f"{MODEL_PATH}{name}", address.url)
+    extensions = server.get("extensions")
+    binary = isinstance(extensions, list) and _BINARY in extensions
     return Described(
-        client=RestClient(base=base, model=name), model=name, metadata=metadata,
+        client=RestClient(base=base, model=name, binary=binary), model=name, metadata=metadata,
         server=f"{server.get('name', 'unknown')} {server.get('version', '')}".strip(),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from dlops.bench import breakdown, cells, plots, plots_load, plots_waterfall, sentences, telemetry_text
+from dlops.bench import breakdown, cells, plots, plots_load, plots_waterfall, sentences, stats, telemetry_text
 from dlops.bench.calibration_text import facts
 from dlops.bench.plots_frame import NARROW, WIDE
 from dlops.report import Measurement, Objective, Report
@@ -107,18 +107,38 @@ def _at_a_glance(report: Report, groups: Sequence[cells.Group]) -> str:
         return ""
     lines = [*sentences.objectives(report)]
     for group in groups:
-        known = [row for row in group.rows if row.latency.p50_ns is not None]
-        if not known:
-            continue
-        best = min(known, key=lambda row: row.latency.p50_ns.value if row.latency.p50_ns else 0.0)
-        values = cells.values(best)
-        among = f" is the fastest of {len(group.rows)}" if len(group.rows) > 1 else ""
-        speed = f", {values['speed']} as fast as {report.baseline}" if _is_faster(best, report) else ""
-        lines.append(f"{_capital(group.title)}: {cells.name(best)}{among}: median {values['p50 ms']} ms{speed}")
+        if (line := _best_of(group, report)) is not None:
+            lines.append(line)
     quotable = sum(row.verdict.steady for row in report.measurements)
     lines.append(f"{quotable} of {len(report.measurements)} rows can be quoted")
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f'<div class="card"><p class="verdict">At a glance</p><ul class="notes">{items}</ul></div>'
+
+
+def _best_of(group: cells.Group, report: Report) -> str | None:
+    """A line on the lowest median of the rows that can be quoted and had the same load, the least that was given."""
+    known = [row for row in group.rows if row.latency.p50_ns is not None and row.verdict.steady]
+    if len(group.rows) > 1:
+        # At a rate the median is the queue's, too: what became of rates is in the objectives and the plots.
+        known = [row for row in known if row.load.rate is None]
+        fewest = min((row.load.concurrency for row in known), default=1)
+        known = [row for row in known if row.load.concurrency == fewest]
+    if not known:
+        return None
+    best = min(known, key=lambda row: row.latency.p50_ns.value if row.latency.p50_ns else 0.0)
+    values = cells.values(best)
+    alike = [
+        cells.name(row) for row in known if row is not best and stats.overlap(row.latency.p50_ns, best.latency.p50_ns)
+    ]
+    if len(known) == 1:
+        among = ""
+    elif alike:
+        among = f" has the lowest median of {len(known)}, and is not told from {', '.join(alike)}"
+    else:
+        among = f" is the fastest of {len(known)}"
+    certain = best.speedup is not None and best.speedup.low is not None and best.speedup.low > 1
+    speed = f", {values['speed']} as fast as {report.baseline}" if certain and _is_faster(best, report) else ""
+    return f"{_capital(group.title)}: {cells.name(best)}{among}: median {values['p50 ms']} ms{speed}"
 
 
 def _is_faster(row: Measurement, report: Report) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from dlops.bench import stats
 from dlops.bench.render import render_html
 from dlops.directory import DirectoryWriter, write_json
 from dlops.environment import Environment
 from dlops.errors import UsageError, from_os_error
-from dlops.report import SUFFIXES, Interval, Measurement, Objective, Profile, Report, Telemetry
+from dlops.report import SUFFIXES, Measurement, Objective, Profile, Report, Telemetry
 
 HTML_NAME = "report.html"
 
@@ -141,23 +141,13 @@ def choose_fastest(measured: Measured, *, max_drop: float) -> Measured:
         because = f"the fastest of {len(kept)} variants at batch {smallest}, and all of them lose {_at_most(max_drop)}"
     if best.latency.p50_ns is None:
         because += "; too few calls were made to be sure of its median"
-    elif alike := [row.target for row in kept if row is not best and _overlap(row, best)]:
+    elif alike := [
+        row.target for row in kept if row is not best and stats.overlap(row.latency.p50_ns, best.latency.p50_ns)
+    ]:
         because += f"; by the intervals of their p50 it is not told from {', '.join(alike)}"
     if not best.verdict.steady:
         because += "; its row is not to be quoted, for the reasons beside it"
     return _with_choice(measured, max_drop, best.target, because)
-
-
-def _overlap(one: Measurement, other: Measurement) -> bool:
-    """Whether the intervals of their medians have a latency in common, as far as is known."""
-    (low, high), (other_low, other_high) = _ends(one.latency.p50_ns), _ends(other.latency.p50_ns)
-    return low <= other_high and other_low <= high
-
-
-def _ends(interval: Interval | None) -> tuple[float, float]:
-    """An end that is not known is as far away as can be."""
-    low, high = (None, None) if interval is None else (interval.low, interval.high)
-    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def save_report(measured: Measured, directory: Path | str | None = None) -> Report:

@@ -63,7 +63,8 @@ class Rows:
         made anew in the pilot's place, once.
 
         make: measures the row for so many seconds and adds it, told how often it was made before; returns whether more
-        time would help. Where nothing comes of the longer one, by Ctrl-C or a dead server, the pilot is kept.
+        time would help. Where less comes of the longer one than the pilot has, by Ctrl-C or a dead server, the pilot is
+        kept.
         """
         helps = make(self.lasting.first_s, 0)
         pilot = self.rows[-1]
@@ -71,12 +72,14 @@ class Rows:
         if seconds is None:
             return
         self.rows.pop()
-        others = len(self.rows)
+        others, before, seen = len(self.rows), dict(self.samples), self.seen[pilot.samples]
         try:
             make(seconds, 1)
         finally:
             if len(self.rows) == others:
                 self.rows.append(pilot)
+            elif self.rows[-1].latency.samples < pilot.latency.samples:
+                self.rows[-1], self.samples, self.seen[pilot.samples] = pilot, before, seen
 
     def _longer_s(self, row: Measurement) -> float | None:
         """How many seconds a row is to last by what its pilot shows; None where that was long enough."""

@@ -8,7 +8,6 @@ processes of one machine share.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import json
 import os
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dlops.bench import pacing
+from dlops.bench.kernel import NO_MORE_FILES, open_more_files, wake_on_time
 from dlops.bench.pacing import Pacer
 from dlops.bench.transport import Transport, Wire, open_transport
 
@@ -31,8 +31,6 @@ _SWEEP_S = 0.02
 # A server is gone where requests fail over this long and none succeeds in between.
 _DEAD_AFTER_NS = 2_000_000_000
 STOP, ABANDON = b"stop\n", b"abandon\n"
-# From <sys/prctl.h>: how much later than asked the kernel may wake this process, by default 50 µs.
-_PR_SET_TIMERSLACK = 29
 
 
 class Sender:
@@ -183,6 +181,8 @@ class Sender:
 def _why_not_open(error: OSError) -> int:
     if isinstance(error, ConnectionRefusedError):
         return pacing.REFUSED
+    if error.errno in NO_MORE_FILES:
+        return pacing.NO_FILES
     return pacing.TIMED_OUT if isinstance(error, TimeoutError) else pacing.LOST
 
 
@@ -190,9 +190,8 @@ def main() -> None:
     """Read the task from stdin, keep the schedule, write the outcome to stdout."""
     # Ctrl-C reaches the whole group of the terminal: whoever started this process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # Where the kernel refuses, wake-ups are 50 µs later: measured as lag like any other.
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    wake_on_time()
+    open_more_files()
     task = json.loads(sys.stdin.buffer.readline())
     due_ns = np.frombuffer(_exactly(sys.stdin.buffer, task["due_bytes"]), np.int64)
     requests = [_exactly(sys.stdin.buffer, size) for size in task["request_bytes"]]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from dlops.bench import stats
+from dlops.bench.analysis import LEFT_LATE
 from dlops.bench.stats import Integers
 from dlops.errors import UsageError
 from dlops.report import Measurement, Objective
@@ -70,7 +71,7 @@ def judge(row: Measurement, response_ns: Integers, due_ns: Integers, objective: 
     low, high = stats.share_bounds(float(late.mean()), worth, confidence=_CONFIDENCE)
     if high <= allowed:
         return "met"
-    late_ourselves = any(reason.startswith("client-bound") for reason in row.verdict.reasons)
+    late_ourselves = any(reason.startswith(LEFT_LATE) for reason in row.verdict.reasons)
     return "missed" if low > allowed and not late_ourselves else "unsure"
 
 

@@ -219,6 +219,18 @@ def median_interval(values: Sequence[float]) -> Interval | None:
     return Interval(value=float(np.median(ordered)), low=ordered[ranks.low - 1], high=ordered[ranks.high - 1])
 
 
+def overlap(one: Interval | None, other: Interval | None) -> bool:
+    """Whether two intervals have a value in common, as far as is known."""
+    (low, high), (other_low, other_high) = _ends(one), _ends(other)
+    return low <= other_high and other_low <= high
+
+
+def _ends(interval: Interval | None) -> tuple[float, float]:
+    """An end that is not known is as far away as can be."""
+    low, high = (None, None) if interval is None else (interval.low, interval.high)
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
 def rate_interval(counts: NDArray[np.number], durations_s: Floats) -> Interval:
     """Sum of counts over sum of durations, one of each a block, with the ratio estimator's t interval.
 

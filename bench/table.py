@@ -120,7 +120,8 @@ def to_csv(report: Report) -> str:
             "model_bytes", "peak_memory_bytes", "device_memory_bytes", "cold_start_ns", "load_ns", "first_call_ns",
             *clocks, "accuracy", "accuracy_samples", "drop_points", "drop_low", "drop_high", "flips", "other_load",
             "energy_j_per_item", "macs", "peak_share", "moved_bytes", "bandwidth_share", "steady", "reasons",
-            "engine", "result_metric", "result", "result_low", "result_high",
+            "engine", "result_metric", "result", "result_low", "result_high", "processes", "arrivals", "busy_s",
+            "idle_s", "trace",
         ]
     )  # fmt: skip
     for row in report.measurements:
@@ -139,7 +140,8 @@ def to_csv(report: Report) -> str:
                 row.flips, row.other_load, row.energy_j_per_item, row.macs, row.peak_share, row.moved_bytes,
                 row.bandwidth_share, row.verdict.steady,
                 "; ".join(row.verdict.reasons),
-                row.engine, row.load.metric, *_ends(row.result),
+                row.engine, row.load.metric, *_ends(row.result), row.processes, row.load.arrivals,
+                *(row.load.pauses_s or (None, None)), row.load.trace,
             ]
         )  # fmt: skip
     return buffer.getvalue()

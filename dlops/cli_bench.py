@@ -73,7 +73,7 @@ def bench(
     slo: Annotated[
         str | None, typer.Option(metavar="QUANTILE=TIME", help="Find the highest rate that keeps it, as in p99=20ms.")
     ] = None,
-    senders: Annotated[int | None, typer.Option(min=1, help="Processes that send at a rate.")] = None,
+    senders: Annotated[int | None, typer.Option(min=1, max=64, help="Processes that send at a rate.")] = None,
     scenario: Annotated[list[_Scenario] | None, typer.Option(help="One of MLPerf's; repeatable.")] = None,
     samples_per_query: Annotated[int | None, typer.Option(min=1, help="With multi_stream; default 8.")] = None,
     engine: Annotated[
@@ -99,7 +99,7 @@ def bench(
         Path | None, typer.Option("--from", metavar="REPORT", help="Measure nothing: work a kept report out again.")
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure the harness itself and keep it; alone, or before the targets.")
+        bool, typer.Option("--calibrate", help="Measure the harness itself and keep it; alone, or after the targets.")
     ] = False,
 ) -> None:
     """Measure artifacts in process and services over HTTP or gRPC."""
@@ -118,6 +118,8 @@ def bench(
         raise typer.Exit(calibrate_alone(json=json, also_given=given_options(context, but={"calibrate", "json"})))
     if duration is not None and max_duration is not None:
         usage("--duration sets the seconds, and --max-duration limits what a pilot sets", "leave one of them out")
+    if trace is not None and not rate and slo is None and (duration or max_duration):
+        usage("a trace lasts as long as it is: --duration and --max-duration are not for it", "leave them out")
     if payload is not None and not any("://" in name for name in target or []):
         usage("--payload is what URLs are sent, and there is none", "leave it out, or name http://HOST:PORT")
     if model is not None and checkpoint is None:

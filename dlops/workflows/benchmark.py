@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
-from dlops import signals
 from dlops.artifact import Artifact
 from dlops.bench.arrivals import Arrivals, Offered, read_trace
 from dlops.bench.pilot import LONGEST_S
@@ -18,7 +16,7 @@ from dlops.console import say
 from dlops.errors import MachineError, UsageError
 from dlops.report import Boundary, Engine, Scenario
 from dlops.runtimes.session import Device, SessionOptions
-from dlops.workflows.calibration import calibrate_first, calibrated
+from dlops.workflows.calibration import calibrate_fully, calibrated
 from dlops.workflows.publish import Outputs, exit_status, publish
 
 _INTERRUPTED = 130
@@ -52,20 +50,19 @@ def benchmark(
 ) -> int:
     """Write and print a report.
 
-    calibrate: measure the harness in full first, and keep that. profile: run every target that is no URL once more
+    calibrate: measure the harness in full too, and keep that. profile: run every target that is no URL once more
     under its runtime's profiler, after the timing.
 
     Returns 0, 1 where no rate kept an objective, 3 where no row is steady enough to quote, 4 where a target failed
     after others were measured, or 130 after Ctrl-C, with what was measured until then written and marked partial.
     """
-    outputs.check()
     artifacts = [target for target in targets if isinstance(target, Artifact)]
+    outputs.check(inputs=[one.directory for one in artifacts])
     if profile and not artifacts and checkpoint is None:
         raise UsageError(
             "--profile is for artifacts: a service runs in a process of its own", hint="name the artifact's folder too"
         )
     status = None
-    calibration = calibrate_first() if calibrate else None
     try:
         measured = measure(
             targets,
@@ -100,12 +97,13 @@ def benchmark(
         say("interrupted: writing what was measured so far, marked partial")
     senders = offered.senders if offered else None
     try:
+        # Not before: what is wrong with a target should be known first.
+        calibration = calibrate_fully() if calibrate and status is None else None
         measured = calibrated(measured, calibration, senders=senders, may_measure=status is None)
     except KeyboardInterrupt:
         status = _INTERRUPTED
         say("interrupted: the report goes without a calibration")
-    with nullcontext() if status is None else signals.shielded():
-        report = publish(measured, outputs)
+    report = publish(measured, outputs)
     if status is None and report.partial:
         say("incomplete: a target failed after others were measured; the report's notes say which")
         return MachineError.exit_status

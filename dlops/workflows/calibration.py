@@ -19,6 +19,7 @@ from dlops.console import out, say
 from dlops.directory import write_copy
 from dlops.errors import DlopsError, MachineError, UsageError
 from dlops.report import Calibration
+from dlops.workflows.publish import Outputs
 
 
 def calibrate_alone(*, json: str | None, also_given: Sequence[str] = ()) -> int:
@@ -31,19 +32,21 @@ def calibrate_alone(*, json: str | None, also_given: Sequence[str] = ()) -> int:
         raise UsageError(
             f"{', '.join(also_given)}: for targets, and there are none", hint="name one, or only --calibrate"
         )
+    Outputs(json=json).check(report=False)
     calibration = _measure()
+    # First what takes half a minute to measure again.
+    say(f"kept: {keep(calibration)}")
     if json == "-":
         sys.stdout.write(calibration.model_dump_json(indent=2) + "\n")
     else:
         out.print(_table(calibration))
         if json is not None:
             write_copy(Path(json), calibration.model_dump_json(indent=2) + "\n")
-    say(f"kept: {keep(calibration)}")
     return 0
 
 
-def calibrate_first() -> Calibration:
-    """A full calibration before a run, kept where that is possible: a run without a cache is still a run."""
+def calibrate_fully() -> Calibration:
+    """A full calibration beside a run, kept where that is possible: a run without a cache is still a run."""
     calibration = _measure()
     try:
         say(f"kept: {keep(calibration)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -67,12 +66,14 @@ def compare(
     kind = _one_kind(base, new)
     if kind == "artifact" and processes == 1:
         _check_floor(fraction, limits)
-    Outputs(directory=out_dir, markdown=markdown, json=json).check(report=kind == "artifact")
+    Outputs(directory=out_dir, markdown=markdown, json=json).check(
+        report=kind == "artifact", inputs=[path if path.is_dir() else path.parent for path in (base, new)]
+    )
     status = None
     if kind == "report":
         given = {
             "--batch": batch, "--duration": duration_s, "--processes": processes, "--threads": threads,
-            "--device": device, "--out": out_dir,
+            "--device": device, "--out": out_dir, "--trust": trust,
         }  # fmt: skip
         if wrong := [name for name, value in given.items() if value]:
             raise UsageError(
@@ -87,9 +88,12 @@ def compare(
             artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S, processes=processes or PROCESSES,
             threads=threads, device=device or "auto", trust=trust, command=command,
         )  # fmt: skip
-        with nullcontext() if status is None else signals.shielded():
-            # The comparison is between turns of one run: whatever the harness adds, it adds to both.
-            measured = calibrated(measured, may_measure=False)
+        try:
+            measured = calibrated(measured, may_measure=status is None)
+        except KeyboardInterrupt:
+            status = _INTERRUPTED
+            say("interrupted: the report goes without a calibration")
+        with signals.shielded():
             comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
             # First what no full disk can take along, then what cannot be measured again.
             _show(comparison, markdown=markdown, json=json)

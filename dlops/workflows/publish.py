@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlops import signals
 from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.table import render_table, to_csv, to_markdown
 from dlops.console import out, say
@@ -41,10 +43,11 @@ class Outputs:
         given = {"--json": self.json, "--markdown": self.markdown, "--csv": self.csv, "--html": self.html}
         return {option: str(copy) for option, copy in given.items() if copy is not None}
 
-    def check(self, *, report: bool = True) -> None:
+    def check(self, *, report: bool = True, inputs: Sequence[Path] = ()) -> None:
         """Raise UsageError or MachineError where the report or a copy has no place: to be asked before measuring.
 
-        report: without it, only copies are written.
+        report: without it, only copies are written. inputs: folders of what is measured or compared, whose files no
+        copy may replace.
         """
         if report:
             check_writable(self.directory or Path("reports"), what="--out")
@@ -58,6 +61,9 @@ class Outputs:
                     raise UsageError(
                         f"{option} {copy}: in the report's own folder, which has files of its own", hint="name another"
                     )
+                place = Path(copy).resolve()
+                if place.exists() and place.parent in {folder.resolve() for folder in inputs}:
+                    raise UsageError(f"{option} {copy}: a file of what is read", hint="name another")
                 check_writable(Path(copy).parent, what=option)
 
 
@@ -65,8 +71,13 @@ def publish(measured: Measured, outputs: Outputs) -> Report:
     """Write the report, print the table or the one copy that is for stdout, say where it lies, and write the copies.
 
     Raises MachineError where the report or a copy cannot be written, the table printed all the same: see
-    save_or_rescue.
+    save_or_rescue. Ctrl-C does nothing meanwhile: all that is left to do takes a moment, and would be all that is lost.
     """
+    with signals.shielded():
+        return _give_out(measured, outputs)
+
+
+def _give_out(measured: Measured, outputs: Outputs) -> Report:
     try:
         report = save_or_rescue(measured, outputs.directory)
     except MachineError:

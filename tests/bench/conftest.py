@@ -151,6 +151,8 @@ class OipServer:
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
+        # Without it tensors come and go as numbers in JSON, and anything else is refused.
+        self.binary = True
         self.requests = 0
         self.connections: list[socket.socket] = []
         self.behave: Callable[[int], tuple[int, bytes] | None] = lambda count: None
@@ -182,7 +184,9 @@ class OipServer:
 
             def do_GET(self) -> None:
                 if self.path == "/v2":
-                    self.answer(200, json.dumps({"name": "toy-server", "version": "1"}).encode())
+                    known = ["binary_tensor_data"] if outer.binary else []
+                    server = {"name": "toy-server", "version": "1", "extensions": known}
+                    self.answer(200, json.dumps(server).encode())
                 elif self.path == f"/v2/models/{artifact.name}":
                     self.answer(200, json.dumps(metadata(artifact)).encode())
                 elif self.path == f"/v2/models/{artifact.name}/stats" and outer.statistics is not None:
@@ -202,6 +206,9 @@ class OipServer:
                 if special is not None:
                     self.answer(*special)
                     return
+                if not outer.binary:
+                    self.answer_numbers(body)
+                    return
                 length = int(self.headers["Inference-Header-Content-Length"])
                 (entry,) = json.loads(body[:length])["inputs"]
                 array = np.frombuffer(body[length:], np.float32).reshape(entry["shape"])
@@ -220,6 +227,18 @@ class OipServer:
                     }
                 ).encode()
                 self.answer(200, head + logits.tobytes(), Inference_Header_Content_Length=str(len(head)))
+
+            def answer_numbers(self, body: bytes) -> None:
+                if self.headers["Content-Type"] != "application/json":
+                    self.answer(400, b'{"error": "JSON is wanted"}')
+                    return
+                (entry,) = json.loads(body)["inputs"]
+                array = np.array(entry["data"], np.float32).reshape(entry["shape"])
+                (logits,) = session.run(None, {"input": array})
+                output = {
+                    "name": "logits", "datatype": "FP32", "shape": list(logits.shape), "data": logits.ravel().tolist()
+                }  # fmt: skip
+                self.answer(200, json.dumps({"model_name": artifact.name, "outputs": [output]}).encode())
 
         self._server = QuietServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

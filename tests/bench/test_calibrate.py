@@ -433,7 +433,7 @@ def test_a_cache_below_a_file_is_said_and_the_run_goes_on(calibration, tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(workflow, "calibrate", lambda **_: calibration)
     assert kept() is None
-    assert workflow.calibrate_first() == calibration
+    assert workflow.calibrate_fully() == calibration
     assert "not kept: " in capfd.readouterr().err
     with pytest.raises(MachineError, match="file"):
         keep(calibration)
@@ -503,13 +503,29 @@ def test_alone_it_is_printed_and_kept(calibration, empty_cache, tmp_path, monkey
     assert Calibration.model_validate_json(capfd.readouterr().out) == of_here(calibration)
 
 
+def test_alone_it_is_kept_whatever_becomes_of_its_copy(calibration, empty_cache, tmp_path, monkeypatch, capfd) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(workflow, "calibrate", lambda: asked.append(1) or of_here(calibration))
+    (tmp_path / "file").write_text("mine")
+    assert run(["bench", "--calibrate", "--json", str(tmp_path / "file" / "copy.json")]) == 2
+    assert not asked
+    assert "is no folder" in capfd.readouterr().err
+
+    def full(path, text) -> None:
+        raise MachineError("no space left")
+
+    monkeypatch.setattr(workflow, "write_copy", full)
+    assert run(["bench", "--calibrate", "--json", str(tmp_path / "copy.json")]) == 4
+    assert kept() == of_here(calibration)
+
+
 def test_alone_it_takes_no_options_that_are_for_targets(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["bench", "--calibrate", "--rate", "100", "--html", "page.html"]) == 2
     assert "--rate, --html: for targets" in capfd.readouterr().err
 
 
-def test_with_a_target_it_comes_first_and_the_report_carries_it(
+def test_with_a_target_it_comes_last_and_the_report_carries_it(
     make_artifact, calibration, empty_cache, tmp_path, monkeypatch, capfd
 ) -> None:
     monkeypatch.setattr(workflow, "calibrate", lambda: of_here(calibration))
@@ -518,7 +534,8 @@ def test_with_a_target_it_comes_first_and_the_report_carries_it(
     status = run(["bench", str(artifact.directory), "--calibrate", "--duration", "0.1", "--out", str(out)])
     assert status in (0, 3)
     errors = capfd.readouterr().err
-    assert errors.index("calibrating") < errors.index("timing")
+    # A target that is not there is told of before half a minute has gone.
+    assert errors.index("timing") < errors.index("calibrating")
     assert read_report(out).calibration == of_here(calibration)
     assert "<h2>Calibration</h2>" in (out / "report.html").read_text()
 

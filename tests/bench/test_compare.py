@@ -344,6 +344,15 @@ def test_rows_of_two_schedules_are_no_partners(
     assert compare_reports(scheduled(one), scheduled(one)).rows
 
 
+def test_a_gate_on_what_was_given_has_nothing_to_judge(example: Callable[..., Measured]) -> None:
+    measured = example()
+    row = measured.measurements[4]
+    row = row.model_copy(update={"load": row.load.model_copy(update={"rate": 20.0, "arrivals": "poisson"})})
+    given = Measured(report=measured.report.model_copy(update={"measurements": (row,)}), samples=measured.samples)
+    with pytest.raises(UsageError, match="at a given rate throughput is what was offered"):
+        compare_reports(given, given, gate={"throughput": 0.97})
+
+
 def test_two_reports_without_a_common_row_are_refused(measured: Callable[..., Measured]) -> None:
     run = calls(np.zeros((TURNS, CALLS)))
     with pytest.raises(UsageError, match="onnx-fp16") as refusal:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
 import os
 import signal
 import socketserver
+import subprocess
 import sys
 import threading
 import time
@@ -17,12 +19,14 @@ import httpx
 import numpy as np
 import pytest
 
+from dlops.bench import pacing
 from dlops.bench.http import AnswerParser, Connection, HttpTransport
-from dlops.bench.load import TIMEOUT_S, closed_loop
+from dlops.bench.load import TIMEOUT_S, closed_loop, failure_kind
 from dlops.bench.network import encoded, measure_endpoint, prepare
 from dlops.bench.oip import encode_request, find_endpoint
 from dlops.bench.oip_rest import decode_outputs
 from dlops.bench.run import MeasureInterrupted, measure
+from dlops.bench.sender import _why_not_open
 from dlops.errors import MachineError, UsageError
 from dlops.report import SERVICE, STARTS
 
@@ -388,3 +392,51 @@ def test_a_second_ctrl_c_does_not_wait_for_a_server_that_hangs(make_artifact, se
     assert row.errors == {"not waited for after Ctrl-C": 2}
     assert row.latency.max_ns == TIMEOUT_S * 1e9
     assert "Ctrl-C again goes without them" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_server_that_knows_no_binary_tensors_is_sent_numbers(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    server.binary = False
+    measured = measure([f"oip+{server.url}"], payload=artifact, duration_s=0.2)
+    assert measured.measurements[0].errors == {}
+    assert any("numbers in JSON" in note for note in measured.report.notes)
+    client = find_endpoint(f"oip+{server.url}", model=artifact.name).client
+    feed = {"input": np.array([[0.1, -2.0]], np.float32)}
+    head, body = client.encode(feed).split(b"\r\n\r\n")
+    assert b"Inference-Header" not in head
+    assert np.array_equal(np.array(json.loads(body)["inputs"][0]["data"], np.float32), feed["input"].ravel())
+
+
+_FEW_FILES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+from dlops.cli import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_more_connections_than_this_process_may_open_are_no_fault_of_the_server(make_artifact, serve, tmp_path) -> None:
+    artifact = make_artifact()
+    command = [
+        "bench", serve(artifact).url, "--payload", str(artifact.directory), "--concurrency", "250", "--duration", "0.2",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    child = subprocess.run([sys.executable, "-c", _FEW_FILES, *command], capture_output=True, text=True, check=False)
+    assert child.returncode == 4, child.stderr
+    assert "250 connections at once: this process may have 200 files open" in child.stderr
+    assert "ulimit -n 314" in child.stderr
+    assert (
+        failure_kind(OSError(errno.EMFILE, "Too many open files")) == "not sent: too many open files here (ulimit -n)"
+    )
+    assert _why_not_open(OSError(errno.EMFILE, "Too many open files")) == pacing.NO_FILES
+
+
+def test_a_soft_limit_of_files_is_raised_to_what_is_allowed() -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2000)); "
+        "from dlops.bench.kernel import open_more_files; open_more_files(500); "
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "(2000, 2000)"

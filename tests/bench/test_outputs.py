@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dlops.bench import results
 from dlops.bench.results import save_report
 from dlops.cli import run
 from dlops.directory import write_copy
@@ -141,3 +142,48 @@ def test_what_a_full_disk_did_not_take_goes_to_the_temporary_folder(example, tmp
     assert str(folder) in caught.value.message
     assert len(read_report(folder).raw_samples()) > 0
     assert "onnx-int8-pruned50" in capsys.readouterr().out
+
+
+def test_no_copy_replaces_a_file_of_what_is_read(make_artifact, example, tmp_path, capsys) -> None:
+    report = save_report(example(), tmp_path / "report")
+    before = (tmp_path / "report" / "report.json").read_bytes()
+    folder = str(report.directory)
+    assert run(["compare", folder, folder, "--json", f"{folder}/report.json"]) == 2
+    assert "a file of what is read" in capsys.readouterr().err
+    assert (tmp_path / "report" / "report.json").read_bytes() == before
+    artifact = make_artifact()
+    manifest = artifact.directory / "artifact.json"
+    before = manifest.read_bytes()
+    assert run(["bench", str(artifact.directory), "--json", str(manifest), "--duration", "60"]) == 2
+    assert manifest.read_bytes() == before
+
+
+def test_ctrl_c_while_the_report_is_made_does_not_lose_it(example, tmp_path, monkeypatch, capsys) -> None:
+    render = results.render_html
+
+    def slow(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return render(*arguments)
+
+    monkeypatch.setattr(results, "render_html", slow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        publish(example(), Outputs(directory=tmp_path / "report"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert read_report(tmp_path / "report").measurements
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_options_that_would_be_passed_over_are_refused(example, tmp_path, capsys) -> None:
+    save_report(example(), tmp_path / "report")
+    folder = str(tmp_path / "report")
+    assert run(["compare", folder, folder, "--trust"]) == 2
+    assert "--trust: for artifacts" in capsys.readouterr().err
+    (tmp_path / "trace").write_text("0.1\n0.2\n")
+    trace = ["bench", "http://127.0.0.1:9", "--trace", str(tmp_path / "trace")]
+    assert run([*trace, "--duration", "9"]) == 2
+    assert "a trace lasts as long as it is" in capsys.readouterr().err
+    assert run(["bench", "http://127.0.0.1:9", "--rate", "9", "--pauses", "1:1e300"]) == 2
+    assert "at most a day" in capsys.readouterr().err
+    assert run(["bench", "http://127.0.0.1:9", "--rate", "9", "--senders", "65"]) == 2

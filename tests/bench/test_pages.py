@@ -122,9 +122,32 @@ def test_a_run_without_a_choice_has_a_summary_of_its_own(example) -> None:
     report = measured.report.model_copy(update={"chosen": None, "chosen_because": None})
     page = render_html(report, measured.samples)
     assert "At a glance" in page
-    assert "In process, batch 1: onnx-int8-pruned50 is the fastest of 4: median" in page
+    # Of the four that have a median, one is not steady.
+    assert "In process, batch 1: onnx-int8-pruned50 is the fastest of 3: median" in page
     assert "3 of 5 rows can be quoted" in page
     assert "At a glance" not in render_html(measured.report, measured.samples)
+
+
+def test_a_summary_names_no_winner_without_evidence(example) -> None:
+    measured = example()
+    bare = measured.report.model_copy(update={"chosen": None, "chosen_because": None})
+    steady = [row for row in bare.measurements if row.verdict.steady and row.boundary == "host"]
+
+    def page_of(*rows) -> str:
+        page = render_html(bare.model_copy(update={"measurements": rows}), measured.samples)
+        return page.split("At a glance")[1].split("</div>")[0]
+
+    one = steady[0]
+    again = one.model_copy(update={"target": f"{one.target}#2", "artifact": None})
+    page = page_of(one, again)
+    assert f"has the lowest median of 2, and is not told from {one.target}#2" in page
+    assert "is the fastest" not in page
+    # What had another load is not slower for it, and what cannot be quoted is no winner.
+    loaded = again.model_copy(update={"load": one.load.model_copy(update={"concurrency": 8})})
+    assert "lowest" not in page_of(one, loaded)
+    assert "fastest" not in page_of(one, loaded)
+    unsteady = one.verdict.model_copy(update={"steady": False})
+    assert "median" not in page_of(*[row.model_copy(update={"verdict": unsteady}) for row in (one, again)])
 
 
 def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,6 +224,32 @@ def test_ctrl_c_before_the_longer_run_has_anything_keeps_the_pilot(
     assert interruption.value.measured.partial
     assert row.latency == made[0][0].latency
     assert len(interruption.value.measured.samples[row.samples]) == row.latency.samples
+
+
+def test_ctrl_c_early_in_the_longer_run_keeps_the_pilot_that_has_more(make_artifact, serve, monkeypatch) -> None:
+    monkeypatch.setattr("dlops.bench.pilot.WANTED", {0.5: 1e-5})
+    monkeypatch.setattr("dlops.bench.pilot.PILOT_S", 0.25)
+    real, made = service_rows.measure_endpoint, []
+
+    def second_has_three_calls(*arguments, **options):
+        made.append(real(*arguments, **options))
+        row, samples, loaded = made[-1]
+        if len(made) == 1:
+            return made[-1]
+        few = {key: array[:3] for key, array in samples.items()}
+        row = row.model_copy(update={"latency": row.latency.model_copy(update={"samples": 3})})
+        return row, few, replace(loaded, interrupted=True)
+
+    monkeypatch.setattr(service_rows, "measure_endpoint", second_has_three_calls)
+    artifact = make_artifact()
+    with pytest.raises(MeasureInterrupted) as interruption:
+        measure([serve(artifact).url], payload=artifact, concurrency=(2,))
+    measured = interruption.value.measured
+    (row,) = measured.measurements
+    assert len(made) == 2
+    assert measured.partial
+    assert row.latency == made[0][0].latency
+    assert len(measured.samples[row.samples]) == row.latency.samples
 
 
 def test_a_low_rate_is_kept_up_no_longer_than_the_longest_a_row_may_last(make_artifact, serve, monkeypatch) -> None:

@@ -76,6 +76,20 @@ def judged(example, late: np.ndarray, *, reasons: tuple[str, ...] = ()) -> str:
     return judge(row, response, due, Objective(quantile="p99", limit_ns=20 * MS))
 
 
+def test_a_rate_is_judged_by_what_this_run_saw_of_our_own_lateness(example) -> None:
+    """What a calibration says of the rate afterwards does not change the outcome: `--from` comes to the same."""
+    late = np.arange(2000) % 10 == 0
+    assert judged(example, late) == "missed"
+    assert (
+        judged(example, late, reasons=("client-bound: offered more than the 100 a second that one keeps",)) == "missed"
+    )
+    expected, seen = (
+        f"client-bound: {why}" for why in ("offered more than the 100 a second", "1% of the requests left")
+    )
+    assert judged(example, late, reasons=(expected,)) == "missed"
+    assert judged(example, late, reasons=(f"{seen} 3.0 ms late or more",)) == "unsure"
+
+
 def test_a_rate_is_judged_by_the_share_of_late_requests(example) -> None:
     def spread(n: int, late: int) -> np.ndarray:
         flags = np.zeros(n, bool)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import numpy as np
 
 from dlops.bench.fifo import PipeTicker, keep_schedule
-from dlops.bench.loadgen import Settings, drive_session, wake_on_time
+from dlops.bench.kernel import wake_on_time
+from dlops.bench.loadgen import Settings, drive_session
 from dlops.timing import Local, collector_off
 
 

@@ -294,13 +294,14 @@ SAYS = (
     f"that, with two standard errors of the simulation ({200 * math.sqrt(0.05 * 0.95 / RUNS):.1f} %)."
 )
 LIMITS = (
-    "**What holds.** Independent calls: 95 % and at large numbers no more than 98 %. Calls that follow one another: an "
-    "interval that does not hold is given in no more than 5 % of the runs, whatever the correlation; where the run is "
-    "too short for it, mostly none is given. **What cannot be had.** Where spells last so long that a run holds only a "
-    "few of them (ρ = 0.8 from turn to turn resembles itself over nine turns: 40 turns hold four spells, 100 turns "
-    "eleven), nothing in the run shows how far they may go: intervals of quantiles, throughput and speed-ups are then "
-    "too narrow. Longer runs help, more calls a second do not. And where only few runs certify a quantile, those that "
-    "do are the ones that look better than they are: of the few p99 given there, fewer than 95 % hold."
+    "**What holds.** Independent calls: 95 % and at large numbers 98 % at most, but for the simulation's error. Calls "
+    "that follow one another: an interval that does not hold is given in no more than 5 % of the runs, whatever the "
+    "correlation; where the run is too short for it, mostly none is given. **What cannot be had.** Where spells last "
+    "so long that a run holds only a few of them (ρ = 0.8 from turn to turn resembles itself over nine turns: 40 "
+    "turns hold four spells, 100 turns eleven), nothing in the run shows how far they may go: intervals of quantiles, "
+    "throughput and speed-ups are then too narrow. Longer runs help, more calls a second do not. And where only few "
+    "runs certify a quantile, those that do are the ones that look better than they are: of the few p99 given there, "
+    "fewer than 95 % hold."
 )
 PLOT = "![share of runs that gave no wrong interval, against the number of calls](coverage.svg)"
 PROCESSES_SAY = (

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dlops
-from dlops.bench.calibrated import calibrated
 from dlops.bench.results import save_report
 from dlops.checkpoint import Checkpoint
+from dlops.workflows.calibration import calibrated
 
 from .conftest import PAGES
 

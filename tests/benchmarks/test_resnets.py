@@ -63,8 +63,8 @@ RESNET20 = Case(
 )  # fmt: skip
 RESNET18 = Case(
     name="resnet18", title="Every variant of a ResNet-18 at 224×224 on photos",
-    data=os.environ.get("DLOPS_PHOTOS", ""), preset=None, settings=("network=resnet18", "image_size=224"),
-    tuning=("epochs=8",),
+    data=os.environ.get("DLOPS_PHOTOS", ""), preset=None,
+    settings=("network=resnet18", "image_size=224", "precision=bf16"), tuning=("epochs=8",),
 )  # fmt: skip
 
 
