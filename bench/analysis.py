@@ -18,9 +18,9 @@ from dlops.timing import MIN_ROUNDS, by_turn
 
 # Requests that left this much too late (p99) say more about us than about the service.
 _MAX_LAG_NS = 1_000_000
-# How a reason begins that says so.
-LEFT_LATE = "client-bound: 1% of the requests left"
 _MAX_LAG_SHARE = 0.1
+# How the reason begins that says so.
+LEFT_LATE = "client-bound: 1% of the requests left"
 # Under a rate calls wait for one another, and a queue's bursts are rarer than its tail is long: a run that saw few of
 # them looks surer than it is. So a quantile also takes this many independent calls by the median, which every run sees
 # enough of: then about one run of twenty gives an interval that does not hold, up to 0.9 of the capacity.

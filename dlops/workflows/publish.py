@@ -71,15 +71,11 @@ def publish(measured: Measured, outputs: Outputs) -> Report:
     """Write the report, print the table or the one copy that is for stdout, say where it lies, and write the copies.
 
     Raises MachineError where the report or a copy cannot be written, the table printed all the same: see
-    save_or_rescue. Ctrl-C does nothing meanwhile: all that is left to do takes a moment, and would be all that is lost.
+    save_or_rescue. Ctrl-C does nothing until the report is written: then there is nothing left to lose.
     """
-    with signals.shielded():
-        return _give_out(measured, outputs)
-
-
-def _give_out(measured: Measured, outputs: Outputs) -> Report:
     try:
-        report = save_or_rescue(measured, outputs.directory)
+        with signals.shielded():
+            report = save_or_rescue(measured, outputs.directory)
     except MachineError:
         out.print(render_table(measured.report))
         raise
