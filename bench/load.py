@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dlops import signals
 from dlops.bench import pacing
 from dlops.bench.http import HttpTransport
 from dlops.bench.kernel import NO_MORE_FILES, open_more_files
@@ -146,6 +147,7 @@ def closed_loop(
         with _asyncios_ctrl_c():
             asyncio.run(_drive(caller, requests, recorder, concurrency, duration_s, max_warmup_s, on_warm))
     except KeyboardInterrupt:
+        signals.pass_over()
         interrupted = True
     finally:
         if was_on:

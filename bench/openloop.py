@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dlops import signals
 from dlops.bench import pacing
 from dlops.bench.http import HttpTransport
 from dlops.bench.load import TIMEOUT_S
@@ -300,6 +301,7 @@ def _wind_up(processes: Sequence[_Process], timeout_s: float) -> None:
             time.sleep(0.05)
             if not told and time.perf_counter_ns() - asked > _SOON_NS:
                 say(f"waiting for the answers in flight, at most {timeout_s:g} s; Ctrl-C again goes without them")
+                signals.listen_again()
                 told = True
     except KeyboardInterrupt:
         for one in processes:

@@ -131,7 +131,7 @@ def measure(
     )
     endpoints = _find_endpoints(urls, sent)
 
-    with Recorder() as recorder:
+    with signals.heard_once(), Recorder() as recorder:
         rows = Rows(title=title or _title(artifacts, urls), command=tuple(command), lasting=lasting, recorder=recorder)
         try:
             if chosen and alone != planned and (len(chosen) > 1 or checkpoint is not None):
@@ -148,9 +148,7 @@ def measure(
         except KeyboardInterrupt:
             if not rows.rows:
                 raise
-            with signals.shielded():
-                measured = rows.result(partial=True)
-            raise MeasureInterrupted(measured) from None
+            raise MeasureInterrupted(rows.result(partial=True)) from None
 
 
 def _load_services(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dlops import signals
 from dlops.artifact import Artifact
 from dlops.bench import inprocess
 from dlops.bench.arrivals import STRETCH
@@ -86,8 +85,7 @@ def _time(rows: Rows, chosen: Sequence[Subject], conditions: Conditions) -> None
                         _launch(rows, found, ready[:: 1 if number % 2 == 0 else -1], bar, parts=conditions.processes)
     except KeyboardInterrupt:
         if found:
-            with signals.shielded():
-                keep_turns(rows, found, conditions, cut_short="interrupted")
+            keep_turns(rows, found, conditions, cut_short="interrupted")
         raise
     except MachineError as error:
         if found:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -27,7 +28,10 @@ class Terminated(KeyboardInterrupt):
 _STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # Long enough for the finalizer that swallowed a signal to be over, too short for a person to notice.
 _AGAIN_S = 0.02
+# What was measured is written in a few seconds. Whoever waits that long and presses again means it.
+_SAVING_S = 30.0
 _received: list[int] = []
+_deaf_until_s = 0.0
 
 
 def raise_on_signals() -> None:
@@ -44,8 +48,61 @@ def die_on_signals() -> None:
 
 
 @contextmanager
+def heard_once() -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM raises as ever. Those that follow within 30 s do nothing until the block is left, or
+    `listen_again` is called: what was measured must not be lost to impatience on its way into a report.
+
+    The handler itself sees to that, so no moment lies between the exception and what catches it. Within another such
+    block, and in other threads, where no signal arrives, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread() or _is_in_force():
+        yield
+        return
+    found = {number: signal.getsignal(number) for number in _STATUS}
+    before = {number: handler for number, handler in found.items() if callable(handler)}
+    for number, handler in before.items():
+        signal.signal(number, _Once(handler))
+    try:
+        yield
+    finally:
+        listen_again()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def pass_over() -> None:
+    """A signal was heard by a handler other than that of `heard_once`: within its block, those that follow wait too."""
+    global _deaf_until_s
+    if _is_in_force():
+        _deaf_until_s = time.monotonic() + _SAVING_S
+
+
+def listen_again() -> None:
+    """Within `heard_once`: the next signal raises."""
+    global _deaf_until_s
+    _deaf_until_s = 0.0
+
+
+class _Once:
+    """A handler that hands on no signal that comes while those are passed over."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], object]) -> None:
+        self._handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        global _deaf_until_s
+        if time.monotonic() >= _deaf_until_s:
+            _deaf_until_s = time.monotonic() + _SAVING_S
+            self._handler(number, frame)
+
+
+def _is_in_force() -> bool:
+    return isinstance(signal.getsignal(signal.SIGINT), _Once)
+
+
+@contextmanager
 def shielded() -> Iterator[None]:
-    """While what was measured is put together and written, Ctrl-C and SIGTERM do nothing: impatience must not lose it.
+    """While what was measured is written, Ctrl-C and SIGTERM do nothing, the first one included.
 
     In the main thread; elsewhere no signal arrives.
     """
@@ -82,6 +139,7 @@ def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
     if not isinstance(unraisable.exc_value, Interrupted | Terminated):
         sys.__unraisablehook__(unraisable)
         return
+    listen_again()
     again = threading.Timer(_AGAIN_S, signal.pthread_kill, [threading.main_thread().ident, _received[-1]])
     again.daemon = True
     again.start()

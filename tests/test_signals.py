@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from dlops import signals
 
 # What the command line would be doing when the signal comes.
 MOMENTS = {
@@ -47,6 +51,66 @@ def test_a_signal_decides_the_status_and_shows_no_traceback(
     answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert answer.returncode == (130 if number == signal.SIGINT else 143)
     assert answer.stderr == ("dlops: interrupted\n" if number == signal.SIGINT else "dlops: terminated\n")
+
+
+def _interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def raising() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
+    signals.raise_on_signals()
+    yield
+    sys.unraisablehook = hook
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_of_several_signals_the_first_is_heard_and_the_others_do_no_harm(raising: None, monkeypatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with signals.heard_once():
+        with pytest.raises(signals.Interrupted):
+            _interrupt()
+        _interrupt()
+        signal.raise_signal(signal.SIGTERM)
+        with signals.heard_once():
+            _interrupt()
+        # The inner block's end is not the outer one's.
+        _interrupt()
+        now += 31
+        with pytest.raises(signals.Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        _interrupt()
+        signals.listen_again()
+        with pytest.raises(signals.Interrupted):
+            _interrupt()
+    with pytest.raises(signals.Interrupted):
+        _interrupt()
+
+
+def test_a_signal_that_another_handler_heard_counts_as_the_first(raising: None) -> None:
+    signals.pass_over()
+    with pytest.raises(signals.Interrupted):
+        _interrupt()
+    with signals.heard_once():
+        signals.pass_over()
+        _interrupt()
+
+
+def test_a_signal_that_a_finalizer_swallowed_is_heard_again(raising: None) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            _interrupt()
+
+    def finalize_and_wait() -> None:
+        Finalized()
+        time.sleep(20)
+
+    with signals.heard_once(), pytest.raises(signals.Interrupted):
+        finalize_and_wait()
 
 
 def test_an_error_that_a_signal_caused_is_not_taken_for_a_fault_of_the_installation(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dlops import signals
 from dlops.artifact import Artifact
 from dlops.bench.arrivals import Arrivals, Offered, read_trace
 from dlops.bench.pilot import LONGEST_S
@@ -63,47 +64,50 @@ def benchmark(
             "--profile is for artifacts: a service runs in a process of its own", hint="name the artifact's folder too"
         )
     status = None
-    try:
-        measured = measure(
-            targets,
-            checkpoint=checkpoint,
-            compiled=compiled,
-            batch=batch,
-            boundary=boundary,
-            device=device,
-            cuda_graph=cuda_graph,
-            trust=trust,
-            threads=threads,
-            concurrency=concurrency,
-            processes=processes,
-            offered=offered,
-            scenarios=scenarios,
-            samples_per_query=samples_per_query,
-            engine=engine,
-            duration_s=duration_s,
-            max_duration_s=LONGEST_S if max_duration_s is None else max_duration_s,
-            payload=payload,
-            model=model,
-            command=command,
-        )
-        if profile:
-            counts: Sequence[int | None] = threads or [None]
-            options = [SessionOptions(device=place, threads=count, trust=trust) for place in device for count in counts]
-            measured = add_profiles(
-                measured, artifacts, checkpoint=checkpoint, options=options, model=model, compiled=compiled
+    with signals.heard_once():
+        try:
+            measured = measure(
+                targets,
+                checkpoint=checkpoint,
+                compiled=compiled,
+                batch=batch,
+                boundary=boundary,
+                device=device,
+                cuda_graph=cuda_graph,
+                trust=trust,
+                threads=threads,
+                concurrency=concurrency,
+                processes=processes,
+                offered=offered,
+                scenarios=scenarios,
+                samples_per_query=samples_per_query,
+                engine=engine,
+                duration_s=duration_s,
+                max_duration_s=LONGEST_S if max_duration_s is None else max_duration_s,
+                payload=payload,
+                model=model,
+                command=command,
             )
-    except MeasureInterrupted as interruption:
-        measured, status = interruption.measured, _INTERRUPTED
-        say("interrupted: writing what was measured so far, marked partial")
-    senders = offered.senders if offered else None
-    try:
-        # Not before: what is wrong with a target should be known first.
-        calibration = calibrate_fully() if calibrate and status is None else None
-        measured = calibrated(measured, calibration, senders=senders, may_measure=status is None)
-    except KeyboardInterrupt:
-        status = _INTERRUPTED
-        say("interrupted: the report goes without a calibration")
-    report = publish(measured, outputs)
+            if profile:
+                counts: Sequence[int | None] = threads or [None]
+                options = [
+                    SessionOptions(device=place, threads=count, trust=trust) for place in device for count in counts
+                ]
+                measured = add_profiles(
+                    measured, artifacts, checkpoint=checkpoint, options=options, model=model, compiled=compiled
+                )
+        except MeasureInterrupted as interruption:
+            measured, status = interruption.measured, _INTERRUPTED
+            say("interrupted: writing what was measured so far, marked partial")
+        senders = offered.senders if offered else None
+        try:
+            # Not before: what is wrong with a target should be known first.
+            calibration = calibrate_fully() if calibrate and status is None else None
+            measured = calibrated(measured, calibration, senders=senders, may_measure=status is None)
+        except KeyboardInterrupt:
+            status = _INTERRUPTED
+            say("interrupted: the report goes without a calibration")
+        report = publish(measured, outputs)
     if status is None and report.partial:
         say("incomplete: a target failed after others were measured; the report's notes say which")
         return MachineError.exit_status

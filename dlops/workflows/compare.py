@@ -84,22 +84,23 @@ def compare(
         comparison = comparison.model_copy(update={"base": str(base), "new": str(new)})
     else:
         artifacts = [open_artifact(base), open_artifact(new)]
-        measured, status = _measure(
-            artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S, processes=processes or PROCESSES,
-            threads=threads, device=device or "auto", trust=trust, command=command,
-        )  # fmt: skip
-        try:
-            measured = calibrated(measured, may_measure=status is None)
-        except KeyboardInterrupt:
-            status = _INTERRUPTED
-            say("interrupted: the report goes without a calibration")
-        with signals.shielded():
-            comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
-            # First what no full disk can take along, then what cannot be measured again.
-            _show(comparison, markdown=markdown, json=json)
-            report = save_or_rescue(measured, out_dir)
-            say(f"report: {report.directory / HTML_NAME}")
-            _write_copies(comparison, markdown=markdown, json=json)
+        with signals.heard_once():
+            measured, status = _measure(
+                artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S, processes=processes or PROCESSES,
+                threads=threads, device=device or "auto", trust=trust, command=command,
+            )  # fmt: skip
+            try:
+                measured = calibrated(measured, may_measure=status is None)
+            except KeyboardInterrupt:
+                status = _INTERRUPTED
+                say("interrupted: the report goes without a calibration")
+            with signals.shielded():
+                comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
+                # First what no full disk can take along, then what cannot be measured again.
+                _show(comparison, markdown=markdown, json=json)
+                report = save_or_rescue(measured, out_dir)
+                say(f"report: {report.directory / HTML_NAME}")
+                _write_copies(comparison, markdown=markdown, json=json)
         if status is None and measured.partial:
             say("incomplete: a target failed, and what it should have been measured on is not compared")
             return exit_status(comparison, failed=True)

@@ -76,6 +76,7 @@ def publish(measured: Measured, outputs: Outputs) -> Report:
     try:
         with signals.shielded():
             report = save_or_rescue(measured, outputs.directory)
+        signals.listen_again()
     except MachineError:
         out.print(render_table(measured.report))
         raise

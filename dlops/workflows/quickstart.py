@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlops import catalog
+from dlops import catalog, signals
 from dlops.artifact import Artifact, Variant
 from dlops.bench.pilot import length
 from dlops.bench.results import Measured, choose_fastest, merge
@@ -64,6 +64,7 @@ class Outcome:
     report: Report
 
 
+@signals.heard_once()
 def quickstart(
     *,
     data: str = "digits",

@@ -47,7 +47,7 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.known = True
         self.reshape: Callable[[int, np.ndarray], np.ndarray] = lambda count, logits: logits
         self.scale, self.ready, self.lists = np.float32(1), True, [artifact.name]
-        self.requests = self.answered = 0
+        self.requests = self.answered = self.failed = 0
         self._session = ort.InferenceSession(str(artifact.path("model")), providers=["CPUExecutionProvider"])
         self._input = artifact.signature.inputs[0].name
         self._lock = threading.Lock()
@@ -87,15 +87,15 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         answer = service_pb2.ModelStatisticsResponse()
         if not self.known:
             return answer
-        model = answer.model_stats.add(
-            name=request.name, inference_count=self.answered, execution_count=self.answered // 2
-        )
+        with self._lock:
+            answered, failed = self.answered, self.failed
+        model = answer.model_stats.add(name=request.name, inference_count=answered, execution_count=answered // 2)
         for part, ns in {
             "success": 500_000, "queue": 100_000, "compute_input": 1000, "compute_infer": 50_000, "compute_output": 2000
         }.items():  # fmt: skip
             one = getattr(model.inference_stats, part)
-            one.count, one.ns = self.answered, ns * self.answered
-        model.inference_stats.fail.count = self.requests - self.answered
+            one.count, one.ns = answered, ns * answered
+        model.inference_stats.fail.count = failed
         return answer
 
     def ModelInfer(self, request, context):
@@ -104,6 +104,8 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
             count = self.requests
         status = self.behave(count)
         if status is not None:
+            with self._lock:
+                self.failed += 1
             context.abort(status, "as the test wants it")
         (entry,), (raw,) = request.inputs, request.raw_input_contents
         array = np.frombuffer(raw, np.float32).reshape(entry.shape)
