@@ -294,7 +294,7 @@ def _moved(artifact: Artifact | None, batch: int) -> int | None:
 
     And where weights are widened once they are loaded: the file does not tell what moves then.
     """
-    if artifact is None or artifact.variant.precision == "int8wo":
+    if artifact is None or artifact.variant.precision in ("int8wo", "fp8"):
         return None
     total = artifact.model_bytes
     for spec in (*artifact.signature.inputs, *artifact.signature.outputs):

@@ -24,7 +24,7 @@ def export(
         typer.Option("--format", help="torchscript, onnx, torchexport, aotinductor, openvino, executorch; repeatable."),
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo; repeatable.")
+        list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo, fp8; repeatable.")
     ] = None,
     sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN, sparseNN, sparse24; repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
@@ -34,7 +34,7 @@ def export(
         Literal["minmax", "entropy", "percentile"], typer.Option(help="How int8 chooses the ranges of activations.")
     ] = "minmax",
     repair: Annotated[
-        bool, typer.Option(help="Where int8 loses too much: return the layers at fault to fp32, as few as pass.")
+        bool, typer.Option(help="Where int8 or fp8 loses too much: return the layers at fault to fp32, as few as pass.")
     ] = True,
     worth: Annotated[
         bool, typer.Option(help="Time each for a second: is it faster or smaller than what it was made of?")
@@ -56,7 +56,7 @@ def export(
     explain_: Annotated[
         str | None,
         typer.Option(
-            "--explain", metavar="VARIANT", help="Export nothing: show how much error int8 adds in each layer."
+            "--explain", metavar="VARIANT", help="Export nothing: show how much error int8 or fp8 adds in each layer."
         ),
     ] = None,
     out: Annotated[

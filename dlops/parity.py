@@ -36,6 +36,8 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "int8dyn": Tolerance(min_sqnr_db=15.0, min_agreement=0.95),
     # Rounded weights alone: 25 dB (the same ResNet-18) to 44 dB.
     "int8wo": Tolerance(min_sqnr_db=20.0, min_agreement=0.95),
+    # Three bits of mantissa: 23 dB (ResNet-20 and ResNet-18, trained) to 28 dB (a small network).
+    "fp8": Tolerance(min_sqnr_db=15.0, min_agreement=0.95),
 }
 # Where decisions count beside the numbers. Boxes are matched first; that two of almost equal score or overlap change
 # places in a suppression costs a few of them in any arithmetic.
@@ -46,6 +48,7 @@ _OF_DETECTION: Mapping[str, Tolerance] = {
     "int8": Tolerance(min_sqnr_db=15.0, min_agreement=0.7, min_iou=0.5),
     "int8dyn": Tolerance(min_sqnr_db=15.0, min_agreement=0.7, min_iou=0.5),
     "int8wo": Tolerance(min_sqnr_db=15.0, min_agreement=0.7, min_iou=0.5),
+    "fp8": Tolerance(min_sqnr_db=15.0, min_agreement=0.7, min_iou=0.5),
 }
 # Outputs that differ by less than this, relative to their size, over all samples do not depend on the input.
 _CONSTANT = 1e-6

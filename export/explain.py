@@ -33,9 +33,9 @@ def render_table(ranking: Ranking) -> Table:
     """Every layer, the one that adds most first."""
     table = Table(
         box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left",
-        title=f"{ranking.title}: the outputs keep {decibels(ranking.output_db)} dB with all layers in int8",
-        caption="model dB: SQNR of the outputs where this layer alone is int8. share: of the error that all add so. "
-        f"own dB: SQNR of its own output, all in int8. {ranking.samples} calibration samples.",
+        title=f"{ranking.title}: the outputs keep {decibels(ranking.output_db)} dB with all layers quantized",
+        caption="model dB: SQNR of the outputs where this layer alone is quantized. share: of the error that all add "
+        f"so. own dB: SQNR of its own output, all quantized. {ranking.samples} calibration samples.",
         caption_justify="left",
     )  # fmt: skip
     for place, heading in enumerate(HEADINGS):

@@ -1,4 +1,4 @@
-"""Which layers of a model int8 hurts: the error that each one adds, measured on calibration samples."""
+"""Which layers of a model quantization hurts: the error that each one adds, measured on calibration samples."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError:
-    """What int8 does to one layer and through it to the model's outputs.
+    """What quantization does to one layer and through it to the model's outputs.
 
-    local_db: SQNR of the layer's output in the model that is int8 throughout, so with the error that comes in.
-    alone_db: SQNR of the model's outputs where this layer alone is int8. Both null where there is no error
+    local_db: SQNR of the layer's output in the model that is quantized throughout, so with the error that comes in.
+    alone_db: SQNR of the model's outputs where this layer alone is. Both null where there is no error
     at all. share: of the error power that all layers add alone, in [0, 1].
     """
 
@@ -67,7 +67,7 @@ class LayerError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """layers: those that add most to the error of the outputs first. output_db: their SQNR with all layers in int8."""
+    """layers: those that add most to the error of the outputs first. output_db: their SQNR with all quantized."""
 
     title: str
     layers: tuple[LayerError, ...]
@@ -96,13 +96,17 @@ def rank_layers(calibrated: Calibrated, feed: Feed, signature: Signature) -> Ran
     if not layers:
         raise GateError(f"{calibrated.title}: ONNX Runtime quantizes none of its operators, so there is none to rank")
     local = _local_db(calibrated, whole, layers, samples, signature)
-    expected = model_outputs(calibrated.model, samples, signature, title=calibrated.title)
-    total = relative_noise(expected, model_outputs(whole, samples, signature, title=calibrated.title))
+
+    def outputs(model: onnx.ModelProto) -> dict[str, Array]:
+        return model_outputs(model, samples, signature, title=calibrated.title, precision=calibrated.precision)
+
+    expected = outputs(calibrated.model)
+    total = relative_noise(expected, outputs(whole))
     noises = []
     with progress_bar(f"{calibrated.title}: layers", total=len(layers)) as bar:
         for layer in layers:
             alone = calibrated.quantize(only=layer.nodes)
-            noises.append(relative_noise(expected, model_outputs(alone, samples, signature, title=calibrated.title)))
+            noises.append(relative_noise(expected, outputs(alone)))
             bar.advance(note=layer.name)
     added = sum(noises)
     errors = [
@@ -121,7 +125,7 @@ def rank_layers(calibrated: Calibrated, feed: Feed, signature: Signature) -> Ran
 
 
 def find_layers(model: onnx.ModelProto, quantized: onnx.ModelProto) -> list[Layer]:
-    """The operators of the fp32 graph `model` that `quantized` computes in int8, in the graph's order."""
+    """The operators of the fp32 graph `model` that `quantized` computes in int8 or fp8, in the graph's order."""
     dequantized = {name for node in _of_type(quantized, "DequantizeLinear") for name in node.output}
     inside = {node.name for node in quantized.graph.node if dequantized & set(node.input)}
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type in _FLOATS}
@@ -147,10 +151,12 @@ def find_layers(model: onnx.ModelProto, quantized: onnx.ModelProto) -> list[Laye
     return layers
 
 
-def model_outputs(model: onnx.ModelProto, feed: Feed, signature: Signature, *, title: str) -> dict[str, Array]:
-    """What ONNX Runtime computes of a graph on the CPU."""
+def model_outputs(
+    model: onnx.ModelProto, feed: Feed, signature: Signature, *, title: str, precision: str = "int8"
+) -> dict[str, Array]:
+    """What ONNX Runtime computes of a graph on the CPU; precision: of what is quantized in it, if anything is."""
     session = OnnxSession(
-        model.SerializeToString(), signature=signature, precision="int8", options=SessionOptions(device="cpu"),
+        model.SerializeToString(), signature=signature, precision=precision, options=SessionOptions(device="cpu"),
         title=title,
     )  # fmt: skip
     try:
@@ -174,8 +180,8 @@ def _local_db(
     """The SQNR of every layer's output by tensor: what the int8 model has there against what the fp32 model has."""
     places = _stand_ins(whole, [layer.output for layer in layers])
     runs = zip(
-        _all_outputs(calibrated.model, list(places), feed, signature, title=calibrated.title),
-        _all_outputs(whole, list(places.values()), feed, signature, title=calibrated.title),
+        _all_outputs(calibrated, calibrated.model, list(places), feed, signature),
+        _all_outputs(calibrated, whole, list(places.values()), feed, signature),
         strict=True,
     )
     noise, signal = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0.0)
@@ -187,7 +193,7 @@ def _local_db(
 
 
 def _all_outputs(
-    model: onnx.ModelProto, tensors: Sequence[str], feed: Feed, signature: Signature, *, title: str
+    calibrated: Calibrated, model: onnx.ModelProto, tensors: Sequence[str], feed: Feed, signature: Signature
 ) -> Iterator[Feed]:
     """Those tensors of the graph, batch by batch."""
     wide = onnx.ModelProto()
@@ -199,7 +205,7 @@ def _all_outputs(
         signature=signature.model_copy(
             update={"outputs": tuple(TensorSpec(name=name, dtype="float32", shape=("batch",)) for name in tensors)}
         ),
-        precision="int8", options=SessionOptions(device="cpu"), title=title,
+        precision=calibrated.precision, options=SessionOptions(device="cpu"), title=calibrated.title,
     )  # fmt: skip
     size = min(_ALL_OUTPUTS_BATCH, signature.max_batch)
     try:

@@ -35,11 +35,11 @@ from dlops.export.gates import Gates
 from dlops.export.layers import Ranking, rank_layers
 from dlops.export.module import check_module
 from dlops.export.origin import checkpoint_digest
-from dlops.export.plan import FROM_ONNX, check_disjoint, check_fitting, needs_calibration
+from dlops.export.plan import STATIC, check_disjoint, check_fitting, is_layered, needs_calibration
 from dlops.export.raw_inputs import Size, plan_raw
 from dlops.export.record import FILE_NAME, ROLE, ExportRecord, Settings, answers_of, embedded_in, record_export
 from dlops.export.reduce import Lessons
-from dlops.export.repair import repair_int8
+from dlops.export.repair import repair_layers
 from dlops.export.structures import Structure, Structures
 from dlops.export.summary import summary
 from dlops.export.to_onnx import calibrated
@@ -147,7 +147,7 @@ class Export:
         return artifact
 
     def rank(self, variant: Variant) -> Ranking:
-        """The layers of an int8 variant by the error that they add. Nothing is written."""
+        """The layers of a quantized variant by the error that they add. Nothing is written."""
         title = f"{self.checkpoint.name}/{variant.slug}"
         try:
             return self._rank(variant, self.structures.of(variant), title)
@@ -183,7 +183,7 @@ class Export:
                     raise
                 say(f"{refusal.message}; looking for the layers at fault")
                 ranking = self._rank(variant, structure, title)
-                repaired = repair_int8(attempt, refusal=refusal, ranking=ranking, slug=variant.slug)
+                repaired = repair_layers(attempt, refusal=refusal, ranking=ranking, slug=variant.slug)
                 candidate = repaired.result.noting(repaired.record)
             artifact = candidate.artifact
             if self.asked.worth:
@@ -274,23 +274,23 @@ class Export:
         )
 
     def _record(self, variant: Variant) -> ExportRecord:
-        static_int8 = variant.precision == "int8" and variant.format in FROM_ONNX
+        layered = is_layered(variant)
         return record_export(
             self.checkpoint, variant, sha256=self.digest, calibration=self.calibration,
             answers=self.answers, command=self.asked.command,
             settings=Settings(
                 max_drop=self.asked.max_drop, strict=self.asked.strict, device=self.options.device,
                 # What has no ranges to choose, and no layers to return, comes out the same by any.
-                calibration_method=self.asked.calibration_method if static_int8 else "minmax",
-                repair=self.asked.repair if static_int8 else True,
+                calibration_method=self.asked.calibration_method if layered else "minmax",
+                repair=self.asked.repair if layered else True,
                 image_size=self.asked.image_size if variant.raw else None,
                 recovery_budget_s=self.asked.recovery_budget_s if variant.sparsity else BUDGET_S,
             ),
         )  # fmt: skip
 
     def _can_repair(self, variant: Variant, structure: Structure) -> bool:
-        """Whether int8 is what loses too much, and layers may be returned."""
-        if variant.precision != "int8" or variant.format not in FROM_ONNX or not self.asked.repair:
+        """Whether quantization is what loses too much, and layers may be returned."""
+        if not is_layered(variant) or not self.asked.repair:
             return False
         return self.gates.passes_unquantized(structure, variant.slug)
 
@@ -320,7 +320,7 @@ class Export:
             variant=variant,
             into=folder / f"model.{SUFFIXES[variant.format]}",
             title=title,
-            calibration=self.calibration_feed if variant.precision == "int8" else None,
+            calibration=self.calibration_feed if variant.precision in STATIC else None,
             calibration_method=self.asked.calibration_method,
             captured=structure.captured,
             embedded=embedded_in(

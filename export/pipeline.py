@@ -15,7 +15,7 @@ from dlops.export.latency import Fitted, fit_latency
 from dlops.export.layers import Ranking
 from dlops.export.making import Asked, Export
 from dlops.export.origin import checkpoint_digest
-from dlops.export.plan import FROM_ONNX, plan_variants
+from dlops.export.plan import STATIC, is_layered, plan_variants
 from dlops.export.raw_inputs import Size
 from dlops.runtimes.session import Device
 
@@ -123,7 +123,7 @@ def rank_variant(
     calibration_method: Calibration = "minmax",
     device: Device = "cpu",
 ) -> Ranking:
-    """The layers of an int8 variant by the error that each of them adds. Nothing is exported.
+    """The layers of a quantized variant by the error that each of them adds. Nothing is exported.
 
     model, calibration_method, device: as for `export_variants`. Raises UsageError for a variant without quantized
     layers.
@@ -133,11 +133,11 @@ def rank_variant(
     (planned,) = plan_variants(
         [variant], checkpoint, max_drop=100.0, strict=False, calibration_method=calibration_method
     )
-    if planned.precision != "int8" or planned.format not in FROM_ONNX:
-        why = "by another quantizer" if planned.precision == "int8" else "none of its layers is quantized"
+    if not is_layered(planned):
+        why = "by another quantizer" if planned.precision in STATIC else "none of its layers is quantized"
         raise UsageError(
             f"{planned.slug}: {why}, so there is no such error to explain",
-            hint="onnx-int8 and openvino-int8 can be explained, each also with -prunedNN",
+            hint="onnx-int8, onnx-fp8 and openvino-int8 can be explained, each also with -prunedNN",
         )
     # The layers are those of the model inside, whatever is around it.
     planned = planned.model_copy(update={"raw": False})

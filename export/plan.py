@@ -18,20 +18,19 @@ from dlops.tasks import open_task
 
 AVAILABLE: Mapping[str, tuple[str, ...]] = {
     "torchscript": ("fp32", "bf16"),
-    "onnx": ("fp32", "fp16", "int8", "int8dyn", "int8wo"),
+    "onnx": ("fp32", "fp16", "int8", "int8dyn", "int8wo", "fp8"),
     "torchexport": ("fp32", "bf16"),
     "aotinductor": ("fp32", "bf16"),
     "openvino": ("fp32", "fp16", "bf16", "int8"),
     "executorch": ("fp32", "int8"),
 }
-_FP8 = "it runs on GPUs of compute capability 8.9 and later (L4, H100), through TensorRT, which is no format here yet"
+_FP8 = "it is multiplied on GPUs of compute capability 8.9 and later alone (L4, H100); onnx-fp8 is for those"
 _QUANTIZED = "quantized models are written as onnx, openvino and executorch"
 # Those whose files can take raw inputs.
 RAW_FORMATS = ("onnx",)
 # Why some of the others are not.
 _WHY_NOT: Mapping[str, str] = {
     "onnx-bf16": "ONNX Runtime's CPU provider has no bfloat16 convolutions and matrix products, torch has",
-    "onnx-fp8": _FP8,
     "executorch-bf16": "XNNPACK computes in fp32 and int8 here",
     "executorch-fp16": "XNNPACK computes in fp32 and int8 here",
     "executorch-fp8": _FP8,
@@ -59,6 +58,8 @@ _WHY_NOT: Mapping[str, str] = {
 }
 # Those whose int8 is made of the calibrated ONNX graph: by other methods, and with layers returned to fp32.
 FROM_ONNX = ("onnx", "openvino")
+# Quantized by what calibration samples give.
+STATIC = ("int8", "fp8")
 # With fewer, what recovery holds out says nothing of when to stop.
 MIN_RECOVERY_SAMPLES = 16
 # Beyond these a network is left whole, or with a channel or two a layer.
@@ -128,7 +129,12 @@ def available() -> str:
 
 
 def needs_calibration(variant: Variant) -> bool:
-    return variant.precision == "int8" or variant.sparsity is not None
+    return variant.precision in STATIC or variant.sparsity is not None
+
+
+def is_layered(variant: Variant) -> bool:
+    """Whether layers of it can be ranked, and returned to fp32."""
+    return variant.precision in STATIC and variant.format in FROM_ONNX
 
 
 def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str], *, title: str) -> None:
@@ -167,7 +173,7 @@ def _check_method(method: str, variants: Sequence[Variant]) -> None:
             "ranges",
             hint="add onnx-int8 or openvino-int8, or leave the method out",
         )
-    others = [v.slug for v in variants if v.precision == "int8" and v.format not in FROM_ONNX]
+    others = [v.slug for v in variants if v.precision == "fp8" or (v.precision in STATIC and not is_layered(v))]
     if method != "minmax" and others:
         raise UsageError(
             f"calibration {method} was asked for, and {', '.join(others)} has ranges by minmax alone",
@@ -204,7 +210,7 @@ def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
     elif variant.sparsity and variant.format not in zeros.FORMATS:
         reasons.append(f"the zeros in its file cannot be checked; those of {' and '.join(zeros.FORMATS)} can")
     if needs_calibration(variant) and "calibration" not in checkpoint.files:
-        use = "its ranges" if variant.precision == "int8" else "its recovery"
+        use = "its ranges" if variant.precision in STATIC else "its recovery"
         reasons.append(
             f"needs calibration samples for {use}, and checkpoint {checkpoint.name!r} has none "
             "(train it again with this version, or pass calibration= to save_checkpoint)"

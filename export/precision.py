@@ -23,12 +23,15 @@ _STORED = {
     "int8": frozenset({"INT8", "UINT8", "INT32"}),
     "int8dyn": frozenset({"INT8", "UINT8"}),
     "int8wo": frozenset({"INT8"}),
+    "fp8": frozenset({"FLOAT8E4M3FN"}),
 }
-# Where arithmetic leaves the integers before a bias is added, biases and scales are fp32 by design: matrices decide.
-_MATRICES_ALONE = frozenset({"int8dyn", "int8wo"})
-# The operators that put activations into integers, one of which the file must have, and no other.
+_QUANTIZED = _STORED["int8"] | _STORED["fp8"]
+# Where arithmetic leaves the narrow type before a bias is added, biases and scales are fp32 by design: matrices decide.
+_MATRICES_ALONE = frozenset({"int8dyn", "int8wo", "fp8"})
+# The operators that round activations, one of which the file must have, and no other.
 _DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM"})
-_QUANTIZING = {"int8": frozenset({"QuantizeLinear"}), "int8dyn": _DYNAMIC}
+_STATIC = frozenset({"QuantizeLinear"})
+_QUANTIZING = {"int8": _STATIC, "fp8": _STATIC, "int8dyn": _DYNAMIC}
 # Between a weight and the operator that computes with it.
 _PASSED_THROUGH = frozenset(
     {"Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
@@ -76,7 +79,7 @@ def check_precision(model: onnx.ModelProto, precision: str, *, title: str, min_s
 
 
 def stored_weights(model: onnx.ModelProto, *, matrices_alone: bool = False) -> Weights:
-    """Floats and quantized integers among the initializers; scales, zero points, shapes and indices are no weights.
+    """Floats and quantized numbers among the initializers; scales, zero points, shapes and indices are no weights.
 
     matrices_alone: without the floats that are a vector, along whichever axis.
     """
@@ -105,7 +108,7 @@ def _is_weight(kind: str, uses: list[tuple[onnx.NodeProto, int]]) -> bool:
         return False
     if kind in _FLOATS:
         return True
-    return kind in _STORED["int8"] and any(
+    return kind in _QUANTIZED and any(
         node.op_type in _FIRST_SCALE or "Integer" in node.op_type or node.op_type.startswith("QLinear")
         for node, _ in uses
     )

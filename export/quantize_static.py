@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx
 from onnxruntime.quantization import QuantType
@@ -37,6 +38,8 @@ class Calibrated:
     samples: int
     method: Calibration
     title: str
+
+    precision: ClassVar[str] = "int8"
 
     def quantize(self, *, only: Collection[str] = (), excluded: Collection[str] = ()) -> onnx.ModelProto:
         """The model with int8 weights (symmetric, a scale a channel) and uint8 activations.

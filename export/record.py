@@ -15,7 +15,7 @@ from dlops.embedded import Embedded
 from dlops.environment import describe_environment
 from dlops.errors import CorruptError, UsageError, from_os_error
 from dlops.export.formats import BUDGET_S, Calibration, portable_argument
-from dlops.export.plan import needs_calibration
+from dlops.export.plan import STATIC, needs_calibration
 from dlops.manifest import MAX_MANIFEST_BYTES, Record, Sha256, explain_validation
 from dlops.preprocess import Preprocess
 from dlops.runtimes.session import Device
@@ -239,7 +239,7 @@ def _calibration_of(
     return CalibrationUsed(
         samples=len(samples),
         sha256=checkpoint.files["calibration"].sha256,
-        method=method if variant.precision == "int8" else None,
+        method=method if variant.precision in STATIC else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""An int8 model that loses too much: return its worst layers to fp32, as few as pass the gates."""
+"""A quantized model that loses too much: return its worst layers to fp32, as few as pass the gates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dlops.console import say
 from dlops.errors import GateError, LossError
 from dlops.export.layers import LayerError, Ranking
 
-# With more than this fraction of its layers in fp32, an "int8" model is another one than was asked for.
+# With more than this fraction of its layers in fp32, an "int8" or "fp8" model is another one than was asked for.
 MAX_FLOAT_SHARE = 0.5
 _NAMED = 8
 
@@ -26,14 +26,14 @@ class Repaired(Generic[T]):
     record: Repair
 
 
-def repair_int8(
+def repair_layers(
     attempt: Callable[[tuple[str, ...]], T], *, refusal: LossError, ranking: Ranking, slug: str
 ) -> Repaired[T]:
     """The attempt with the fewest of the worst layers in fp32 that passes, as far as tries go.
 
     attempt: exports with those nodes of the graph left in fp32 and asks the gates; it raises LossError where too much
-    is lost, another GateError where the file is no int8 model any more. refusal: what the attempt with all layers in
-    int8 raised. Raises LossError naming the layers that were tried where none passes.
+    is lost, another GateError where the file is not what was asked for any more. refusal: what the attempt with all
+    layers quantized raised. Raises LossError naming the layers that were tried where none passes.
     """
     search = _Search(attempt=attempt, ranking=ranking, slug=slug)
     limit = max(1, int(MAX_FLOAT_SHARE * len(ranking.layers)))

@@ -92,6 +92,8 @@ def _of_precision(side: Side) -> list[str]:
     precision, where = side.variant.precision, side.placement.provider
     if precision == "int8wo":
         return ["int8wo computes in fp32 by design: it makes the file smaller and not faster"]
+    if precision == "fp8" and side.placement.precision == "fp32":
+        return [f"{where} rounds to fp8 and computes in fp32: fp8 is for GPUs of compute capability 8.9 and later"]
     if side.placement.precision != precision and side.placement.precision == "fp32":
         return [f"{where} computes {precision} in fp32 here, and converts at the ends"]
     if precision in ("int8", "int8dyn") and side.placement.device == "cpu" and saturates():

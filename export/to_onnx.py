@@ -18,11 +18,13 @@ from dlops.adapters import Detector
 from dlops.blame import code_line, where
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError, first_line
+from dlops.export import quantize_fp8
 from dlops.export.external_data import weight_bytes, write_in_two
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.export.graft import graft
 from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precision
 from dlops.export.quantize_dynamic import quantize_dynamic
+from dlops.export.quantize_fp8 import CalibratedFp8
 from dlops.export.quantize_static import Calibrated, calibrate
 from dlops.export.quantize_weights import quantize_weights
 from dlops.export.trace_onnx import trace_detector
@@ -44,11 +46,11 @@ def export(request: ExportRequest) -> Exported:
     file's opset, names, dtypes, named dims or weights are others than those asked for.
     """
     model = fp32_graph(request)
-    notes: dict[str, str | int | float | bool] = {"opset": OPSET}
+    notes: dict[str, str | int | float | bool] = {"opset": opset_of(request.variant.precision)}
     match request.variant.precision:
         case "fp16":
             model = _to_fp16(model, request)
-        case "int8":
+        case "int8" | "fp8":
             ranges = calibrated(request)
             model = ranges.quantize(excluded=request.excluded)
             notes |= ranges.notes(model)
@@ -79,6 +81,11 @@ def export(request: ExportRequest) -> Exported:
     return Exported(path=request.into, extra=extra, notes=notes)
 
 
+def opset_of(precision: str) -> int:
+    """That a file of a precision is written in."""
+    return quantize_fp8.OPSET if precision == "fp8" else OPSET
+
+
 def fp32_graph(request: ExportRequest) -> onnx.ModelProto:
     """The module as an ONNX graph in fp32, captured once for all variants of it.
 
@@ -100,15 +107,16 @@ def fp32_graph(request: ExportRequest) -> onnx.ModelProto:
 
 
 def calibrated(request: ExportRequest) -> Calibrated:
-    """The fp32 graph with the ranges that its int8 form is made of, once for a module and a way to choose ranges."""
-    key = f"int8 {request.calibration_method}"
+    """The fp32 graph with the ranges that its int8 or fp8 form is made of, once for a module and a way to choose
+    ranges."""
+    key = f"ranges {request.calibration_method}"
     if key not in request.captured:
         assert request.calibration is not None
         request.captured[key] = calibrate(
             fp32_graph(request), request.calibration, method=request.calibration_method, title=request.title
         )
     found: Calibrated = request.captured[key]
-    return found
+    return CalibratedFp8.of(found) if request.variant.precision == "fp8" else found
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -138,8 +146,8 @@ def check_written(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise GateError(f"{title}: the written file is not valid ONNX: {first_line(error)}") from error
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    if opsets.get("") != OPSET:
-        raise GateError(f"{title}: opset {OPSET} was asked for, the file has {opsets.get('')}")
+    if opsets.get("") != opset_of(precision):
+        raise GateError(f"{title}: opset {opset_of(precision)} was asked for, the file has {opsets.get('')}")
     for kind, specs, values in (
         ("inputs", signature.inputs, model.graph.input),
         ("outputs", signature.outputs, model.graph.output),
@@ -159,14 +167,14 @@ def _label(model: onnx.ModelProto, request: ExportRequest) -> None:
 
 
 def _check_smaller(request: ExportRequest) -> None:
-    """Raise GateError where int8 with layers left in fp32 no longer saves anything."""
+    """Raise GateError where a quantized file with layers left in fp32 no longer saves anything."""
     whole = fp32_graph(request)
     _label(whole, request)
     quantized, dense = request.into.stat().st_size, whole.ByteSize()
     if quantized >= dense:
         raise GateError(
             f"{request.title}: with {len(request.excluded)} operators left in fp32 the file has {quantized} bytes, "
-            f"and all in fp32 it has {dense}: int8 in name only"
+            f"and all in fp32 it has {dense}: {request.variant.precision} in name only"
         )
 
 

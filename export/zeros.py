@@ -62,7 +62,8 @@ def _of_onnx(path: Path) -> Iterator[Zero]:
 
     for tensor in onnx.load(path).graph.initializer:
         values = numpy_helper.to_array(tensor)
-        if values.dtype.kind in "fiu":
+        # numpy has no letter for fp8.
+        if values.dtype.kind in "fiu" or tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN:
             yield values == (_UNSIGNED_ZERO if values.dtype == np.uint8 else 0)
 
 

@@ -58,7 +58,8 @@ def _interrupt() -> None:
 
 
 @pytest.fixture
-def raising() -> Iterator[None]:
+def raising(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(signals, "_received", [])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = sys.unraisablehook
     signals.raise_on_signals()

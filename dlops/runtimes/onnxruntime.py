@@ -274,8 +274,8 @@ def _session_options(threads: int, options: SessionOptions, precision: str) -> o
     settings.log_severity_level = _ERRORS_ONLY
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spin else "0")
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if precision == "int8wo":
-        # Else every run widens the weights anew, and ONNX Runtime may turn their products into others, on integers.
+    if precision in ("int8wo", "fp8"):
+        # Else every run widens the weights anew, and ONNX Runtime may turn products of int8 into others, on integers.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
     if options.profile_prefix is not None:
         settings.enable_profiling = True
@@ -288,7 +288,7 @@ def _computed(precision: str, device: str) -> str:
     match precision:
         case "fp16" if device == "cpu":  # its kernels there cast to fp32 and back
             return "fp32"
-        case "int8wo":  # the weights are widened once, when the session is made
+        case "int8wo" | "fp8":  # the weights are widened once, when the session is made
             return "fp32"
         case "int8dyn":
             return "int8"

@@ -156,8 +156,14 @@ def provider_options(signature: Signature, precision: str, *, folder: Path | Non
     """As ONNX Runtime's documentation has them. folder: for engines; None keeps none.
 
     The shapes that an engine is for are given, all that the signature allows: else it would be built anew, in the
-    middle of a request, whenever a batch is larger than those before it.
+    middle of a request, whenever a batch is larger than those before it. Raises MachineError for fp8, of which the
+    provider has no option.
     """
+    if precision == "fp8":
+        raise MachineError(
+            "ONNX Runtime's TensorRT provider cannot be told to compute in fp8",
+            hint="--device cuda computes it in fp32",
+        )
     options: dict[str, str] = {}
     if folder is not None:
         options = {

@@ -88,7 +88,7 @@ def save_digits(directory: Path, model: nn.Module, **changes: object) -> Checkpo
 
 DENSE = (
     "torchscript-fp32", "torchscript-bf16", "onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int8dyn", "onnx-int8wo",
-    "openvino-fp32", "openvino-fp16", "openvino-bf16", "openvino-int8",
+    "onnx-fp8", "openvino-fp32", "openvino-fp16", "openvino-bf16", "openvino-int8",
 )  # fmt: skip
 PRUNED = (
     "onnx-fp32-pruned50", "onnx-int8-pruned50", "onnx-int8dyn-pruned50", "onnx-int8wo-pruned50",

@@ -153,7 +153,7 @@ def test_a_repaired_artifact_is_kept_while_nothing_changed_and_comes_out_again_b
     # That it was repaired is a setting: without it the artifact would not be there.
     with pytest.raises(LossError):
         export_variants(unequal, variants=["onnx-int8"], out=out, model=small_net, repair=False)
-    monkeypatch.setattr(making, "repair_int8", lambda *_, **__: pytest.fail("it was made again"))
+    monkeypatch.setattr(making, "repair_layers", lambda *_, **__: pytest.fail("it was made again"))
     (kept,) = export_variants(unequal, variants=["onnx-int8"], out=out, model=small_net)
     assert (kept.created, kept.repair) == (repaired.created, repaired.repair)
 
