@@ -312,7 +312,7 @@ _PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv",
 def misplaced(options: SessionOptions, placement: Placement) -> tuple[str, ...]:
     """What stands against a session that does not run where it was asked to, should its runtime not have refused."""
     asked, ran = options.device, placement.device.partition(":")[0]
-    if asked == "tensorrt" and placement.provider.startswith("Tensorrt"):
+    if asked == "tensorrt" and placement.provider.lower().startswith("tensorrt"):
         asked = "cuda"
     if asked not in ("auto", ran):
         return (f"wrong provider: asked for {asked}, ran on {placement.provider} ({placement.device})",)

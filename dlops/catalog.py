@@ -33,6 +33,7 @@ FORMATS: Mapping[str, str] = {
     "aotinductor": "dlops.export.to_aotinductor:export",
     "openvino": "dlops.export.to_openvino:export",
     "executorch": "dlops.export.to_executorch:export",
+    "tensorrt": "dlops.export.to_tensorrt:export",
 }
 RUNTIMES: Mapping[str, str] = {
     "torchscript": "dlops.runtimes.torchscript:open_session",
@@ -41,6 +42,7 @@ RUNTIMES: Mapping[str, str] = {
     "aotinductor": "dlops.runtimes.aotinductor:open_session",
     "openvino": "dlops.runtimes.openvino:open_session",
     "executorch": "dlops.runtimes.executorch:open_session",
+    "tensorrt": "dlops.runtimes.tensorrt:open_session",
 }
 TASKS: Mapping[str, str] = {
     "classification": "dlops.tasks.classification:Classification",
@@ -59,6 +61,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("openvino",),
     # Its Python bindings load torch's libraries.
     "executorch": ("executorch", "torch"),
+    "tensorrt": ("tensorrt",),
 }
 
 

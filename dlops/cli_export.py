@@ -21,7 +21,9 @@ def export(
     ] = None,
     format_: Annotated[
         list[str] | None,
-        typer.Option("--format", help="torchscript, onnx, torchexport, aotinductor, openvino, executorch; repeatable."),
+        typer.Option(
+            "--format", help="torchscript, onnx, torchexport, aotinductor, openvino, executorch, tensorrt; repeatable."
+        ),
     ] = None,
     precision: Annotated[
         list[str] | None, typer.Option(help="fp32, fp16, bf16, int8, int8dyn, int8wo, fp8; repeatable.")

@@ -1,5 +1,5 @@
-"""The few calls of the CUDA runtime library that measuring takes, through ctypes: a stream, events on it, and which
-GPU a device number means.
+"""The few calls of the CUDA runtime library that measuring and TensorRT's engines take, through ctypes: a stream,
+events and graphs on it, memory, and which GPU a device number means.
 
 Streams belong to the device, not to a library: events recorded here on a stream of torch's or ONNX Runtime's time what
 either of them puts there.
@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from dlops.errors import MachineError
+from dlops.signature import Array
 
 _NAMES = ("libcudart.so.13", "libcudart.so.12")
 _NON_BLOCKING = 1
+# cudaMemcpyKind.
+_TO_DEVICE, _TO_HOST = 1, 2
+# cudaStreamCaptureModeThreadLocal: what other threads do meanwhile is no concern of the graph's.
+_THIS_THREAD = 1
+# cudaDevAttrComputeCapabilityMajor and Minor.
+_CAPABILITY = (75, 76)
 
 
 class Stream:
@@ -59,6 +67,68 @@ class Stopwatch:
     def close(self) -> None:
         for event in self._events:
             _call("cudaEventDestroy", event)
+
+
+class DeviceBuffer:
+    """Memory of the current device. address: where it begins; size: in bytes."""
+
+    def __init__(self, size: int) -> None:
+        """Raises MachineError where there is not so much left."""
+        self.size = size
+        pointer = ctypes.c_void_p()
+        # Of nothing there would be no address.
+        _call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(max(1, size)))
+        self.address = pointer.value or 0
+
+    def write(self, array: Array, stream: Stream) -> None:
+        """Copy a contiguous array to the device, in the order of the stream; the array may change when this returns."""
+        self._copy(self.address, array.ctypes.data, array.nbytes, _TO_DEVICE, stream)
+
+    def read_into(self, array: Array, stream: Stream) -> None:
+        """Copy to a contiguous array, which holds it once the stream was synchronized."""
+        self._copy(array.ctypes.data, self.address, array.nbytes, _TO_HOST, stream)
+
+    def close(self) -> None:
+        _call("cudaFree", ctypes.c_void_p(self.address))
+
+    @staticmethod
+    def _copy(to: int, source: int, size: int, direction: int, stream: Stream) -> None:
+        _call(
+            "cudaMemcpyAsync", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), direction,
+            ctypes.c_void_p(stream.handle),
+        )  # fmt: skip
+
+
+class Graph:
+    """What was put on a stream within `record`, to be launched again as a whole."""
+
+    def __init__(self, stream: Stream, record: Callable[[], None]) -> None:
+        """Raises MachineError where something of it cannot be captured."""
+        self._stream = ctypes.c_void_p(stream.handle)
+        self._graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
+        _call("cudaStreamBeginCapture", self._stream, _THIS_THREAD)
+        try:
+            record()
+        finally:
+            _call("cudaStreamEndCapture", self._stream, ctypes.byref(self._graph))
+        _call("cudaGraphInstantiate", ctypes.byref(self._executable), self._graph, ctypes.c_ulonglong(0))
+
+    def launch(self) -> None:
+        _call("cudaGraphLaunch", self._executable, self._stream)
+
+    def close(self) -> None:
+        _call("cudaGraphExecDestroy", self._executable)
+        _call("cudaGraphDestroy", self._graph)
+
+
+def compute_capability(device: int) -> tuple[int, int]:
+    """(9, 0) for an H100, say. Raises MachineError where CUDA knows no such device."""
+    found = []
+    for attribute in _CAPABILITY:
+        number = ctypes.c_int()
+        _call("cudaDeviceGetAttribute", ctypes.byref(number), attribute, device)
+        found.append(number.value)
+    return found[0], found[1]
 
 
 def pci_address(device: int) -> str:

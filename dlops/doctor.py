@@ -36,7 +36,7 @@ SERVE_PORT = 3000
 _LOW_DISK_BYTES = 10 * 1024**3
 _NOT_FOR_USERS = ("all", "dev")
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?.*extra == ['\"]([a-z]+)['\"]")
-_GPU_PROBES = ("onnxruntime cuda", "onnxruntime tensorrt", "torch cuda")
+_GPU_PROBES = ("onnxruntime cuda", "onnxruntime tensorrt", "tensorrt cuda", "torch cuda")
 # A container may have the device and not nvidia-smi. The second is the one of WSL.
 _GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 # Builds of one library: either brings the module that the other is asked for.
@@ -201,7 +201,7 @@ def _advice(name: str, status: Status = "failed") -> str:
             return gpu_build if absent else "pip install 'dlops[gpu]', and a driver that its CUDA takes (nvidia-smi)"
         case "onnxruntime", _:
             return gpu_build if absent else "install TensorRT of the version that ONNX Runtime was built with"
-        case (("openvino" | "executorch"), _):
+        case (("openvino" | "executorch" | "tensorrt"), _):
             return f"pip install 'dlops[{library}]'"
         case "torch", "cuda" if not absent:
             return "install the torch build that fits the driver: https://pytorch.org/get-started/locally"

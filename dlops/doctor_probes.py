@@ -199,12 +199,41 @@ def _torchvision() -> str:
     return f"torchvision {torchvision.__version__} and its operators fit torch {torch.__version__}"
 
 
+def _tensorrt() -> str:
+    try:
+        import tensorrt as trt
+    except ModuleNotFoundError:
+        raise _AbsentError("tensorrt is not installed") from None
+    from dlops.runtimes.session import SessionOptions
+    from dlops.runtimes.tensorrt import Log, TensorrtSession
+    from dlops.signature import Signature, TensorSpec
+
+    log = Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    if not trt.OnnxParser(network, log).parse(tiny_onnx_model()):
+        raise RuntimeError(f"tensorrt {trt.__version__} cannot read a graph: {log.reason}")
+    engine = builder.build_serialized_network(network, builder.create_builder_config())
+    if engine is None:
+        raise RuntimeError(f"tensorrt {trt.__version__} builds no engine: {log.reason}")
+    shapes = {"x": _X.shape, "y": _EXPECTED.shape}
+    x, y = (TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
+    session = TensorrtSession(
+        bytes(engine), signature=Signature(inputs=(x,), outputs=(y,)), precision="fp32", options=SessionOptions(),
+        title="probe",
+    )  # fmt: skip
+    _check(np.asarray(session.run({"x": _X})["y"]))
+    session.close()
+    return f"tensorrt {trt.__version__} built and ran an engine"
+
+
 PROBES: Mapping[str, Callable[[], str]] = {
     "onnxruntime cpu": lambda: _onnxruntime("CPUExecutionProvider"),
     "onnxruntime cuda": lambda: _onnxruntime("CUDAExecutionProvider"),
     "onnxruntime tensorrt": lambda: _onnxruntime("TensorrtExecutionProvider"),
     "openvino cpu": _openvino,
     "executorch cpu": _executorch,
+    "tensorrt cuda": _tensorrt,
     "torch cpu": lambda: _torch("cpu"),
     "torch cuda": lambda: _torch("cuda"),
     "torch mps": lambda: _torch("mps"),

@@ -115,6 +115,8 @@ def read_embedded(path: Path) -> tuple[ModelFormat, Embedded]:
             raise _silent(path, "an OpenVINO graph")
         case "executorch":
             raise _silent(path, "an ExecuTorch program")
+        case "tensorrt":
+            raise _silent(path, "a TensorRT engine")
         case "onnx":
             entries = onnx_metadata(path)
             if any(key.startswith(PREFIX) for key in entries):

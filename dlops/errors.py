@@ -89,6 +89,7 @@ _EXTRAS = {
     "openvino": "openvino",
     "prometheus_client": "serve",
     "sklearn": "train",
+    "tensorrt": "tensorrt",
     "tensorboard": "train",
     "torch": "export",
     "torch_pruning": "export",

@@ -23,20 +23,24 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 
 
-ModelFormat = Literal["aotinductor", "executorch", "onnx", "openvino", "torchexport", "torchscript"]
+ModelFormat = Literal["aotinductor", "executorch", "onnx", "openvino", "tensorrt", "torchexport", "torchscript"]
+# What TensorRT's serialized engines begin with.
+_ENGINE = b"ftrt"
 
 
 def format_of(path: Path) -> ModelFormat:
     """By the content, whatever the name.
 
-    torch's formats are archives, OpenVINO's graph is XML, ExecuTorch's program says so in bytes 4 and 5, and anything
-    else is taken for ONNX.
+    torch's formats are archives, OpenVINO's graph is XML, TensorRT's engine and ExecuTorch's program say so in bytes 0
+    and 4, and anything else is taken for ONNX.
     """
     try:
         with path.open("rb") as file:
             head = file.read(6)
         if head.startswith((b"<?xml", b"<net ")):
             return "openvino"
+        if head.startswith(_ENGINE):
+            return "tensorrt"
         if not head.startswith(b"PK\x03\x04"):
             return "executorch" if head[4:] == b"ET" else "onnx"
         with zipfile.ZipFile(path) as archive:

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {
     "torchscript": "pt", "onnx": "onnx", "torchexport": "pt2", "aotinductor": "pt2", "openvino": "xml",
-    "executorch": "pte",
+    "executorch": "pte", "tensorrt": "engine",
 }  # fmt: skip
 
 

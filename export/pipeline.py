@@ -137,7 +137,7 @@ def rank_variant(
         why = "by another quantizer" if planned.precision in STATIC else "none of its layers is quantized"
         raise UsageError(
             f"{planned.slug}: {why}, so there is no such error to explain",
-            hint="onnx-int8, onnx-fp8 and openvino-int8 can be explained, each also with -prunedNN",
+            hint="onnx-int8, onnx-fp8, openvino-int8 and those of tensorrt can be explained, each also with -prunedNN",
         )
     # The layers are those of the model inside, whatever is around it.
     planned = planned.model_copy(update={"raw": False})

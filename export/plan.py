@@ -23,8 +23,9 @@ AVAILABLE: Mapping[str, tuple[str, ...]] = {
     "aotinductor": ("fp32", "bf16"),
     "openvino": ("fp32", "fp16", "bf16", "int8"),
     "executorch": ("fp32", "int8"),
+    "tensorrt": ("fp32", "fp16", "int8", "fp8"),
 }
-_FP8 = "it is multiplied on GPUs of compute capability 8.9 and later alone (L4, H100); onnx-fp8 is for those"
+_FP8 = "GPUs of compute capability 8.9 and later alone multiply it (L4, H100); tensorrt-fp8 and onnx-fp8 are for those"
 _QUANTIZED = "quantized models are written as onnx, openvino and executorch"
 # Those whose files can take raw inputs.
 RAW_FORMATS = ("onnx",)
@@ -39,6 +40,9 @@ _WHY_NOT: Mapping[str, str] = {
     "openvino-fp8": _FP8,
     "openvino-int8dyn": "its operators are ONNX Runtime's own, onnx-int8dyn has them",
     "openvino-int8wo": "on a CPU it would run what openvino-fp32 runs; onnx-int8wo is as small",
+    "tensorrt-bf16": "tensorrt-fp16 is as small and as fast",
+    "tensorrt-int8dyn": "TensorRT takes fixed ranges; tensorrt-int8 has them",
+    "tensorrt-int8wo": "it would compute as tensorrt-fp16 does; onnx-int8wo is as small",
     "torchscript-fp16": "torch's half precision on the CPU is slower than fp32, and torchscript-bf16 is as small",
     "torchscript-fp8": _FP8,
     "torchscript-int8": _QUANTIZED,
@@ -57,7 +61,7 @@ _WHY_NOT: Mapping[str, str] = {
     },
 }
 # Those whose int8 is made of the calibrated ONNX graph: by other methods, and with layers returned to fp32.
-FROM_ONNX = ("onnx", "openvino")
+FROM_ONNX = ("onnx", "openvino", "tensorrt")
 # Quantized by what calibration samples give.
 STATIC = ("int8", "fp8")
 # With fewer, what recovery holds out says nothing of when to stop.

@@ -78,6 +78,16 @@ def check_precision(model: onnx.ModelProto, precision: str, *, title: str, min_s
         )
 
 
+def rounded_share(model: onnx.ModelProto) -> float:
+    """Of the weights that are matrices, the share that is read through a QuantizeLinear alone; 0 without any."""
+    matrices = {one.name: math.prod(one.dims) for one in model.graph.initializer if _is_matrix(one)}
+    readers = Counter(
+        (name, node.op_type == "QuantizeLinear") for node in model.graph.node for name in node.input if name in matrices
+    )
+    rounded = sum(size for name, size in matrices.items() if readers[name, True] and not readers[name, False])
+    return float(rounded / max(1, sum(matrices.values())))
+
+
 def stored_weights(model: onnx.ModelProto, *, matrices_alone: bool = False) -> Weights:
     """Floats and quantized numbers among the initializers; scales, zero points, shapes and indices are no weights.
 
@@ -94,13 +104,19 @@ def stored_weights(model: onnx.ModelProto, *, matrices_alone: bool = False) -> W
             uses = readers.get(tensor.name, [])
             if not _is_weight(kind, uses):
                 continue
-            if matrices_alone and kind in _FLOATS and sum(dim > 1 for dim in tensor.dims) < 2:
+            if matrices_alone and kind in _FLOATS and not _is_matrix(tensor):
                 continue
             count = math.prod(tensor.dims)
             found.elements[kind] += count
             for user in sorted(set(_users(tensor.name, readers))):
                 found.users[kind, user] += count
     return found
+
+
+def _is_matrix(tensor: onnx.TensorProto) -> bool:
+    """A float that is more than a vector, along whichever axis."""
+    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return kind in _FLOATS and sum(dim > 1 for dim in tensor.dims) > 1
 
 
 def _is_weight(kind: str, uses: list[tuple[onnx.NodeProto, int]]) -> bool:

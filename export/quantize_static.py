@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import onnx
 from onnxruntime.quantization import QuantType
@@ -38,8 +38,7 @@ class Calibrated:
     samples: int
     method: Calibration
     title: str
-
-    precision: ClassVar[str] = "int8"
+    precision: Literal["int8", "fp8"] = "int8"
 
     def quantize(self, *, only: Collection[str] = (), excluded: Collection[str] = ()) -> onnx.ModelProto:
         """The model with int8 weights (symmetric, a scale a channel) and uint8 activations.

@@ -18,13 +18,13 @@ from dlops.adapters import Detector
 from dlops.blame import code_line, where
 from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError, first_line
-from dlops.export import quantize_fp8
+from dlops.export import quantize_operands
 from dlops.export.external_data import weight_bytes, write_in_two
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.export.graft import graft
 from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precision
 from dlops.export.quantize_dynamic import quantize_dynamic
-from dlops.export.quantize_fp8 import CalibratedFp8
+from dlops.export.quantize_operands import CalibratedOperands
 from dlops.export.quantize_static import Calibrated, calibrate
 from dlops.export.quantize_weights import quantize_weights
 from dlops.export.trace_onnx import trace_detector
@@ -49,7 +49,7 @@ def export(request: ExportRequest) -> Exported:
     notes: dict[str, str | int | float | bool] = {"opset": opset_of(request.variant.precision)}
     match request.variant.precision:
         case "fp16":
-            model = _to_fp16(model, request)
+            model = to_half(model, title=request.title)
         case "int8" | "fp8":
             ranges = calibrated(request)
             model = ranges.quantize(excluded=request.excluded)
@@ -83,7 +83,7 @@ def export(request: ExportRequest) -> Exported:
 
 def opset_of(precision: str) -> int:
     """That a file of a precision is written in."""
-    return quantize_fp8.OPSET if precision == "fp8" else OPSET
+    return quantize_operands.OPSET if precision == "fp8" else OPSET
 
 
 def fp32_graph(request: ExportRequest) -> onnx.ModelProto:
@@ -116,7 +116,12 @@ def calibrated(request: ExportRequest) -> Calibrated:
             fp32_graph(request), request.calibration, method=request.calibration_method, title=request.title
         )
     found: Calibrated = request.captured[key]
-    return CalibratedFp8.of(found) if request.variant.precision == "fp8" else found
+    match request.variant.format, request.variant.precision:
+        case "tensorrt", "int8" | "fp8" as number:
+            return CalibratedOperands.of(found, number, stored=False)
+        case _, "fp8":
+            return CalibratedOperands.of(found, "fp8", stored=True)
+    return found
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -229,8 +234,11 @@ def _name_dims(model: onnx.ModelProto, signature: Signature) -> None:
                 dim.dim_param = axis
 
 
-def _to_fp16(model: onnx.ModelProto, request: ExportRequest) -> onnx.ModelProto:
-    """Weights and arithmetic in half precision, inputs and outputs cast from and to the checkpoint's dtypes."""
+def to_half(model: onnx.ModelProto, *, title: str) -> onnx.ModelProto:
+    """Weights and arithmetic in half precision, inputs and outputs cast from and to the checkpoint's dtypes.
+
+    Raises GateError where a weight does not fit.
+    """
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
@@ -240,7 +248,7 @@ def _to_fp16(model: onnx.ModelProto, request: ExportRequest) -> onnx.ModelProto:
         try:
             converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
         except UserWarning as warning:
-            raise GateError(f"{request.title}: a weight does not fit half precision: {warning}") from None
+            raise GateError(f"{title}: a weight does not fit half precision: {warning}") from None
     # The casts are appended at the end; the standard wants every node after what it reads.
     OnnxModel.graph_topological_sort(converted.graph, is_deterministic=True)
     return converted

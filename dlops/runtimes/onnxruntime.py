@@ -17,11 +17,11 @@ from dlops.console import say
 from dlops.cudart import Stream
 from dlops.environment import available_cores
 from dlops.errors import CorruptError, MachineError, first_line
-from dlops.runtimes import tensorrt
+from dlops.runtimes import tensorrt_provider
 from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph, graph_provider
 from dlops.signature import Array, Feed, Signature
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": tensorrt.PROVIDER}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": tensorrt_provider.PROVIDER}
 _ERRORS_ONLY = 3
 # ONNX Runtime's number for runs that neither capture nor replay a graph.
 _NO_GRAPH = -1
@@ -40,7 +40,7 @@ class OnnxSession:
 
     def __init__(
         self, model: str | bytes, *, signature: Signature, precision: str, options: SessionOptions, title: str,
-        engines: tensorrt.Engines | None = None,
+        engines: tensorrt_provider.Engines | None = None,
     ) -> None:  # fmt: skip
         """engines: where TensorRT's are kept; closed with the session."""
         self._engines = engines
@@ -50,7 +50,7 @@ class OnnxSession:
         check_graph(options, where)
         settings = _session_options(threads, options, precision)
         on_tensorrt = (
-            tensorrt.provider_options(signature, precision, folder=None if engines is None else engines.path)
+            tensorrt_provider.provider_options(signature, precision, folder=None if engines is None else engines.path)
             if device == "tensorrt"
             else {}
         )
@@ -168,7 +168,7 @@ class OnnxBound:
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> OnnxSession:
-    def opened(engines: tensorrt.Engines | None) -> OnnxSession:
+    def opened(engines: tensorrt_provider.Engines | None) -> OnnxSession:
         return OnnxSession(
             str(artifact.path("model")), signature=artifact.signature, precision=artifact.variant.precision,
             options=options, title=artifact.title, engines=engines,
@@ -177,7 +177,7 @@ def open_session(artifact: Artifact, options: SessionOptions) -> OnnxSession:
     if options.device != "tensorrt":
         return opened(None)
     choose_device(options)
-    engines = tensorrt.open_engines(artifact, options, onnxruntime=ort.__version__)
+    engines = tensorrt_provider.open_engines(artifact, options, onnxruntime=ort.__version__)
     if engines.is_empty:
         say(f"{artifact.title}: TensorRT builds its engine, which may take minutes; it is kept with the artifact")
     try:
@@ -204,12 +204,12 @@ def cuda_works() -> bool:
 def choose_device(options: SessionOptions) -> str:
     """Where to try: "cpu", "cuda" or "tensorrt". Raises MachineError where one is asked for that cannot be here."""
     if options.device == "tensorrt":
-        if tensorrt.PROVIDER not in ort.get_available_providers() or not cuda_works():
+        if tensorrt_provider.PROVIDER not in ort.get_available_providers() or not cuda_works():
             raise MachineError(
                 "TensorRT was asked for, and there is no GPU with ONNX Runtime's TensorRT build here",
                 hint="dlops doctor shows what works; --device cpu runs on the CPU",
             )
-        tensorrt.load_libraries()
+        tensorrt_provider.load_libraries()
         return "tensorrt"
     if options.device == "auto":
         return "cuda" if cuda_works() else "cpu"
@@ -322,7 +322,7 @@ def _chain(
         return [provider]
     settings = {} if stream is None else {"user_compute_stream": str(stream.handle)}
     # The CPU provider stays behind CUDA for shape operators; the session's first provider is checked above.
-    if provider != tensorrt.PROVIDER:
+    if provider != tensorrt_provider.PROVIDER:
         settings |= {"enable_cuda_graph": "1"} if options.cuda_graph else {}
         return [(provider, settings), "CPUExecutionProvider"]
     graph = {"trt_cuda_graph_enable": "1"} if options.cuda_graph else {}

@@ -1,200 +1,253 @@
-"""What ONNX Runtime's TensorRT provider needs: its libraries, its options, and engines that are kept with the artifact.
+"""A TensorRT engine: native code for one kind of GPU and one version of TensorRT, loaded into this process.
 
-TensorRT builds an engine for one GPU, which takes seconds to minutes; a kept one loads at once. An engine is native
-code, so those in the artifact's folder are used only where they were made here, or where the artifact is trusted (see
-dlops.trust): the provider is given a private folder with copies of these, and what it builds there is copied back.
+Without torch: memory, streams and graphs come from the CUDA runtime library. The calls of TensorRT are those of its
+Python API from 10.0 on (IExecutionContext.execute_async_v3).
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
-import shutil
-import tempfile
-from contextlib import suppress
-from importlib import util
-from pathlib import Path
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+import tensorrt as trt
 
 from dlops.artifact import Artifact
-from dlops.console import say
+from dlops.cudart import DeviceBuffer, Graph, Stream
 from dlops.environment import describe_environment
-from dlops.errors import MachineError, from_os_error
-from dlops.manifest import sha256_of
-from dlops.runtimes.session import SessionOptions
-from dlops.signature import Signature
-from dlops.trust import note_made_here, was_made_here
+from dlops.errors import CorruptError, MachineError
+from dlops.runtimes.session import Placement, SessionOptions, check_bound, graph_provider
+from dlops.signature import Array, Feed, Signature
+from dlops.trust import trusted_model
 
-PROVIDER = "TensorrtExecutionProvider"
-# Beside the manifest, which does not name it: an artifact is the same with its engines and without.
-FOLDER = "tensorrt"
-# In the order in which they need one another.
-_LIBRARIES = ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10")
-# The wheels tensorrt-cu12-libs and tensorrt-cu13-libs have the libraries in a package of this name.
-_PACKAGE = "tensorrt_libs"
-_KEPT = (".engine", ".profile", ".timing")
-# Kernels are chosen for the shape in the middle: larger than one, so that neither single items nor full batches suffer.
-_USUAL_BATCH = 8
-_DIGEST_CHARS = 12
-_PART = re.compile(r"[^A-Za-z0-9.]+")
+# Chooses kernels in the first runs, none of which may be captured.
+_WARMUP_RUNS = 3
 
 
-def load_libraries() -> None:
-    """Load TensorRT from its wheel, or from where the system finds it.
+class Log(trt.ILogger):  # type: ignore[misc]
+    """What TensorRT says is wrong, instead of on stderr."""
 
-    Raises MachineError where it is neither installed nor loads.
-    """
-    spec = util.find_spec(_PACKAGE)
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    for name in _LIBRARIES:
-        path = next((str(Path(folder, name)) for folder in folders if Path(folder, name).is_file()), name)
-        try:
-            # Globally: the provider's own library looks for their symbols.
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            raise MachineError(
-                f"TensorRT was asked for, and {name} does not load: {error}",
-                hint="pip install tensorrt-cu13-libs, in the major version that ONNX Runtime was built with",
-            ) from None
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.errors: list[str] = []
 
-
-def version() -> str:
-    """Of the TensorRT that was loaded: "10.13.0"."""
-    number = int(ctypes.CDLL(_LIBRARIES[0]).getInferLibVersion())
-    # 10.13.0 is 101300, and before 10 it was 8601 for 8.6.1.
-    major, rest = divmod(number, 10_000) if number >= 100_000 else divmod(number, 1_000)
-    return f"{major}.{rest // 100}.{rest % 100}"
-
-
-def engine_key(gpu: str, tensorrt: str, onnxruntime: str) -> str:
-    """The name of a folder of engines: an engine is for one kind of GPU, driver, TensorRT and provider.
-
-    gpu: as `describe_environment` has it, "NVIDIA H100, 580.1, 81559 MiB".
-    """
-    name, driver = (part.strip() for part in [*gpu.split(","), ""][:2])
-    parts = (name, f"driver {driver}", f"tensorrt {tensorrt}", f"onnxruntime {onnxruntime}")
-    return "_".join(_PART.sub("-", part).strip("-") for part in parts)
-
-
-class Engines:
-    """The engines of one artifact on this machine's GPU. `path` is the folder that the provider reads and writes."""
-
-    def __init__(self, artifact: Artifact, options: SessionOptions, *, key: str) -> None:
-        """Copies into `path` what is kept and may be used; says so where something may not."""
-        self._title = artifact.title
-        # The provider names an engine by its graph and not by the weights in it.
-        self._kept = artifact.directory / FOLDER / key / artifact.files["model"].sha256[:_DIGEST_CHARS]
-        self._temporary = tempfile.TemporaryDirectory(prefix="dlops-tensorrt-")
-        self.path = Path(self._temporary.name)
-        self._digests: dict[str, str] = {}
-        refused = 0
-        for source in sorted(self._kept.iterdir()) if self._kept.is_dir() else ():
-            if source.suffix not in _KEPT:
-                continue
-            copy = self.path / source.name
-            shutil.copyfile(source, copy)
-            # Of the copy: the file itself could be replaced between this and its use.
-            digest = sha256_of(copy)
-            if options.trust or was_made_here(digest):
-                self._digests[source.name] = digest
-            else:
-                copy.unlink()
-                refused += 1
-        if refused:
-            say(
-                f"{self._title}: {refused} files in {self._kept} were not made by you on this machine. Engines are "
-                "native code, so they are built anew; --trust uses them"
-            )
+    def log(self, severity: object, message: str) -> None:
+        if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+            self.errors.append(message)
 
     @property
-    def is_empty(self) -> bool:
-        """Whether the provider has to build what it needs."""
-        return not any(Path(name).suffix == ".engine" for name in self._digests)
+    def reason(self) -> str:
+        """The last error in one line."""
+        return " ".join(self.errors[-1].split())[:300] if self.errors else "it does not say why"
 
-    def keep(self) -> None:
-        """Copy what was built since into the artifact's folder, each file whole or not at all.
 
-        A folder that cannot be written keeps nothing, which is said: the session works all the same.
-        """
-        for source in sorted(self.path.iterdir()):
-            if source.suffix not in _KEPT or (digest := sha256_of(source)) == self._digests.get(source.name):
-                continue
-            target = self._kept / source.name
-            temporary = target.with_name(f".{target.name}.{os.getpid()}")
-            try:
-                self._kept.mkdir(parents=True, exist_ok=True)
-                note_made_here(digest)
-                shutil.copyfile(source, temporary)
-                temporary.replace(target)
-            except OSError as error:
-                say(f"{self._title}: engines are not kept: {from_os_error(error, doing=f'writing {target}')}")
-                return
-            except MachineError as error:
-                say(f"{self._title}: engines are not kept: {error}")
-                return
-            finally:
-                # Gone where it became `target`, and absent where its folder could not be made.
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    temporary.unlink()
-            self._digests[source.name] = digest
+class TensorrtSession:
+    """An engine, and as many execution contexts as there are threads that call it at once."""
+
+    def __init__(
+        self, engine: bytes, *, signature: Signature, precision: str, options: SessionOptions, title: str
+    ) -> None:
+        """Raises CorruptError where TensorRT cannot load the engine, or it is not what the signature says."""
+        self.signature = signature
+        self._title = title
+        self._log = Log()
+        # Held for as long as the engine is.
+        self._runtime = trt.Runtime(self._log)
+        self._engine = self._runtime.deserialize_cuda_engine(engine)
+        if self._engine is None:
+            raise CorruptError(
+                f"{title}: TensorRT {trt.__version__} cannot load it: {self._log.reason}",
+                hint="export it again on this machine",
+            )
+        _check_names(self._engine, signature, title=title)
+        self._lock = threading.Lock()
+        self._idle: list[_Caller] = []
+        self._graph = options.cuda_graph
+        self.placement = Placement(
+            runtime="tensorrt", device="cuda:0", provider=graph_provider("TensorRT", options), precision=precision,
+            threads=1,
+        )  # fmt: skip
+
+    def run(self, feed: Feed) -> Feed:
+        with self._lock:
+            caller = self._idle.pop() if self._idle else None
+        caller = caller or self._caller()
+        caller.copy_in(feed)
+        caller.enqueue()
+        outputs = caller.copy_out()
+        # After an error it is dropped: what its stream holds then is anyone's guess.
+        with self._lock:
+            self._idle.append(caller)
+        return outputs
+
+    def bind(self, feed: Feed) -> TensorrtBound:
+        return TensorrtBound(self._caller(), feed, graph=self._graph)
 
     def close(self) -> None:
-        """Keep what the last runs built, then drop the private folder."""
-        try:
-            self.keep()
-        finally:
-            self._temporary.cleanup()
+        with self._lock:
+            for caller in self._idle:
+                caller.close()
+            self._idle.clear()
+        del self._engine, self._runtime
+
+    def _caller(self) -> _Caller:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise MachineError(
+                f"{self._title}: TensorRT cannot make an execution context: {self._log.reason}",
+                hint="memory of the GPU is the usual reason: fewer callers at once",
+            )
+        return _Caller(context, self.signature, log=self._log, title=self._title)
 
 
-def open_engines(artifact: Artifact, options: SessionOptions, *, onnxruntime: str) -> Engines:
-    """For the GPU that this process would take. onnxruntime: its version."""
-    gpu = next(iter(describe_environment().gpus), "unknown GPU")
-    return Engines(artifact, options, key=engine_key(gpu, version(), onnxruntime))
+class TensorrtBound:
+    """One execution context over buffers that stay where they are, or a CUDA graph of it."""
+
+    def __init__(self, caller: _Caller, feed: Feed, *, graph: bool) -> None:
+        self._caller = caller
+        self._like = {spec.name: feed[spec.name] for spec in caller.signature.inputs}
+        caller.copy_in(feed)
+        for _ in range(_WARMUP_RUNS):
+            caller.enqueue()
+        caller.stream.synchronize()
+        self._graph = Graph(caller.stream, caller.enqueue) if graph else None
+        self.run()
+        self.synchronize()
+
+    @property
+    def stream(self) -> int | None:
+        return self._caller.stream.handle
+
+    @property
+    def enqueues(self) -> bool:
+        return True
+
+    def copy_in(self, feed: Feed) -> None:
+        check_bound(self._like, feed)
+        self._caller.copy_in(feed)
+        self.synchronize()
+
+    def run(self) -> None:
+        if self._graph is not None:
+            self._graph.launch()
+        else:
+            self._caller.enqueue()
+
+    def synchronize(self) -> None:
+        self._caller.stream.synchronize()
+
+    def copy_out(self) -> Feed:
+        return self._caller.copy_out()
 
 
-def provider_options(signature: Signature, precision: str, *, folder: Path | None) -> dict[str, str]:
-    """As ONNX Runtime's documentation has them. folder: for engines; None keeps none.
+class _Caller:
+    """An execution context with a stream and a buffer for every tensor of its own: one call at a time."""
 
-    The shapes that an engine is for are given, all that the signature allows: else it would be built anew, in the
-    middle of a request, whenever a batch is larger than those before it. Raises MachineError for fp8, of which the
-    provider has no option.
+    def __init__(self, context: trt.IExecutionContext, signature: Signature, *, log: Log, title: str) -> None:
+        self.signature, self.stream = signature, Stream()
+        self._context, self._log, self._title = context, log, title
+        self._buffers: dict[str, DeviceBuffer] = {}
+        self._outputs: dict[str, tuple[int, ...]] = {}
+
+    def copy_in(self, feed: Feed) -> None:
+        """Put a feed on the device, and have room for what it will give."""
+        for spec in self.signature.inputs:
+            array = np.ascontiguousarray(feed[spec.name])
+            if not self._context.set_input_shape(spec.name, array.shape):
+                raise MachineError(
+                    f"{self._title}: TensorRT does not take {spec.name}{list(array.shape)}: {self._log.reason}"
+                )
+            self._buffer(spec.name, array.nbytes).write(array, self.stream)
+        for spec in self.signature.outputs:
+            shape = tuple(self._context.get_tensor_shape(spec.name))
+            if any(dim < 0 for dim in shape):
+                raise MachineError(
+                    f"{self._title}: the size of {spec.name}{list(shape)} depends on the data",
+                    hint="engines give outputs of known sizes here; take the onnx artifact",
+                )
+            self._outputs[spec.name] = shape
+            self._buffer(spec.name, int(np.prod(shape)) * np.dtype(spec.dtype).itemsize)
+
+    def enqueue(self) -> None:
+        """Put one inference on the stream."""
+        if not self._context.execute_async_v3(self.stream.handle):
+            raise MachineError(f"{self._title}: TensorRT did not run it: {self._log.reason}")
+
+    def copy_out(self) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        for spec in self.signature.outputs:
+            found[spec.name] = np.empty(self._outputs[spec.name], spec.dtype)
+            self._buffers[spec.name].read_into(found[spec.name], self.stream)
+        self.stream.synchronize()
+        return found
+
+    def close(self) -> None:
+        for buffer in self._buffers.values():
+            buffer.close()
+        self.stream.close()
+        del self._context
+
+    def _buffer(self, name: str, size: int) -> DeviceBuffer:
+        """The tensor's own, at the same address for as long as it is large enough."""
+        found = self._buffers.get(name)
+        if found is not None and found.size >= size:
+            return found
+        if found is not None:
+            self.stream.synchronize()
+            found.close()
+        made = self._buffers[name] = DeviceBuffer(size)
+        self._context.set_tensor_address(name, made.address)
+        return made
+
+
+def open_session(artifact: Artifact, options: SessionOptions) -> TensorrtSession:
+    """Raises UsageError where the engine was not made here and is not trusted, MachineError where it is for another GPU
+    or TensorRT than those of this machine, or the CPU is asked for.
     """
-    if precision == "fp8":
+    if options.device == "cpu":
         raise MachineError(
-            "ONNX Runtime's TensorRT provider cannot be told to compute in fp8",
-            hint="--device cuda computes it in fp32",
+            f"{artifact.title}: an engine runs on a GPU alone", hint="--device cuda, or the onnx artifact on the CPU"
         )
-    options: dict[str, str] = {}
-    if folder is not None:
-        options = {
-            "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder),
-            "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(folder),
-        }  # fmt: skip
-    if precision == "fp16":
-        options["trt_fp16_enable"] = "1"
-    elif precision in ("int8", "int8wo"):
-        # The scales are in the graph: no calibration table is read.
-        options["trt_int8_enable"] = "1"
-    return options | _profile(signature)
+    check_gpu(title=artifact.title)
+    with trusted_model(artifact, options) as path:
+        _check_machine(artifact)
+        return TensorrtSession(
+            path.read_bytes(), signature=artifact.signature, precision=artifact.variant.precision, options=options,
+            title=artifact.title,
+        )  # fmt: skip
 
 
-def _profile(signature: Signature) -> dict[str, str]:
-    free = [spec for spec in signature.inputs if any(isinstance(dim, str) for dim in spec.shape)]
-    if not free:
-        return {}
-
-    def sizes(which: str) -> str:
-        parts = []
-        for spec in free:
-            numbers = [dim if isinstance(dim, int) else _size(signature, dim, which) for dim in spec.shape]
-            parts.append(f"{spec.name}:{'x'.join(map(str, numbers))}")
-        return ",".join(parts)
-
-    return {f"trt_profile_{which}_shapes": sizes(which) for which in ("min", "opt", "max")}
+def check_gpu(*, title: str) -> str:
+    """The name of the GPU here. Raises MachineError where there is none."""
+    gpu = next(iter(describe_environment().gpus), None)
+    if gpu is None:
+        raise MachineError(
+            f"{title}: TensorRT's engines are built and run on an NVIDIA GPU, and there is none here",
+            hint="dlops doctor shows what works; onnx artifacts run on the CPU",
+        )
+    return gpu.split(",")[0].strip()
 
 
-def _size(signature: Signature, dim: str, which: str) -> int:
-    limits = signature.dims[dim]
-    if which != "opt":
-        return limits.min if which == "min" else limits.max
-    return min(limits.max, max(limits.min, _USUAL_BATCH)) if dim == "batch" else limits.max
+def _check_machine(artifact: Artifact) -> None:
+    notes: Mapping[str, object] = artifact.provenance.notes
+    here = {"tensorrt": str(trt.__version__), "gpu": check_gpu(title=artifact.title)}
+    for what, found in here.items():
+        if notes.get(what) != found:
+            raise MachineError(
+                f"{artifact.title}: the engine was built for {what} {notes.get(what, 'unknown')}, and here is {found}",
+                hint="export it again on this machine; onnx artifacts run on any",
+            )
+
+
+def _check_names(engine: trt.ICudaEngine, signature: Signature, *, title: str) -> None:
+    found = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
+    for wanted, mode in ((signature.inputs, trt.TensorIOMode.INPUT), (signature.outputs, trt.TensorIOMode.OUTPUT)):
+        names = [name for name in found if engine.get_tensor_mode(name) == mode]
+        if sorted(names) != sorted(spec.name for spec in wanted):
+            raise CorruptError(
+                f"{title}: the signature has {', '.join(spec.name for spec in wanted)}, the engine {', '.join(names)}"
+            )
+        for spec in wanted:
+            dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(spec.name)))
+            if dtype != np.dtype(spec.dtype):
+                raise CorruptError(f"{title}: {spec.name} is {spec.dtype} by the signature, {dtype} in the engine")

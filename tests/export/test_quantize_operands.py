@@ -14,10 +14,10 @@ from dlops.checkpoint import Checkpoint
 from dlops.errors import GateError, MachineError, UsageError
 from dlops.export.pipeline import export_variants, rank_variant
 from dlops.export.precision import check_precision, stored_weights
-from dlops.export.quantize_fp8 import LARGEST, CalibratedFp8, to_fp8
+from dlops.export.quantize_operands import LARGEST, CalibratedOperands, to_fp8
 from dlops.export.quantize_static import calibrate
 from dlops.runtimes import SessionOptions, open_session
-from dlops.runtimes.tensorrt import provider_options
+from dlops.runtimes.tensorrt_provider import provider_options
 
 from .conftest import SmallNet
 
@@ -43,7 +43,7 @@ def test_every_matrix_is_stored_in_fp8_and_every_product_reads_rounded_operands(
         (axis,) = (attribute.i for attribute in weight.attribute if attribute.name == "axis")
         assert scale.shape == (values.shape[axis],)
         others = tuple(i for i in range(values.ndim) if i != axis)
-        assert np.abs(values.astype(np.float32)).max(axis=others).tolist() == [LARGEST] * len(scale)
+        assert np.abs(values.astype(np.float32)).max(axis=others).tolist() == [LARGEST["fp8"]] * len(scale)
     # A zero point of fp8 is what ONNX Runtime takes for one of uint8.
     assert all(len(node.input) == 2 for node in model.graph.node if node.op_type.endswith("QuantizeLinear"))
 
@@ -100,14 +100,14 @@ def _two_readers() -> onnx.ModelProto:
 
 
 def _fp8(values: np.ndarray) -> np.ndarray:
-    scale = np.abs(values).max() / LARGEST
+    scale = np.abs(values).max() / LARGEST["fp8"]
     return (values / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
 
 
 def test_what_several_nodes_read_is_rounded_once_for_each_axis_and_equals_numpys() -> None:
     model = _two_readers()
     x = np.random.default_rng(1).standard_normal((16, 8)).astype(np.float32)
-    calibrated = CalibratedFp8.of(calibrate(model, {"x": x}, method="minmax", title="it"))
+    calibrated = CalibratedOperands.of(calibrate(model, {"x": x}, method="minmax", title="it"), "fp8", stored=True)
     quantized = calibrated.quantize()
     assert sum(node.op_type == "QuantizeLinear" for node in quantized.graph.node) == 3
     onnx.checker.check_model(quantized, full_check=True)
@@ -117,9 +117,9 @@ def test_what_several_nodes_read_is_rounded_once_for_each_axis_and_equals_numpys
     a = _fp8(x) @ (by_column.astype(np.float32) * columns)
     b = _fp8(x) @ (by_row.astype(np.float32) * rows[:, None]).T
     # Ranges are those of the fp32 graph.
-    scales = [np.abs(x @ weight).max() / LARGEST, np.abs(x @ weight.T).max() / LARGEST]
+    scales = [np.abs(x @ weight).max() / LARGEST["fp8"], np.abs(x @ weight.T).max() / LARGEST["fp8"]]
     a, b = (
-        np.clip(one / scale, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+        np.clip(one / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
         for one, scale in zip((a, b), scales, strict=True)
     )
     settings = ort.SessionOptions()
@@ -137,7 +137,7 @@ def test_layers_can_be_ranked_and_left_out(checkpoint: Checkpoint) -> None:
     assert sum(error.share for error in ranking.layers) == pytest.approx(1)
     model = _two_readers()
     x = np.random.default_rng(1).standard_normal((16, 8)).astype(np.float32)
-    calibrated = CalibratedFp8.of(calibrate(model, {"x": x}, method="minmax", title="it"))
+    calibrated = CalibratedOperands.of(calibrate(model, {"x": x}, method="minmax", title="it"), "fp8", stored=True)
     some = calibrated.quantize(excluded=("third",))
     assert sum(node.op_type == "QuantizeLinear" for node in some.graph.node) == 1
     assert not [
@@ -159,7 +159,7 @@ def test_fp8_is_told_from_the_others(other: str, exported_dense: dict[str, Artif
 def test_what_has_another_form_in_its_opset_is_refused() -> None:
     model = _two_readers()
     x = np.random.default_rng(1).standard_normal((16, 8)).astype(np.float32)
-    calibrated = CalibratedFp8.of(calibrate(model, {"x": x}, method="minmax", title="it"))
+    calibrated = CalibratedOperands.of(calibrate(model, {"x": x}, method="minmax", title="it"), "fp8", stored=True)
     calibrated.model.graph.node.append(helper.make_node("GroupNormalization", ["y", "s", "b"], ["z"], num_groups=2))
     with pytest.raises(GateError, match="it: GroupNormalization has another form in opset 21"):
         calibrated.quantize()

@@ -17,9 +17,9 @@ import pytest
 from dlops.artifact import Artifact, open_artifact
 from dlops.bench.inprocess import misplaced
 from dlops.errors import MachineError
-from dlops.runtimes import SessionOptions, eager, onnxruntime, open_session, tensorrt
+from dlops.runtimes import SessionOptions, eager, onnxruntime, open_session, tensorrt_provider
 from dlops.runtimes.session import Placement
-from dlops.runtimes.tensorrt import PROVIDER, Engines, engine_key, provider_options
+from dlops.runtimes.tensorrt_provider import PROVIDER, Engines, engine_key, provider_options
 from dlops.signature import DimRange, Signature, TensorSpec
 from dlops.trust import note_made_here, was_made_here
 
@@ -79,8 +79,8 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Provider:
     monkeypatch.setattr(ort, "InferenceSession", stand_in)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [PROVIDER, "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "cuda_works", lambda: True)
-    monkeypatch.setattr(tensorrt, "load_libraries", lambda: None)
-    monkeypatch.setattr(tensorrt, "version", lambda: "10.13.0")
+    monkeypatch.setattr(tensorrt_provider, "load_libraries", lambda: None)
+    monkeypatch.setattr(tensorrt_provider, "version", lambda: "10.13.0")
     return stand_in
 
 
@@ -160,7 +160,7 @@ def test_without_a_gpu_or_its_libraries_it_is_an_error(artifact: Artifact, monke
         open_session(artifact, OPTIONS)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [PROVIDER])
     monkeypatch.setattr(onnxruntime, "cuda_works", lambda: True)
-    monkeypatch.setattr(tensorrt, "_LIBRARIES", ("libdlops-has-no-such.so.10",))
+    monkeypatch.setattr(tensorrt_provider, "_LIBRARIES", ("libdlops-has-no-such.so.10",))
     with pytest.raises(MachineError, match=r"libdlops-has-no-such.so.10 does not load") as refused:
         open_session(artifact, OPTIONS)
     assert "pip install tensorrt" in str(refused.value.hint)

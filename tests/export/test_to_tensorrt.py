@@ -1,0 +1,199 @@
+"""TensorRT engines without a GPU: what they are built from is computed on the CPU, the rest are stand-ins.
+
+tests/gpu/test_tensorrt.py builds and runs real ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from dlops.artifact import Artifact, open_artifact
+from dlops.checkpoint import Checkpoint
+from dlops.errors import CorruptError, GateError, MachineError, UsageError
+from dlops.export.pipeline import export_variants, rank_variant
+from dlops.model_file import format_of
+from dlops.parity import self_test
+from dlops.runtimes import SessionOptions, open_session
+from tests.tensorrt_stand_in import Cuda, install
+
+from .conftest import SmallNet
+
+VARIANTS = ("tensorrt-fp32", "tensorrt-fp16", "tensorrt-int8", "tensorrt-fp8")
+Stand = tuple[Any, Cuda]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Stand:
+    return install(monkeypatch)
+
+
+@pytest.fixture
+def made(stand_in: Stand, checkpoint: Checkpoint, tmp_path: Path) -> dict[str, Artifact]:
+    found = export_variants(checkpoint, variants=VARIANTS, out=tmp_path, model=SmallNet, max_drop=5.0, device="auto")
+    return {artifact.slug: open_artifact(artifact.directory) for artifact in found}
+
+
+def test_every_precision_is_built_from_a_graph_of_its_types_and_passes_the_gates(
+    made: dict[str, Artifact], stand_in: Stand
+) -> None:
+    assert tuple(made) == VARIANTS
+    for slug, artifact in made.items():
+        notes = artifact.provenance.notes
+        assert (notes["tensorrt"], notes["gpu"], notes["compute_capability"]) == (
+            "10.13.3", "NVIDIA H100 80GB HBM3", "9.0",
+        )  # fmt: skip
+        assert format_of(artifact.path("model")) == "tensorrt"
+        graph = onnx.load_from_string(artifact.path("model").read_bytes().removeprefix(b"ftrt"))
+        kinds = {onnx.TensorProto.DataType.Name(one.data_type) for one in graph.graph.initializer if len(one.dims) > 1}
+        assert kinds == {"FLOAT" if slug == "tensorrt-fp32" else "FLOAT16"}, slug
+        rounded = [node for node in graph.graph.node if node.op_type == "QuantizeLinear"]
+        # Four products, of an activation and a weight each.
+        assert len(rounded) == (8 if slug in ("tensorrt-int8", "tensorrt-fp8") else 0)
+        to = {attribute.i for node in rounded for attribute in node.attribute if attribute.name == "output_dtype"}
+        number = {"tensorrt-int8": {onnx.TensorProto.INT8}, "tensorrt-fp8": {onnx.TensorProto.FLOAT8E4M3FN}}
+        assert to == number.get(slug, set())
+        with pytest.raises(UsageError, match="a TensorRT engine that does not say what it is"):
+            importlib.import_module("dlops.embedded").read_embedded(artifact.path("model"))
+    (profile,) = stand_in[0].Builder.last[1].profiles
+    assert profile.shapes == {"input": ((1, 1, 8, 8), (8, 1, 8, 8), (32, 1, 8, 8))}
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_session_runs_binds_and_replays(made: dict[str, Artifact], stand_in: Stand, cuda_graph: bool) -> None:
+    artifact, cuda = made["tensorrt-fp16"], stand_in[1]
+    session = open_session(artifact, SessionOptions(device="cuda", cuda_graph=cuda_graph))
+    assert (session.placement.runtime, session.placement.device, session.placement.precision) == (
+        "tensorrt", "cuda:0", "fp16",
+    )  # fmt: skip
+    self_test(artifact, session)
+    draw = np.random.default_rng(0)
+    small, large, other = (draw.standard_normal((n, 1, 8, 8)).astype(np.float32) for n in (2, 9, 2))
+    expected = {len(one): session.run({"input": one})["logits"] for one in (small, large)}
+    assert expected[9].shape == (9, 10)
+    bound = session.bind({"input": small})
+    np.testing.assert_array_equal(bound.copy_out()["logits"], expected[2])
+    before = cuda.launches
+    bound.copy_in({"input": other})
+    bound.run()
+    bound.synchronize()
+    np.testing.assert_array_equal(bound.copy_out()["logits"], session.run({"input": other})["logits"])
+    assert cuda.launches - before == cuda_graph
+    with pytest.raises(ValueError, match="bind each shape on its own"):
+        bound.copy_in({"input": large})
+    session.close()
+
+
+def test_threads_at_once_have_a_context_each_and_the_right_answers(made: dict[str, Artifact], stand_in: Stand) -> None:
+    session = open_session(made["tensorrt-fp32"], SessionOptions())
+    feeds = [np.full((1 + n, 1, 8, 8), n, np.float32) for n in range(4)]
+    expected = [session.run({"input": feed})["logits"] for feed in feeds]
+    wrong: list[int] = []
+
+    def call(n: int) -> None:
+        for _ in range(20):
+            if not np.array_equal(session.run({"input": feeds[n]})["logits"], expected[n]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert 1 <= stand_in[0].engines[-1].contexts <= 4
+    buffers = len(stand_in[1].buffers)
+    session.close()
+    assert len(stand_in[1].buffers) < buffers
+
+
+def test_an_engine_of_another_machine_is_refused(made: dict[str, Artifact], stand_in: Stand, monkeypatch) -> None:
+    artifact = made["tensorrt-fp32"]
+    with pytest.raises(MachineError, match="an engine runs on a GPU alone"):
+        open_session(artifact, SessionOptions(device="cpu"))
+    monkeypatch.setattr(stand_in[0], "__version__", "11.4.0")
+    with pytest.raises(MachineError, match=r"built for tensorrt 10\.13\.3, and here is 11\.4\.0"):
+        open_session(artifact)
+    monkeypatch.setattr(stand_in[0], "__version__", "10.13.3")
+    monkeypatch.setenv("XDG_STATE_HOME", str(artifact.directory / "elsewhere"))
+    with pytest.raises(UsageError, match="not made by you on this machine"):
+        open_session(artifact)
+    open_session(artifact, SessionOptions(trust=True)).close()
+    damaged = artifact.path("model")
+    damaged.write_bytes(b"xxxx" + damaged.read_bytes()[4:])
+    with pytest.raises(CorruptError, match="it is not the file that its manifest names"):
+        open_session(artifact, SessionOptions(trust=True))
+
+
+def test_what_cannot_be_built_says_why(stand_in: Stand, checkpoint: Checkpoint, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(UsageError, match="built and checked on a GPU"):
+        export_variants(checkpoint, variants=["tensorrt-fp16"], out=tmp_path, model=SmallNet, device="cpu")
+
+    def export(variant: str) -> None:
+        export_variants(checkpoint, variants=[variant], out=tmp_path, model=SmallNet, device="auto")
+
+    stand_in[1].capability = (8, 6)
+    with pytest.raises(MachineError, match=r"fp8 takes compute capability 8\.9 or later, and NVIDIA H100.* has 8\.6"):
+        export("tensorrt-fp8")
+    monkeypatch.setattr(stand_in[0].OnnxParser, "refuses", ("MaxPool",))
+    with pytest.raises(UsageError, match=r"TensorRT 10\.13\.3 cannot take it: MaxPool: no importer registered"):
+        export("tensorrt-fp16")
+    monkeypatch.setattr(stand_in[0].OnnxParser, "refuses", ())
+    monkeypatch.setattr(stand_in[0].Builder, "fails", "no memory\nfor tactics")
+    with pytest.raises(MachineError, match="builds no engine of it: no memory for tactics"):
+        export("tensorrt-fp16")
+    assert not list(tmp_path.rglob("*.engine"))
+    here = importlib.import_module("dlops.environment").describe_environment().model_copy(update={"gpus": ()})
+    monkeypatch.setattr("dlops.runtimes.tensorrt.describe_environment", lambda: here)
+    with pytest.raises(MachineError, match="built and run on an NVIDIA GPU, and there is none here"):
+        export("tensorrt-fp16")
+
+
+def test_ctrl_c_ends_the_build_between_two_steps(stand_in: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("dlops.export.to_tensorrt")
+    steps: list[bool] = []
+
+    class Bar:
+        def advance(self, steps: int = 1, *, note: str | None = None) -> None: ...
+
+    progress = module.Progress(Bar())
+    reached = threading.Event()
+
+    def build() -> None:
+        progress.phase_start("Building", None, 1000)
+        for step in range(1000):
+            steps.append(progress.step_complete("Building", step))
+            reached.set()
+            if not steps[-1]:
+                return
+            threading.Event().wait(0.005)
+
+    join = threading.Thread.join
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        if not progress.stop:
+            reached.wait()
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module._in_a_thread(build, progress)
+    assert steps[-1] is False
+    assert len(steps) < 1000
+
+
+def test_layers_are_ranked_as_tensorrt_would_round_them_and_what_is_not_rounded_is_refused(
+    stand_in: Stand, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranking = rank_variant(checkpoint, variant="tensorrt-int8", model=SmallNet)
+    assert len(ranking.layers) == 4
+    monkeypatch.setattr("dlops.export.quantize_operands._PRODUCTS", frozenset({"Gemm"}))
+    with pytest.raises(GateError, match=r"int8 was asked for, and 1% of the weights are read in it"):
+        export_variants(checkpoint, variants=["tensorrt-int8"], out=tmp_path, model=SmallNet, device="auto")
