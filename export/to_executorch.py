@@ -26,8 +26,11 @@ from dlops.runtimes.eager import ordered_outputs
 from dlops.runtimes.executorch import DELEGATE, NODES, PORTABLE, check_ports, load_method, load_program
 from dlops.signature import DimRange, Signature
 
+_registering = logging.getLogger("torch.utils._pytree")
+_level = _registering.level
 with warnings.catch_warnings():
-    # importlib.resources is read the old way there, and torch registers enums that it need not.
+    # importlib.resources is read the old way there, and torch registers enums that it need not, which it logs too.
+    _registering.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -38,6 +41,7 @@ with warnings.catch_warnings():
     from executorch.exir import to_edge_transform_and_lower
     from torchao.quantization.pt2e import MinMaxObserver
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    _registering.setLevel(_level)
 
 _CALIBRATION_BATCH = 32
 _STORED: dict[Precision, frozenset[torch.dtype]] = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import AwareDatetime
 
+from dlops import catalog
 from dlops.artifact import Artifact, Variant
 from dlops.bench.results import merge, save_report
 from dlops.bench.run import Measured, measure
@@ -38,6 +39,8 @@ JOURNAL, RESULT, PAGE, FINALS = "trials.jsonl", "optimize.json", "report.html", 
 TRIAL_S, FINAL_S = 8.0, 20.0
 # The best of many noisy measurements is a flattered one: so many are measured once more, side by side.
 FINALISTS = 3
+# Between processes of one artifact the median differs by a per cent or two, which one process of each cannot tell.
+FINAL_PROCESSES = 6
 _INTERRUPTED = 130
 
 
@@ -101,10 +104,15 @@ def optimize(
         cores=environment.cores, gpus=environment.gpus if device != "cpu" else (), dlops_version=__version__,
     )  # fmt: skip
     directory = Path(report or Path("reports", f"optimize-{checkpoint.name}"))
-    slugs = _slugs(checkpoint, variants, max_drop)
     on_gpu = device in ("cuda", "tensorrt") or (device == "auto" and bool(environment.gpus))
+    slugs = _slugs(checkpoint, variants, max_drop, on_gpu=on_gpu)
     counts = _threads(threads, on_gpu=on_gpu)
-    settings = [Setting(variant=slug, threads=count) for slug in slugs for count in counts]
+    settings = [
+        Setting(variant=slug, threads=count, cuda_graph=graph)
+        for slug in slugs
+        for count in counts
+        for graph in ((False, True) if on_gpu else (False,))
+    ]
     search = Search(directory / JOURNAL, question, settings, seed=seed)
     say(f"{len(slugs)} variants, {len(settings)} settings to choose from; {search.resumed} were tried before")
     runs = _Runs(
@@ -168,11 +176,15 @@ class _Runs:
         self.question, self.exports, self._command = question, exports, command
         self._baseline: Artifact | None = None
 
-    def measure(self, artifacts: Sequence[Artifact], threads: int | None, *, longest_s: float) -> Measured:
+    def measure(
+        self, artifacts: Sequence[Artifact], setting: Setting, *, longest_s: float, processes: int = 1
+    ) -> Measured:
+        """All of them run as the setting says."""
         device = cast("Device", self.question.device)
         return measure(
-            artifacts, batch=[self.question.batch], threads=None if threads is None else [threads], device=device,
-            max_duration_s=longest_s, command=self._command,
+            artifacts, batch=[self.question.batch], threads=None if setting.threads is None else [setting.threads],
+            device=device, cuda_graph=setting.cuda_graph, processes=processes, max_duration_s=longest_s,
+            command=self._command,
         )  # fmt: skip
 
     def try_out(self, setting: Setting) -> Trial:
@@ -184,7 +196,7 @@ class _Runs:
             self._baseline = made
         paired = [made] if made.slug == self._baseline.slug else [self._baseline, made]
         try:
-            measured = self.measure(paired, setting.threads, longest_s=TRIAL_S)
+            measured = self.measure(paired, setting, longest_s=TRIAL_S)
         except MachineError as error:
             # One that this machine cannot run says nothing against the others.
             return Trial(setting=setting, reason=f"it could not be measured: {error.message}")
@@ -241,17 +253,17 @@ def _rule_out(search: Search, runs: _Runs, refused: Trial) -> None:
 
 
 def _finals(search: Search, runs: _Runs, directory: Path) -> list[Trial]:
-    """The fastest measured once more, those with as many threads side by side; their report is kept."""
+    """The fastest measured once more, those that run alike side by side, over processes; their report is kept."""
     best = sorted((trial for trial in search.trials if trial.tail), key=_speed)[:FINALISTS]
     if not best:
         return []
     say(f"\nmeasuring again, side by side: {'; '.join(trial.setting.text for trial in best)}")
     found: list[Trial] = []
     measured: list[Measured] = []
-    for threads in dict.fromkeys(trial.setting.threads for trial in best):
-        together = [trial.setting for trial in best if trial.setting.threads == threads]
+    for run_as in dict.fromkeys((trial.setting.threads, trial.setting.cuda_graph) for trial in best):
+        together = [one.setting for one in best if (one.setting.threads, one.setting.cuda_graph) == run_as]
         artifacts = [made for one in together if isinstance(made := runs.exports.get(one.variant), Artifact)]
-        part = runs.measure(artifacts, threads, longest_s=FINAL_S)
+        part = runs.measure(artifacts, together[0], longest_s=FINAL_S, processes=FINAL_PROCESSES)
         measured.append(part)
         for setting in together:
             artifact = next(one for one in artifacts if one.slug == setting.variant)
@@ -297,15 +309,19 @@ def _write(result: Result, directory: Path) -> None:
     write_json(directory / PAGE, render_page(result))
 
 
-def _slugs(checkpoint: Checkpoint, asked: Sequence[str] | None, max_drop: float) -> list[str]:
+def _slugs(checkpoint: Checkpoint, asked: Sequence[str] | None, max_drop: float, *, on_gpu: bool) -> list[str]:
+    """What to choose from: what was asked for, else all that can be made, and run to advantage, here."""
     if asked is not None:
         return [one.slug for one in plan_variants(asked, checkpoint, max_drop=max_drop, strict=False)]
     offered = [
         "-".join([form, precision, *([] if sparsity == "dense" else [sparsity])])
         for sparsity in SPARSITIES
-        for form in sorted(AVAILABLE, key=lambda form: form != "onnx")
+        for form in sorted(_formats(on_gpu=on_gpu), key=lambda form: form != "onnx")
         for precision in AVAILABLE[form]
+        if on_gpu or precision != "fp8"
     ]
+    if not on_gpu:
+        say("left out: onnx-fp8, which a CPU computes in fp32")
     kept = []
     for slug in offered:
         try:
@@ -317,6 +333,22 @@ def _slugs(checkpoint: Checkpoint, asked: Sequence[str] | None, max_drop: float)
     if not kept:
         raise UsageError(f"{checkpoint.name}: no variant of it can be made, so there is nothing to search")
     return kept
+
+
+def _formats(*, on_gpu: bool) -> list[str]:
+    """Those whose packages are installed, and whose device is there."""
+    found = []
+    for form in AVAILABLE:
+        try:
+            if form == "tensorrt" and not on_gpu:
+                raise MachineError("tensorrt: it takes an NVIDIA GPU, and none is used here")
+            catalog.resolve(catalog.FORMATS, "format", form)
+            catalog.resolve(catalog.RUNTIMES, "runtime", form)
+        except MachineError as error:
+            say(f"left out: {error.message}")
+        else:
+            found.append(form)
+    return found
 
 
 def _threads(asked: Sequence[int] | None, *, on_gpu: bool) -> list[int | None]:

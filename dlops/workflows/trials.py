@@ -42,16 +42,18 @@ class Question(Record):
 
 
 class Setting(Record):
-    """One point of the search: a variant, and how it is run. threads: null on a GPU."""
+    """One point of the search: a variant, and how it is run. threads: null on a GPU. cuda_graph: calls replay one."""
 
     variant: str
     threads: int | None
+    cuda_graph: bool = False
 
     @property
     def text(self) -> str:
-        if self.threads is None:
-            return self.variant
-        return f"{self.variant}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        parts = [self.variant]
+        if self.threads is not None:
+            parts.append(f"{self.threads} thread{'s' if self.threads > 1 else ''}")
+        return ", ".join([*parts, "CUDA graph"] if self.cuda_graph else parts)
 
 
 class Trial(Record):
@@ -102,6 +104,8 @@ class Search:
             ) from None
         self.resumed = len(self.trials)
         self._settings = list(settings)
+        # A parameter of the study only where there is a choice.
+        self._graphs = any(setting.cuda_graph for setting in settings)
         self._random = random.Random(seed)  # noqa: S311 - which of the rest comes next, not a secret
         self._first = _one_of_each(self._settings)
         self._open: Proposal | None = None
@@ -157,7 +161,8 @@ class Search:
         if fixed is None:
             trial = self._study.ask()
             return trial
-        self._study.enqueue_trial({"variant": fixed.variant, "threads": fixed.threads})
+        graph = {"cuda_graph": fixed.cuda_graph} if self._graphs else {}
+        self._study.enqueue_trial({"variant": fixed.variant, "threads": fixed.threads, **graph})
         while self._setting(trial := self._study.ask()) != fixed:
             # One that an interrupted search had put in the queue.
             self._study.tell(trial, state=_optuna().trial.TrialState.FAIL)
@@ -169,6 +174,7 @@ class Search:
         return Setting(
             variant=str(trial.suggest_categorical("variant", variants)),
             threads=trial.suggest_categorical("threads", threads),
+            cuda_graph=bool(self._graphs and trial.suggest_categorical("cuda_graph", [False, True])),
         )
 
 

@@ -57,6 +57,35 @@ def test_every_setting_is_asked_for_once_the_dense_ones_first(tmp_path: Path) ->
     assert search.untried == []
 
 
+def test_a_cuda_graph_is_a_setting_of_its_own(tmp_path: Path) -> None:
+    settings = [
+        Setting(variant=slug, threads=None, cuda_graph=graph)
+        for slug in ("onnx-fp32", "onnx-fp16")
+        for graph in (False, True)
+    ]
+    search = Search(tmp_path / JOURNAL, QUESTION, settings, seed=0)
+    first = search.ask()
+    assert first is not None
+    search.tell(trial(first))
+    again = Search(tmp_path / JOURNAL, QUESTION, settings, seed=0)
+    assert again.trials == [trial(first)]
+    rest = []
+    while (setting := again.ask()) is not None:
+        rest.append(setting)
+        again.tell(trial(setting))
+    assert sorted([first, *rest], key=str) == sorted(settings, key=str)
+    assert settings[1].text == "onnx-fp32, CUDA graph"
+
+
+def test_what_would_be_of_no_use_here_is_left_out_with_the_reason(checkpoint: Checkpoint, capsys) -> None:
+    here = module._slugs(checkpoint, None, 1.0, on_gpu=False)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out: tensorrt: it takes an NVIDIA GPU, and none is used here" in said
+    assert "left out: onnx-fp8, which a CPU computes in fp32" in said
+    assert {"onnx-fp32", "openvino-fp32"} < set(here)
+    assert not [slug for slug in here if "tensorrt" in slug or "fp8" in slug]
+
+
 def test_a_search_goes_on_where_it_was_stopped_and_another_question_begins_anew(tmp_path: Path) -> None:
     search = Search(tmp_path / JOURNAL, QUESTION, SETTINGS, seed=0)
     first = search.ask()
