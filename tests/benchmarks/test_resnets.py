@@ -30,7 +30,7 @@ THREADS, BATCHES = 2, (1, 32)
 MAX_DROP, MAX_DROP_PRUNED = 1.0, 1.5
 WHOLE = (
     "torchscript-fp32", "torchexport-fp32", "aotinductor-fp32", "onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int8dyn",
-    "onnx-int8wo", "openvino-fp32", "openvino-fp16", "openvino-int8", "executorch-fp32", "executorch-int8",
+    "onnx-int8wo", "onnx-fp8", "openvino-fp32", "openvino-fp16", "openvino-int8", "executorch-fp32", "executorch-int8",
 )  # fmt: skip
 # Without instructions for it, bfloat16 takes ten times as long as fp32.
 BFLOAT16 = ("torchscript-bf16", "torchexport-bf16", "openvino-bf16")
