@@ -7,7 +7,7 @@ import numpy as np
 from dlops.artifact import Artifact
 from dlops.errors import InputError, UsageError
 from dlops.preprocess import Raw
-from dlops.signature import Array, Feed, Signature, TensorSpec
+from dlops.signature import Array, Feed, Signature, TensorSpec, is_floating
 
 # Enough different inputs that a branch predictor or a cache of answers gains nothing, few enough to stay in memory.
 _MAX_FEEDS = 8
@@ -82,7 +82,7 @@ def _random(spec: TensorSpec, signature: Signature, batch: int, draw: np.random.
         dim if isinstance(dim, int) else batch if dim == "batch" else signature.dims[dim].min for dim in spec.shape
     ]
     dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
+    if is_floating(dtype):
         return draw.standard_normal(shape).astype(dtype)
     # 0 and 1 are valid wherever integers are: as indices, masks, pixels and tokens.
     return draw.integers(0, 2, shape).astype(dtype)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dlops.artifact import Artifact, Parity, Tolerance
 from dlops.errors import CorruptError, GateError, LossError
 from dlops.runtimes.session import Placement, Session
-from dlops.signature import Array, Feed, Signature
+from dlops.signature import Array, Feed, Signature, is_floating
 from dlops.tasks import SAME_BOX_IOU, Task, open_task
 
 # What half precision may lose, 10 bits of mantissa: 5e-4 a rounding. 3e-4 to 4e-4 of the largest output was measured
@@ -280,7 +280,7 @@ def _check_comparable(reference: Feed, outputs: Feed, where: str) -> None:
         if expected.size == 0:
             raise GateError(f"{where}: {name} is empty: a comparison of nothing proves nothing")
         for side, array in (("the reference", expected), ("it", got)):
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
+            if is_floating(array.dtype) and not np.isfinite(array).all():
                 raise GateError(f"{where}: {side} has NaN or infinity in {name}")
 
 

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 from dlops.errors import CorruptError, InputError, from_os_error
 from dlops.preprocess import Preprocess, Raw
-from dlops.signature import Array, Feed, TensorSpec
+from dlops.signature import Array, Feed, TensorSpec, is_floating
 
+# By safetensors' names.
+_DTYPES: Mapping[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 RawKind = Literal["encoded", "pixels", "numbers"]
 # How many an artifact carries: enough to see a wrong model, small enough to copy everywhere.
 MAX_ARTIFACT_SAMPLES = 32
@@ -98,10 +103,25 @@ class Samples:
         return save(tensors)
 
 
+def read_safetensors(path: Path) -> dict[str, Array]:
+    """The tensors of a safetensors file, bfloat16 among them, which its own numpy reader has not.
+
+    Raises OSError and SafetensorError, and ValueError for a type that no signature has.
+    """
+    content = path.read_bytes()
+    tensors: dict[str, Array] = {}
+    for name, found in deserialize(content):  # type: ignore[no-untyped-call]
+        if found["dtype"] not in _DTYPES:
+            raise ValueError(f"{name} is {found['dtype']}, of which there are no arrays here")
+        flat = np.frombuffer(found["data"], np.dtype(_DTYPES[found["dtype"]]).newbyteorder("<"))
+        tensors[name] = flat.reshape(found["shape"])
+    return tensors
+
+
 def read_samples(path: Path) -> Samples:
     """Raises CorruptError where the file is not samples that dlops wrote."""
     try:
-        tensors = load_file(path)
+        tensors = read_safetensors(path)
         data, offsets = tensors["raw.data"], tensors["raw.offsets"]
         if offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0:
             raise ValueError("raw.offsets is not a list of places")
@@ -150,7 +170,7 @@ def row_fingerprints(feed: Feed, specs: Sequence[TensorSpec]) -> list[str]:
     """
     # Adding zero makes -0.0, which compares equal to 0.0, the same bytes.
     arrays = [np.ascontiguousarray(feed[spec.name]).astype(spec.dtype, copy=False) for spec in specs]
-    arrays = [array + array.dtype.type(0) if array.dtype.kind == "f" else array for array in arrays]
+    arrays = [array + array.dtype.type(0) if is_floating(array.dtype) else array for array in arrays]
     digests = []
     for place in range(len(arrays[0])):
         digest = hashlib.sha256()

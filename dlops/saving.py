@@ -149,8 +149,12 @@ def _as_samples(given: tuple[Any, Any] | Samples, split: str) -> Samples:
 
 
 def _as_array(part: Any) -> Array:
+    if not hasattr(part, "detach"):
+        return np.asarray(part)
+    from dlops.tensors import to_array
+
     # numpy reads no tensor that needs a gradient or lies on a GPU.
-    return np.asarray(part.detach().cpu() if hasattr(part, "detach") else part)
+    return to_array(part.detach().cpu())
 
 
 def _check_preprocessed(samples: Samples, preprocess: Preprocess | None, split: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
@@ -12,10 +13,17 @@ from pydantic import Field, model_validator
 from dlops.errors import InputError
 from dlops.manifest import Record
 
-DType = Literal["float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
+DType = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
+# numpy has it from ml_dtypes, by its name too.
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Array = NDArray[np.generic]
 Feed = Mapping[str, NDArray[np.generic]]
 """Tensor name to array: what goes into a model and what comes out."""
+
+
+def is_floating(dtype: np.dtype[np.generic]) -> bool:
+    """Whether numbers of it have fractions, NaN and infinity. numpy's own `kind` takes bfloat16 for bytes."""
+    return dtype.kind == "f" or dtype == BFLOAT16
 
 
 class TensorSpec(Record):
@@ -122,5 +130,5 @@ class Signature(Record):
                 earlier, where = sizes.setdefault(dim, (size, spec.name))
                 if earlier != size:
                     raise InputError(f"{spec.name}: {dim} is {size}, but {earlier} in {where}", field=spec.name)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if is_floating(array.dtype) and not np.isfinite(array).all():
             raise InputError(f"{spec.name}: NaN or infinity in it", field=spec.name)

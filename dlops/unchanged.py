@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from dlops.blame import last_line, where
 from dlops.errors import UsageError
-from dlops.signature import Feed
+from dlops.signature import Feed, is_floating
+from dlops.tensors import to_array, to_tensor
 
 
 def run_on_copies(module: torch.nn.Module, feed: Feed, *, title: str) -> Any:
@@ -23,13 +24,13 @@ def run_on_copies(module: torch.nn.Module, feed: Feed, *, title: str) -> Any:
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
     def copies() -> list[torch.Tensor]:
-        return [torch.from_numpy(np.array(array, order="C")).to(device) for array in feed.values()]
+        return [to_tensor(np.array(array, order="C")).to(device) for array in feed.values()]
 
     tensors = copies()
     with torch.inference_mode():
         result = module(*tensors)
     for (name, array), tensor in zip(feed.items(), tensors, strict=True):
-        if not np.array_equal(tensor.cpu().numpy(), array, equal_nan=array.dtype.kind == "f"):
+        if not np.array_equal(to_array(tensor.cpu()), array, equal_nan=is_floating(array.dtype)):
             line = _changing_line(module, copies())
             raise UsageError(
                 f"{title}: the module changes its input {name} in place{where(line)}",

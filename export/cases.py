@@ -17,7 +17,7 @@ from dlops.errors import DlopsError, GateError, LossError, first_line
 from dlops.export.module import eager_outputs
 from dlops.parity import compare, run_batched, shortfalls
 from dlops.runtimes.session import Session
-from dlops.signature import Array, Feed, Signature
+from dlops.signature import Array, Feed, Signature, is_floating
 from dlops.sizes import open_dims, other_sizes, resized, sizes_of
 from dlops.tasks import Task
 
@@ -72,7 +72,7 @@ def make_cases(module: nn.Module, feed: Feed, signature: Signature) -> list[Case
     ]
     answered = eager_outputs(module, few, signature)
     usual = Usual(
-        input=max((_largest(array) for array in few.values() if array.dtype.kind == "f"), default=0.0),
+        input=max((_largest(array) for array in few.values() if is_floating(array.dtype)), default=0.0),
         outputs={name: _largest(array) for name, array in answered.items()},
     )
     for name, inputs in _edges(few, feed):
@@ -80,7 +80,7 @@ def make_cases(module: nn.Module, feed: Feed, signature: Signature) -> list[Case
             # They take images in [0, 1]: of boxes beyond all bounds none is left, and exporters expect no empty list.
             continue
         reference = eager_outputs(module, inputs, signature)
-        if all(np.isfinite(array).all() for array in reference.values() if array.dtype.kind == "f"):
+        if all(np.isfinite(array).all() for array in reference.values() if is_floating(array.dtype)):
             own = _own_error(module, inputs, reference, signature, usual)
             cases.append(Case(name=name, feed=inputs, reference=reference, own_error=own))
     return cases
@@ -92,7 +92,7 @@ def _own_error(module: nn.Module, feed: Feed, reference: Feed, signature: Signat
     step = _LAST_BIT * usual.input
     moved = {
         name: (np.asarray(array, np.float64) + step * draw.normal(size=array.shape)).astype(array.dtype)
-        if array.dtype.kind == "f" else array
+        if is_floating(array.dtype) else array
         for name, array in feed.items()
     }  # fmt: skip
     outputs = eager_outputs(module, moved, signature)
@@ -171,7 +171,7 @@ def _sizes(few: Feed, signature: Signature) -> Iterator[tuple[str, dict[str, Arr
 
 def _edges(few: Feed, feed: Feed) -> Iterator[tuple[str, dict[str, Array]]]:
     """black: all zero. saturated: all as large as the largest sample. tiny, huge: the samples scaled."""
-    floating = {name for name, array in few.items() if array.dtype.kind == "f"}
+    floating = {name for name, array in few.items() if is_floating(array.dtype)}
     if not floating:
         return
 

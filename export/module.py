@@ -9,6 +9,7 @@ from torch import nn
 from dlops.errors import UsageError
 from dlops.runtimes.eager import outputs_by_name
 from dlops.signature import Array, Feed, Signature
+from dlops.tensors import to_tensor
 from dlops.unchanged import run_on_copies
 
 _BATCH = 64
@@ -51,6 +52,6 @@ def eager_outputs(module: nn.Module, feed: Feed, signature: Signature) -> dict[s
     parts = []
     with torch.inference_mode():
         for start in range(0, len(inputs[0]), size):
-            tensors = (torch.from_numpy(array[start : start + size]) for array in inputs)
+            tensors = (to_tensor(array[start : start + size]) for array in inputs)
             parts.append(outputs_by_name(module(*tensors), signature))
     return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in signature.outputs}

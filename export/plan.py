@@ -60,6 +60,8 @@ _WHY_NOT: Mapping[str, str] = {
         )
     },
 }
+# Those whose inputs and outputs may be bfloat16.
+_TAKES_BFLOAT16 = ("torchscript", "torchexport", "aotinductor")
 # Those whose int8 is made of the calibrated ONNX graph: by other methods, and with layers returned to fp32.
 FROM_ONNX = ("onnx", "openvino", "tensorrt")
 # Quantized by what calibration samples give.
@@ -207,6 +209,14 @@ def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
         )
     if variant.raw and variant.format not in RAW_FORMATS:
         reasons.append(f"preprocessing goes into {' and '.join(RAW_FORMATS)} files alone in this version")
+    narrow = [
+        spec.name for spec in (*checkpoint.signature.inputs, *checkpoint.signature.outputs) if spec.dtype == "bfloat16"
+    ]
+    if narrow and variant.format not in _TAKES_BFLOAT16:
+        reasons.append(
+            f"its {narrow[0]} is bfloat16, which the Python of its runtime has no arrays of; "
+            f"{', '.join(_TAKES_BFLOAT16)} take it"
+        )
     if checkpoint.dense is not None:
         reasons += _own_variant_reasons(variant, checkpoint)
     elif variant.pruned_fraction:

@@ -24,6 +24,7 @@ from dlops.export.prune import prune
 from dlops.export.recover import reestimate_batch_norms
 from dlops.saving import weights_bytes
 from dlops.tasks import open_task
+from dlops.tensors import to_tensor
 
 if TYPE_CHECKING:
     from dlops.checkpoint import ModuleSource
@@ -61,7 +62,7 @@ def prune_checkpoint(
     check_module(dense, feed, checkpoint.signature, title=checkpoint.name)
     reference = eager_outputs(dense, feed, checkpoint.signature)
     pruned = prune(dense, fraction=variant.pruned_fraction, example=checkpoint.example(), title=title)
-    inputs = tuple(torch.from_numpy(np.array(lessons[spec.name])) for spec in checkpoint.signature.inputs)
+    inputs = tuple(to_tensor(np.array(lessons[spec.name])) for spec in checkpoint.signature.inputs)
     reestimate_batch_norms(pruned.module, inputs)
     task = open_task(checkpoint.spec.task)
     metrics: dict[str, float] = {}

@@ -18,6 +18,7 @@ from dlops.console import progress_bar
 from dlops.export.formats import BUDGET_S
 from dlops.signature import Array, Feed, Signature
 from dlops.sparsity import zero_out
+from dlops.tensors import to_tensor
 
 # At a constant rate until the held-out loss no longer falls; at most so many epochs with the annealing that follows.
 EPOCHS = 60
@@ -113,7 +114,7 @@ class _Data:
     def __init__(
         self, feed: Feed, targets: Array | None, signature: Signature, *, seed: int, device: torch.device
     ) -> None:
-        self.tensors = tuple(torch.from_numpy(np.array(feed[spec.name])).to(device) for spec in signature.inputs)
+        self.tensors = tuple(to_tensor(np.array(feed[spec.name])).to(device) for spec in signature.inputs)
         usable = targets is not None and targets.ndim == 1 and targets.dtype.kind in "iu"
         self.targets = torch.from_numpy(np.asarray(targets, np.int64)).to(device) if usable else None
         self.order = torch.Generator().manual_seed(seed)

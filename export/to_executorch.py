@@ -41,6 +41,7 @@ with warnings.catch_warnings():
     from executorch.exir import to_edge_transform_and_lower
     from torchao.quantization.pt2e import MinMaxObserver
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
     _registering.setLevel(_level)
 
 _CALIBRATION_BATCH = 32

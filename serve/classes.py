@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dlops.errors import InputError
-from dlops.signature import Array, TensorSpec
+from dlops.signature import Array, TensorSpec, is_floating
 
 DATATYPE = "BYTES"
 
@@ -21,7 +21,8 @@ def check_classes(spec: TensorSpec, count: object, *, field: str) -> int:
     """The number of classes asked of an output, 0 for its values as they are. Raises InputError."""
     if type(count) is not int or count < 0:
         raise InputError(f"{spec.name}: classification must be a number of classes", field=field)
-    if count and np.dtype(spec.dtype).kind not in "fiu":
+    dtype = np.dtype(spec.dtype)
+    if count and dtype.kind not in "iu" and not is_floating(dtype):
         raise InputError(f"{spec.name}: {spec.dtype} has no strongest classes", field=field)
     return count
 
@@ -34,9 +35,9 @@ def strongest(values: Array, count: int, labels: Sequence[str], *, batched: bool
     rows = values.reshape(len(values) if batched else 1, -1)
     kept = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
     texts = np.empty(kept.shape, np.object_)
-    form = "{:f}" if rows.dtype.kind == "f" else "{:d}"
+    form = "{:f}" if is_floating(rows.dtype) else "{:d}"
     for place, index in zip(np.ndindex(kept.shape), kept.reshape(-1).tolist(), strict=True):
-        text = f"{form.format(rows[place[0], index].item())}:{index}"
+        text = f"{form.format(rows[place[0], index].tolist())}:{index}"
         if index < len(labels):
             text += f":{labels[index]}"
         texts[place] = text.encode()

@@ -16,7 +16,7 @@ import numpy as np
 from dlops.errors import InputError
 from dlops.serve import protocol
 from dlops.serve.protocol import Encoded, InferRequest, Wanted
-from dlops.signature import Array, Feed, Signature
+from dlops.signature import Array, Feed, Signature, is_floating
 
 # Of a header that is worth keeping, and how many are kept: a client that sends ever new ones fills no memory.
 _HEADER_BYTES = 4096
@@ -120,7 +120,7 @@ class Codec:
             not 0 < json_bytes <= _HEADER_BYTES
             or request.id is not None
             or sizes != len(body) - json_bytes
-            or any(array.dtype.kind not in "fiu" for array in arrays.values())
+            or any(array.dtype.kind not in "iu" and not is_floating(array.dtype) for array in arrays.values())
             or not all(want.binary and not want.classes for want in request.outputs)
             # On the wire numbers are little-endian; only there they are numpy's own.
             or sys.byteorder != "little"
@@ -147,7 +147,7 @@ def _tensors(plan: Plan, body: bytes, json_bytes: int) -> Feed | None:
     feed: dict[str, Array] = {}
     for one in plan.inputs:
         array = np.frombuffer(body, one.dtype, one.count, json_bytes + one.offset).reshape(one.shape)
-        if one.dtype.kind == "f" and not np.isfinite(array).all():
+        if is_floating(one.dtype) and not np.isfinite(array).all():
             return None
         feed[one.name] = array
     return feed

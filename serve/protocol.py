@@ -17,12 +17,12 @@ from pydantic_core import from_json, to_json
 
 from dlops.errors import InputError
 from dlops.serve import classes
-from dlops.signature import Array, Feed, Signature, TensorSpec
+from dlops.signature import Array, Feed, Signature, TensorSpec, is_floating
 
 # From the protocol's names to numpy's, for the dtypes that a Signature may hold.
 _DTYPES: Mapping[str, str] = {
     "BOOL": "bool", "UINT8": "uint8", "INT8": "int8", "INT16": "int16", "INT32": "int32", "INT64": "int64",
-    "FP16": "float16", "FP32": "float32", "FP64": "float64",
+    "FP16": "float16", "BF16": "bfloat16", "FP32": "float32", "FP64": "float64",
 }  # fmt: skip
 DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in _DTYPES.items()}
 SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
@@ -296,7 +296,7 @@ def number_array(data: object, dtype: str, *, field: str) -> Array:
         array = np.asarray(data)
     except ValueError:
         raise InputError(f"{field}: rows of different lengths", field=field) from None
-    if array.size and array.dtype.kind not in _JSON_KINDS[target.kind]:
+    if array.size and array.dtype.kind not in _JSON_KINDS["f" if is_floating(target) else target.kind]:
         raise InputError(f"{field}: values are not all {DATATYPES[dtype]}", field=field)
     if target.kind in "iu" and array.size:
         limits = np.iinfo(target)

@@ -52,7 +52,7 @@ from dlops.serve.predict import described, read_inputs, wants_picture
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import CELLS_DIR
 from dlops.serve.tracing import PARENT
-from dlops.signature import Feed
+from dlops.signature import Feed, is_floating
 from dlops.version import __version__
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ def _check_finite(outputs: Feed) -> None:
 
     /v2 passes them on, as its clients expect: there the numbers are the answer.
     """
-    wrong = [name for name, array in outputs.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    wrong = [name for name, array in outputs.items() if is_floating(array.dtype) and not np.isfinite(array).all()]
     if wrong:
         raise InputError(
             f"the model's {', '.join(wrong)} is not finite for this input", hint="is an input far out of its range?"

@@ -13,6 +13,7 @@ from dlops.environment import available_cores
 from dlops.errors import MachineError
 from dlops.runtimes.session import Placement, SessionOptions, check_bound, check_graph, graph_provider
 from dlops.signature import Feed, Signature
+from dlops.tensors import to_array, to_tensor
 
 # Libraries choose algorithms and TorchScript compiles in the first runs; none of that may be captured.
 _WARMUP_RUNS = 3
@@ -42,7 +43,7 @@ class ModuleSession:
 
     def run(self, feed: Feed) -> Feed:
         # Arrays that a server parsed out of a body are read-only; torch warns about those, and nothing writes here.
-        tensors = [torch.from_numpy(_writable(feed[spec.name])) for spec in self.signature.inputs]
+        tensors = [to_tensor(_writable(feed[spec.name])) for spec in self.signature.inputs]
         # The copies of the results belong to the same stream: they wait for it, and for no other thread's.
         with torch.inference_mode(), self._own_stream():
             result = self._module(*(tensor.to(self._device) for tensor in tensors))
@@ -80,7 +81,7 @@ class ModuleBound:
     ) -> None:  # fmt: skip
         self._module, self._signature, self._device = module, signature, device
         self._like = {spec.name: feed[spec.name] for spec in signature.inputs}
-        self._inputs = [torch.from_numpy(_writable(array)).to(device, copy=True) for array in self._like.values()]
+        self._inputs = [to_tensor(_writable(array)).to(device, copy=True) for array in self._like.values()]
         self._result: object = None
         self._graph = self._capture() if graph else None
         self.run()
@@ -99,7 +100,7 @@ class ModuleBound:
     def copy_in(self, feed: Feed) -> None:
         check_bound(self._like, feed)
         for name, tensor in zip(self._like, self._inputs, strict=True):
-            tensor.copy_(torch.from_numpy(_writable(feed[name])))
+            tensor.copy_(to_tensor(_writable(feed[name])))
 
     def run(self) -> None:
         if self._graph is not None:
@@ -173,7 +174,7 @@ def choose_device(options: SessionOptions) -> torch.device:
 def outputs_by_name(result: object, signature: Signature) -> dict[str, np.ndarray]:
     """A module's return value as arrays under the signature's names. Raises as `ordered_outputs` does."""
     values = ordered_outputs(result, signature)
-    return {spec.name: value.detach().cpu().numpy() for spec, value in zip(signature.outputs, values, strict=True)}
+    return {spec.name: to_array(value.detach().cpu()) for spec, value in zip(signature.outputs, values, strict=True)}
 
 
 def ordered_outputs(result: object, signature: Signature) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.errors import InputError
-from dlops.signature import Array, Feed, TensorSpec
+from dlops.signature import BFLOAT16, Array, Feed, TensorSpec
 from dlops.tasks import SAME_BOX_IOU, Pair, label_of
 
 # Outputs of a model that ends in a softmax of its own; no other may bear these names.
@@ -92,4 +92,5 @@ def _logits(outputs: Feed) -> NDArray[np.floating[Any]]:
     name, logits = next(iter(outputs.items()))
     if logits.ndim != 2:
         raise InputError(f"{name}: shape {list(logits.shape)}, classification takes [samples, classes]", field=name)
-    return cast("NDArray[np.floating[Any]]", logits)
+    # Exactly, and numpy ranks them.
+    return cast("NDArray[np.floating[Any]]", logits.astype(np.float32) if logits.dtype == BFLOAT16 else logits)

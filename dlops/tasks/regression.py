@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlops.errors import InputError
-from dlops.signature import Array, Feed, TensorSpec
+from dlops.signature import BFLOAT16, Array, Feed, TensorSpec
 from dlops.tasks import SAME_BOX_IOU, Pair, label_of
 
 # A value stays where it moves by no more than this share of the standard deviation of the reference.
@@ -74,6 +74,8 @@ class Regression:
 
 def _first(outputs: Feed) -> NDArray[np.floating[Any]]:
     name, values = next(iter(outputs.items()))
+    if values.dtype == BFLOAT16:
+        values = values.astype(np.float32)
     if values.dtype.kind not in "fiu":
         raise InputError(f"{name}: {values.dtype.name}, regression takes numbers", field=name)
     return cast("NDArray[np.floating[Any]]", values)

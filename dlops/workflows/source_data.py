@@ -11,8 +11,8 @@ import numpy as np
 from dlops.errors import CorruptError, UsageError, from_os_error
 from dlops.preprocess import Preprocess
 from dlops.probing import check_named
-from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES, Samples
-from dlops.signature import Array, DimRange, TensorSpec
+from dlops.samples import MAX_SAMPLES, MAX_SAMPLES_BYTES, Samples, read_safetensors
+from dlops.signature import DimRange, TensorSpec
 
 _TARGETS = ("targets", "target", "labels")
 # As in the recipes: of two classes or more, drawn with a fixed seed.
@@ -69,14 +69,13 @@ def read_images(samples: str, preprocess: Preprocess | None, source: str) -> Sou
 def read_tensors(path: Path, specs: Sequence[TensorSpec], ranges: Mapping[str, DimRange]) -> SourceData:
     """Every second sample of a file is for evaluation, the others for calibration."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
     try:
-        tensors: dict[str, Array] = dict(load_file(path))
+        tensors = read_safetensors(path)
     except OSError as error:
         raise from_os_error(error, doing=f"reading {path}") from error
-    except SafetensorError as error:
-        raise CorruptError(f"{path}: not a safetensors file ({error})") from None
+    except (SafetensorError, ValueError) as error:
+        raise CorruptError(f"{path}: not a safetensors file of tensors that a model takes ({error})") from None
     targets = next((tensors.pop(name) for name in _TARGETS if name in tensors), None)
     names = [spec.name for spec in specs] or sorted(tensors)
     if len(names) > 1 and not specs:

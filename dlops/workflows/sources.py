@@ -32,6 +32,7 @@ from dlops.errors import UsageError
 from dlops.preprocess import Preprocess
 from dlops.saving import save_checkpoint
 from dlops.signature import DimRange, Signature, TensorSpec
+from dlops.tensors import to_tensor
 from dlops.workflows.source_data import SourceData, as_known, read_images, read_tensors
 from dlops.workflows.source_weights import read_weights
 from dlops.workflows.source_words import chosen_preprocess, parse_dims, parse_input
@@ -206,7 +207,7 @@ def _numbered(module: nn.Module, data: SourceData, preprocess: Preprocess | None
 
     feed = data.evaluation.take(slice(1)).feed(preprocess, "input")
     with torch.no_grad():
-        answer = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in feed.values()))
+        answer = module(*(to_tensor(np.ascontiguousarray(array)) for array in feed.values()))
     first = next(iter(answer.values())) if isinstance(answer, Mapping) else answer
     classes = int((first[0] if isinstance(first, (tuple, list)) else first).shape[-1])
     return data.labels if classes == len(data.labels) else tuple(map(str, range(classes)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlops.signature import Feed
+from dlops.tensors import to_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ def settle_statistics(module: nn.Module, feed: Feed) -> None:
             one.reset_running_stats()
             one.train()
         with torch.no_grad():
-            module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in feed.values()))
+            module(*(to_tensor(np.ascontiguousarray(array)) for array in feed.values()))
     finally:
         for one, momentum in zip(norms, momenta, strict=True):
             one.momentum = momentum
@@ -70,7 +71,7 @@ def scale_weights(module: nn.Module, feed: Feed) -> None:
     hooks = [layer.register_forward_hook(scale) for layer in layers]
     try:
         with torch.no_grad():
-            module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in feed.values()))
+            module(*(to_tensor(np.ascontiguousarray(array)) for array in feed.values()))
     finally:
         for hook in hooks:
             hook.remove()

@@ -194,7 +194,7 @@ def _write(
         if slug in shown
     ]
     samples = fp32.artifact.accuracy.samples if fp32.artifact is not None and fp32.artifact.accuracy else 0
-    metrics = checkpoint.spec.metrics or {}
+    metrics = checkpoint.metrics
     says = [
         f"Trained by `dlops train cnn` on {metrics.get('train_samples')} images from random weights"
         + "".join(

@@ -1,7 +1,7 @@
 """The same models behind our service and behind a real tritonserver.
 
-digits: versions 1 and 2 of a classifier with labels. types: gives back a tensor of each datatype. spare: is there, and
-not loaded at first.
+digits: versions 1 and 2 of a classifier with labels. types: gives back a tensor of each datatype that ONNX Runtime
+takes from numpy, halves: one of the other, bfloat16. spare: is there, and not loaded at first.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from pathlib import Path
 import httpx
 import numpy as np
 import onnx
+import torch
 from onnx import helper
+from torch import nn
 
 from dlops.artifact import Artifact, Parity, Provenance, Tolerance, Variant
 from dlops.directory import DirectoryWriter
 from dlops.environment import describe_environment
+from dlops.export.pipeline import export_variants
 from dlops.samples import Samples
+from dlops.saving import save_checkpoint
 from dlops.serve.launch import ServerProcess
 from dlops.serve.metadata import model_config
-from dlops.signature import DimRange, Signature, TensorSpec
+from dlops.signature import BFLOAT16, DimRange, Signature, TensorSpec
 from tests.benchmarks.peers.running import free_ports, process, triton_command
 
 HOST = "127.0.0.1"
 DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
-_LOADED = ("digits", "types")
+_LOADED = ("digits", "types", "halves")
 _START_TIMEOUT_S = 60
 
 
@@ -133,6 +137,23 @@ def make_types(directory: Path) -> Artifact:
         return writer.commit(artifact)
 
 
+class _GivesBack(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+
+def make_halves(folder: Path, out: Path) -> Artifact:
+    """`x`, bfloat16 in rows of two, is given back as `logits`. In a folder of its name in `out`."""
+    inputs = np.array([[1.5, -2], [0.25, 8], [3, 0.125]], BFLOAT16)
+    checkpoint = save_checkpoint(
+        _GivesBack(), folder, evaluation=Samples(raw=tuple(inputs), inputs={"x": inputs}), task="regression",
+        name="halves", max_batch=64,
+        inputs=[TensorSpec(name="x", dtype="bfloat16", shape=("batch", 2))],
+    )  # fmt: skip
+    [artifact] = export_variants(checkpoint, variants=["torchscript-fp32"], out=out, model=_GivesBack)
+    return artifact
+
+
 def _config(artifact: Artifact) -> str:
     """As our own service describes the model, in Triton's form."""
     told = model_config(artifact.signature, name=artifact.name, platform="", device="cpu", max_batch=64)
@@ -150,5 +171,5 @@ max_batch_size: 64
 {tensors("output")}
 version_policy: {{ all {{ }} }}
 instance_group [{{ kind: KIND_CPU count: 1 }}]
-parameters: {{ key: "onnx" value: {{ string_value: "{artifact.path("model").resolve()}" }} }}
+parameters: {{ key: "model" value: {{ string_value: "{artifact.path("model").resolve()}" }} }}
 """

@@ -19,9 +19,10 @@ import tritonclient.http
 import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
-from dlops.artifact import Artifact
+from dlops.artifact import Artifact, open_artifact
+from dlops.signature import BFLOAT16
 from tests.benchmarks.peers.environments import is_made
-from tests.conformance.servers import DTYPES, Server, make_types, ours, tritons
+from tests.conformance.servers import DTYPES, Server, make_halves, make_types, ours, tritons
 
 
 @pytest.fixture(scope="module", params=["dlops", "tritonserver"])
@@ -32,13 +33,16 @@ def server(
     for where in ("digits/1", "digits/2", "spare/1"):
         shutil.copytree(digits_artifact.directory, models / where)
     types = make_types(models / "types" / "1")
+    made = make_halves(tmp_path_factory.mktemp("checkpoint") / "run", tmp_path_factory.mktemp("artifacts"))
+    shutil.copytree(made.directory, models / "halves" / "1")
+    halves = open_artifact(models / "halves" / "1")
     if request.param == "dlops":
         with ours(models) as running:
             yield running
         return
     if not is_made("tritonserver"):
         pytest.skip("tritonserver is not installed: python tests/benchmarks/peers/environments.py")
-    artifacts = {"digits": digits_artifact, "spare": digits_artifact, "types": types}
+    artifacts = {"digits": digits_artifact, "spare": digits_artifact, "types": types, "halves": halves}
     with tritons(models, tmp_path_factory.mktemp("triton"), artifacts) as running:
         yield running
 
@@ -214,6 +218,22 @@ def test_every_datatype_comes_back_as_it_was(client: Blocking) -> None:
         found = result.as_numpy(f"out_{dtype}")
         assert found.dtype == (np.uint8 if dtype == "bool" else array.dtype)
         np.testing.assert_array_equal(found, array)
+
+
+def test_bfloat16_comes_back_as_it_was(client: Blocking) -> None:
+    told = client.call("get_model_metadata", "halves")
+    assert [(one["datatype"], numbers(one["shape"])) for one in (*told["inputs"], *told["outputs"])] == [
+        ("BF16", [-1, 2])
+    ] * 2
+    config = client.call("get_model_config", "halves")
+    assert config.get("config", config)["input"][0]["data_type"] == "TYPE_BF16"
+    values = np.array([[1.5, -2.25], [1e30, -1e-30], [0, 448]], BFLOAT16)
+    # Some versions of the client take and give float32 for it, which is the same numbers.
+    taken = values.astype(tritonclient.utils.triton_to_np_dtype("BF16"))
+    result = client.infer("halves", [client.input("x", taken, "BF16")])
+    np.testing.assert_array_equal(result.as_numpy("logits").astype(np.float32), values.astype(np.float32))
+    with pytest.raises(InferenceServerException):
+        client.infer("halves", [client.input("x", values.astype(np.float32), "FP32")])
 
 
 def test_the_outputs_that_are_asked_for_in_their_order(client: Blocking) -> None:

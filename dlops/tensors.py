@@ -1,0 +1,24 @@
+"""Arrays as torch's tensors and back: bfloat16 too, which neither numpy's own types nor torch's conversion have."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dlops.signature import BFLOAT16, Array
+
+
+def to_tensor(array: Array) -> torch.Tensor:
+    """A tensor over the array's memory. Raises as torch.from_numpy does."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    """An array over the memory of a tensor on the CPU, which has no gradient. Raises as its numpy() does."""
+    if tensor.dtype == torch.bfloat16:
+        bits: Array = tensor.contiguous().view(torch.int16).numpy()
+        return bits.view(BFLOAT16)
+    array: Array = tensor.numpy()
+    return array
