@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ _NON_BLOCKING = 1
 _TO_DEVICE, _TO_HOST = 1, 2
 # cudaStreamCaptureModeThreadLocal: what other threads do meanwhile is no concern of the graph's.
 _THIS_THREAD = 1
+# More than a cudaDeviceProp takes in any version.
+_PROPERTIES_BYTES = 8192
 # cudaDevAttrComputeCapabilityMajor and Minor.
 _CAPABILITY = (75, 76)
 
@@ -33,13 +36,15 @@ class Stream:
         pointer = ctypes.c_void_p()
         _call("cudaStreamCreateWithFlags", ctypes.byref(pointer), ctypes.c_uint(_NON_BLOCKING))
         self.handle = pointer.value or 0
+        # What nobody closes, because a call failed before or its holder was dropped, is freed with the object.
+        self._free = weakref.finalize(self, _free, "cudaStreamDestroy", pointer)
 
     def synchronize(self) -> None:
         """Wait until all that was put on it is done."""
         _call("cudaStreamSynchronize", ctypes.c_void_p(self.handle))
 
     def close(self) -> None:
-        _call("cudaStreamDestroy", ctypes.c_void_p(self.handle))
+        self._free()
 
 
 class Stopwatch:
@@ -79,9 +84,10 @@ class DeviceBuffer:
         # Of nothing there would be no address.
         _call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(max(1, size)))
         self.address = pointer.value or 0
+        self._free = weakref.finalize(self, _free, "cudaFree", pointer)
 
     def write(self, array: Array, stream: Stream) -> None:
-        """Copy a contiguous array to the device, in the order of the stream; the array may change when this returns."""
+        """Copy a contiguous array to the device, in the order of the stream; keep it until that was synchronized."""
         self._copy(self.address, array.ctypes.data, array.nbytes, _TO_DEVICE, stream)
 
     def read_into(self, array: Array, stream: Stream) -> None:
@@ -89,7 +95,7 @@ class DeviceBuffer:
         self._copy(array.ctypes.data, self.address, array.nbytes, _TO_HOST, stream)
 
     def close(self) -> None:
-        _call("cudaFree", ctypes.c_void_p(self.address))
+        self._free()
 
     @staticmethod
     def _copy(to: int, source: int, size: int, direction: int, stream: Stream) -> None:
@@ -109,16 +115,31 @@ class Graph:
         _call("cudaStreamBeginCapture", self._stream, _THIS_THREAD)
         try:
             record()
-        finally:
-            _call("cudaStreamEndCapture", self._stream, ctypes.byref(self._graph))
+        except BaseException:
+            # That the capture failed follows from it.
+            _library().cudaStreamEndCapture(self._stream, ctypes.byref(self._graph))
+            raise
+        _call("cudaStreamEndCapture", self._stream, ctypes.byref(self._graph))
+        self._free_graph = weakref.finalize(self, _free, "cudaGraphDestroy", self._graph)
         _call("cudaGraphInstantiate", ctypes.byref(self._executable), self._graph, ctypes.c_ulonglong(0))
+        self._free_executable = weakref.finalize(self, _free, "cudaGraphExecDestroy", self._executable)
 
     def launch(self) -> None:
         _call("cudaGraphLaunch", self._executable, self._stream)
 
     def close(self) -> None:
-        _call("cudaGraphExecDestroy", self._executable)
-        _call("cudaGraphDestroy", self._graph)
+        self._free_executable()
+        self._free_graph()
+
+
+def device_name(device: int) -> str:
+    """As CUDA numbers devices in this process, such as "NVIDIA H100 80GB HBM3". Raises MachineError for none."""
+    properties = ctypes.create_string_buffer(_PROPERTIES_BYTES)
+    library = _library()
+    # The name comes first in every version of the structure; of CUDA 12 the one without _v2 is an older, smaller one.
+    call = "cudaGetDeviceProperties_v2" if hasattr(library, "cudaGetDeviceProperties_v2") else "cudaGetDeviceProperties"
+    _call(call, properties, ctypes.c_int(device))
+    return properties.value.decode()
 
 
 def compute_capability(device: int) -> tuple[int, int]:
@@ -126,7 +147,7 @@ def compute_capability(device: int) -> tuple[int, int]:
     found = []
     for attribute in _CAPABILITY:
         number = ctypes.c_int()
-        _call("cudaDeviceGetAttribute", ctypes.byref(number), attribute, device)
+        _call("cudaDeviceGetAttribute", ctypes.byref(number), ctypes.c_int(attribute), ctypes.c_int(device))
         found.append(number.value)
     return found[0], found[1]
 
@@ -140,6 +161,11 @@ def pci_address(device: int) -> str:
     text = ctypes.create_string_buffer(32)
     _call("cudaDeviceGetPCIBusId", text, ctypes.c_int(len(text)), ctypes.c_int(device))
     return text.value.decode()
+
+
+def _free(name: str, pointer: ctypes.c_void_p) -> None:
+    """Without looking at the status: at the end of a process CUDA may be gone before what was allocated of it."""
+    getattr(_library(), name)(pointer)
 
 
 def _call(name: str, *arguments: object) -> None:

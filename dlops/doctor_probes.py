@@ -205,11 +205,11 @@ def _tensorrt() -> str:
     except ModuleNotFoundError:
         raise _AbsentError("tensorrt is not installed") from None
     from dlops.runtimes.session import SessionOptions
-    from dlops.runtimes.tensorrt import Log, TensorrtSession
+    from dlops.runtimes.tensorrt import Log, TensorrtSession, made
     from dlops.signature import Signature, TensorSpec
 
     log = Log()
-    builder = trt.Builder(log)
+    builder = made(trt.Builder, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if not trt.OnnxParser(network, log).parse(tiny_onnx_model()):
         raise RuntimeError(f"tensorrt {trt.__version__} cannot read a graph: {log.reason}")

@@ -14,7 +14,8 @@ from dlops.manifest import Record
 
 _PACKAGES = (
     "dlops", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino",
-    "executorch", "torchao", "torch-pruning", "lightning-fabric", "bentoml", "numpy", "pillow",
+    "executorch", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "torchao", "torch-pruning", "lightning-fabric",
+    "bentoml", "numpy", "pillow",
 )  # fmt: skip
 # Those that decide which int8 and bf16 kernels a runtime picks.
 _INSTRUCTION_SETS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dlops.artifact import Artifact, open_artifact
 from dlops.console import say
-from dlops.errors import GateError, UsageError
+from dlops.errors import GateError, MachineError, UsageError
 from dlops.export.record import ExportRecord, read_record
 from dlops.parity import self_test
 from dlops.runtimes import SessionOptions, open_session
@@ -30,7 +30,8 @@ def unchanged_artifact(directory: Path, *, wanted: ExportRecord, options: Sessio
             self_test(artifact, session)
         finally:
             session.close()
-    except (UsageError, GateError) as error:
+    except (UsageError, GateError, MachineError) as error:
+        # An engine of another TensorRT, say: made again it is one for this machine.
         say(f"{wanted.variant.slug}: exporting again: {error.message}")
         return None
     return artifact

@@ -217,6 +217,11 @@ def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
             f"its {narrow[0]} is bfloat16, which the Python of its runtime has no arrays of; "
             f"{', '.join(_TAKES_BFLOAT16)} take it"
         )
+    wide = [
+        spec.name for spec in (*checkpoint.signature.inputs, *checkpoint.signature.outputs) if spec.dtype == "float64"
+    ]
+    if wide and variant.format == "tensorrt":
+        reasons.append(f"its {wide[0]} is float64, which TensorRT has not")
     if checkpoint.dense is not None:
         reasons += _own_variant_reasons(variant, checkpoint)
     elif variant.pruned_fraction:

@@ -13,6 +13,7 @@ has no fp8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -37,14 +38,16 @@ _NAMES: dict[Number, str] = {"fp8": "float8_e4m3fn", "int8": "int8"}
 # Its parameters have another shape from that opset on.
 _CHANGED = "GroupNormalization"
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+_FP8_CHANNELS, _FP8_PLACES = 16, 32
+_INT8_CHANNELS, _INT8_KERNEL = 16, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedOperands(Calibrated):
     """The graph and ranges that int8 is made of, quantized around products alone.
 
-    stored: weights are written rounded, a quarter of their size; without it they stay floats that are rounded where
-    they are read, which is how TensorRT likes to be told.
+    stored: weights are written rounded, a quarter of their size. Without it the graph is for TensorRT: weights stay
+    floats that are rounded where they are read, and convolutions that it has no such kernels for stay as they are.
     """
 
     precision: Number
@@ -72,7 +75,7 @@ class CalibratedOperands(Calibrated):
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
             wanted = node.op_type in _PRODUCTS and node.name not in excluded and (not only or node.name in only)
-            if wanted and made.has_both(node):
+            if wanted and made.has_both(node) and (self.stored or made.has_kernel(node)):
                 for place in (0, 1):
                     added, node.input[place] = made.rounded(node, place)
                     nodes += added
@@ -111,6 +114,26 @@ class _Made:
     def has_both(self, node: onnx.NodeProto) -> bool:
         """Whether both operands are fp32 weights or activations whose range is known."""
         return all(name in self._weights or name in self._largest for name in node.input[:2])
+
+    def has_kernel(self, node: onnx.NodeProto) -> bool:
+        """Whether TensorRT multiplies it in 8 bits: for others it builds no engine, or a slower one.
+
+        The rules are those by which NVIDIA's Model Optimizer leaves convolutions out: for fp8 those of 16 channels or
+        fewer in or out of a group, depthwise ones among them, and kernels of more than 32 places; for int8 those of
+        less than 16, unless they are in blocks of 8.
+        """
+        weight = self._weights.get(node.input[1])
+        if node.op_type != "Conv" or weight is None:
+            return True
+        out, per_group, *kernel = weight.dims
+        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+        if self._number == "fp8":
+            return bool(out > _FP8_CHANNELS and per_group > _FP8_CHANNELS and math.prod(kernel) <= _FP8_PLACES)
+        if out >= _INT8_CHANNELS and per_group >= _INT8_CHANNELS:
+            return True
+        if groups == 1:
+            return (out % 8 == 0 or per_group % 8 == 0) and len(set(kernel)) == 1
+        return bool(out % 8 == 0 and min(kernel, default=0) >= _INT8_KERNEL)
 
     def rounded(self, node: onnx.NodeProto, place: int) -> tuple[list[onnx.NodeProto], str]:
         """The nodes to put before `node`, none where they are there already, and the name it is to read."""

@@ -27,7 +27,7 @@ FILE_NAME = "reproduce.json"
 # Those of the environment that write the file, calibrate it or decide whether it passes.
 _PACKAGES = (
     "dlops", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino",
-    "executorch", "torchao", "torch-pruning", "numpy", "pillow",
+    "executorch", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "torchao", "torch-pruning", "numpy", "pillow",
 )  # fmt: skip
 # Of an output, as much as tells apart two modules that give the same numbers in another order.
 _FIRST_VALUES = 16

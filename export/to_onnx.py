@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 
@@ -33,6 +34,7 @@ from dlops.signature import DimRange, Signature
 # What torch's exporter writes without converting, and what every ONNX Runtime that we allow reads (1.17 and later).
 OPSET = 20
 PRODUCER = "dlops"
+_LARGEST_HALF = 65504.0
 # Weights beyond this go to a second file: one protobuf message ends at 2 GiB, and the graph takes some of it.
 MAX_INLINE_BYTES = 2**31 - 64 * 2**20
 _UNSUPPORTED = re.compile(r"(?:No ONNX function found for|Unsupported[^<]*)\s*<OpOverload\(op='([^']+)'", re.I)
@@ -242,16 +244,35 @@ def to_half(model: onnx.ModelProto, *, title: str) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
+    # It clips what half precision cannot hold; below the smallest number that is harmless.
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.ByteSize():
+            largest = float(np.abs(onnx.numpy_helper.to_array(tensor)).max(initial=0.0))
+            if largest > _LARGEST_HALF:
+                raise GateError(
+                    f"{title}: {tensor.name} holds {largest:g}, and half precision ends at {_LARGEST_HALF:g}",
+                    hint="take fp32 or bf16",
+                )
     with warnings.catch_warnings():
-        # It clips what half precision cannot hold and only warns: below the smallest number that is harmless.
-        warnings.filterwarnings("error", message="the float32 number .* will be truncated to (?!.*e-0[5-9])")
-        try:
-            converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
-        except UserWarning as warning:
-            raise GateError(f"{title}: a weight does not fit half precision: {warning}") from None
+        warnings.filterwarnings("ignore", message="the float32 number .* will be truncated")
+        converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
+    _drop_twins(converted.graph)
     # The casts are appended at the end; the standard wants every node after what it reads.
     OnnxModel.graph_topological_sort(converted.graph, is_deterministic=True)
     return converted
+
+
+def _drop_twins(graph: onnx.GraphProto) -> None:
+    """Of nodes that give the same tensor the first: a cast is written once for each of its readers."""
+    seen: set[str] = set()
+    kept = []
+    for node in graph.node:
+        if node.op_type == "Cast" and node.output[0] in seen:
+            continue
+        seen.update(node.output)
+        kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 @contextmanager

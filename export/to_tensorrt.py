@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +17,14 @@ import tensorrt as trt
 
 from dlops import cudart
 from dlops.console import Bar, progress_bar
-from dlops.errors import GateError, MachineError, UsageError
+from dlops.errors import GateError, MachineError, UsageError, first_line
 from dlops.export.formats import Exported, ExportRequest
 from dlops.export.plan import STATIC
 from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precision, rounded_share
 from dlops.export.quantize import Notes
 from dlops.export.to_onnx import calibrated, fp32_graph, strip, to_half
 from dlops.manifest import sha256_of
-from dlops.runtimes.tensorrt import Log, check_gpu
+from dlops.runtimes.tensorrt import Log, check_gpu, made
 from dlops.runtimes.tensorrt_provider import profile_shapes
 from dlops.signature import Signature
 from dlops.trust import note_made_here
@@ -78,6 +79,10 @@ def engine_graph(request: ExportRequest) -> tuple[onnx.ModelProto, Notes]:
     if precision not in STATIC:
         check_precision(graph, precision, title=request.title)
     strip(graph)
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise GateError(f"{request.title}: the graph is not valid ONNX: {first_line(error)}") from error
     return graph, notes
 
 
@@ -88,7 +93,7 @@ def build(graph: onnx.ModelProto, signature: Signature, *, title: str) -> bytes:
     where TensorRT cannot read the graph (the operator is named), MachineError where it builds nothing.
     """
     log = Log()
-    builder = trt.Builder(log)
+    builder = made(trt.Builder, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(graph.SerializeToString()):
@@ -99,7 +104,8 @@ def build(graph: onnx.ModelProto, signature: Signature, *, title: str) -> bytes:
         profile = builder.create_optimization_profile()
         for name, sizes in shapes.items():
             profile.set_shape(name, sizes["min"], sizes["opt"], sizes["max"])
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise MachineError(f"{title}: TensorRT takes no engine for these sizes: {log.reason}")
     with _progress(config, title) as progress:
         engine = _in_a_thread(lambda: builder.build_serialized_network(network, config), progress)
     if engine is None:
@@ -108,25 +114,29 @@ def build(graph: onnx.ModelProto, signature: Signature, *, title: str) -> bytes:
 
 
 class Progress(trt.IProgressMonitor):  # type: ignore[misc]
-    """The steps of the outermost phase as a bar in per cent; `stop` ends the build at the next step of any.
+    """The steps of the first outermost phase as a bar in per cent; `stop` ends the build at the next step of any.
 
-    Called from TensorRT's threads, where no signal arrives and nothing may be raised.
+    Called from TensorRT's threads, several at once, where no signal arrives and nothing may be raised. Outermost phases
+    may follow one another; the first is the longest one known.
     """
 
     def __init__(self, bar: Bar) -> None:
         trt.IProgressMonitor.__init__(self)
         self.stop = False
         self._bar, self._outermost, self._steps, self._told = bar, "", 1, 0
+        self._lock = threading.Lock()
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        if not parent_phase:
-            self._outermost, self._steps, self._told = phase_name, max(1, num_steps), 0
+        with self._lock:
+            if not parent_phase and not self._outermost:
+                self._outermost, self._steps = phase_name, max(1, num_steps)
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        if phase_name == self._outermost:
-            done = 100 * (step + 1) // self._steps
-            self._bar.advance(done - self._told, note=phase_name)
-            self._told = done
+        with self._lock:
+            done = min(100, 100 * (step + 1) // self._steps)
+            if phase_name == self._outermost and done > self._told:
+                self._bar.advance(done - self._told, note=phase_name)
+                self._told = done
         return not self.stop
 
     def phase_finish(self, phase_name: str) -> None:
@@ -142,16 +152,16 @@ def _progress(config: trt.IBuilderConfig, title: str) -> Iterator[Progress]:
 
 
 def _in_a_thread(work: Any, progress: Progress) -> Any:
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(work()), name="tensorrt build")
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="tensorrt build")
+    running = pool.submit(work)
     try:
-        thread.join()
+        return running.result()
     except KeyboardInterrupt:
         progress.stop = True
-        thread.join()
         raise
-    return found[0] if found else None
+    finally:
+        # Not before the build has ended.
+        pool.shutdown()
 
 
 def _problems(parser: trt.OnnxParser, log: Log) -> str:

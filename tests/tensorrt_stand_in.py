@@ -18,10 +18,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from dlops import cudart, environment
+from dlops import cudart
 
 MAGIC = b"ftrt"
-GPU = "NVIDIA H100 80GB HBM3, 580.65.06, 81559 MiB"
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -29,9 +28,9 @@ class Cuda:
     """The calls of libcudart that dlops makes. capability: of the device. recording: what a stream captures."""
 
     def __init__(self) -> None:
-        self.capability = (9, 0)
+        self.capability, self.name = (9, 0), b"NVIDIA H100 80GB HBM3"
         self.buffers: dict[int, Any] = {}
-        self.streams = self.copies = self.launches = 0
+        self.streams = self.open_streams = self.copies = self.launches = 0
         self.room = 2**40
         self.recording: list[Callable[[], None]] | None = None
         self._graphs: dict[int, list[Callable[[], None]]] = {}
@@ -61,6 +60,7 @@ class Cuda:
 
     def cudaStreamCreateWithFlags(self, pointer: Any, flags: Any) -> int:
         self.streams += 1
+        self.open_streams += 1
         pointer._obj.value = self.streams
         return 0
 
@@ -68,6 +68,7 @@ class Cuda:
         return 0
 
     def cudaStreamDestroy(self, stream: Any) -> int:
+        self.open_streams -= 1
         return 0
 
     def cudaStreamBeginCapture(self, stream: Any, mode: int) -> int:
@@ -91,8 +92,19 @@ class Cuda:
             work()
         return 0
 
-    def cudaDeviceGetAttribute(self, number: Any, attribute: int, device: int) -> int:
-        number._obj.value = self.capability[attribute - 75]
+    def cudaDeviceGetAttribute(self, number: Any, attribute: Any, device: Any) -> int:
+        number._obj.value = self.capability[attribute.value - 75]
+        return 0
+
+    def cudaGetDeviceProperties(self, properties: Any, device: Any) -> int:
+        properties.value = self.name
+        return 0 if self.name else 100
+
+    def cudaGraphDestroy(self, graph: Any) -> int:
+        del self._graphs[graph.value]
+        return 0
+
+    def cudaGraphExecDestroy(self, executable: Any) -> int:
         return 0
 
 
@@ -162,13 +174,17 @@ class _Parser:
 
 
 class _Builder:
-    """last: what was built last, for tests to look at. fails: what it says instead of building."""
+    """last: what was built last, for tests to look at. fails: what it says instead. starts: whether CUDA does."""
 
     last: tuple[onnx.ModelProto, _Config] | None = None
     fails = ""
+    starts = True
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
+        if not self.starts:
+            logger.log(_Logger.WARNING, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
 
     def create_network(self, flags: int) -> dict[str, bytes]:
         assert flags == 1
@@ -299,6 +315,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Cuda]:
         # Imported anew, and gone again after the test: setitem notes what was there, or that nothing was.
         monkeypatch.setitem(sys.modules, name, module)
         del sys.modules[name]
-    here = environment.describe_environment().model_copy(update={"gpus": (GPU,)})
-    monkeypatch.setattr("dlops.environment.describe_environment", lambda: here)
     return module, cuda

@@ -232,7 +232,7 @@ def test_outputs_of_a_tuple_take_the_names_given(tmp_path: Path) -> None:
     ("make", "said"),
     [
         (lambda y: y.sum(), "no batch axis"),
-        (lambda y: y.bfloat16(), "logits: bfloat16 is not a dtype"),
+        (lambda y: y.to(torch.complex64), "logits: complex64 is not a dtype"),
         (lambda y: 3, "logits, which are not tensors"),
         (lambda y: {"a": y, "b": None}, "b, which are not tensors"),
         (lambda y: [][0], "evaluation samples failed .*: IndexError"),

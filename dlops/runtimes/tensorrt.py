@@ -7,14 +7,14 @@ Python API from 10.0 on (IExecutionContext.execute_async_v3).
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorrt as trt
 
 from dlops.artifact import Artifact
-from dlops.cudart import DeviceBuffer, Graph, Stream
-from dlops.environment import describe_environment
+from dlops.cudart import DeviceBuffer, Graph, Stream, device_name
 from dlops.errors import CorruptError, MachineError
 from dlops.runtimes.session import Placement, SessionOptions, check_bound, graph_provider
 from dlops.signature import Array, Feed, Signature
@@ -29,16 +29,29 @@ class Log(trt.ILogger):  # type: ignore[misc]
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
-        self.errors: list[str] = []
+        self._error = self._warning = ""
 
     def log(self, severity: object, message: str) -> None:
         if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-            self.errors.append(message)
+            self._error = message
+        elif severity == trt.ILogger.WARNING:
+            self._warning = message
 
     @property
     def reason(self) -> str:
-        """The last error in one line."""
-        return " ".join(self.errors[-1].split())[:300] if self.errors else "it does not say why"
+        """The last error in one line; without any the last warning, which is all that a failing CUDA may give."""
+        return " ".join((self._error or self._warning).split())[:300] or "it does not say why"
+
+
+def made(make: Callable[[Log], Any], log: Log) -> Any:
+    """A builder or a runtime. Raises MachineError where CUDA does not start, which is a TypeError there."""
+    try:
+        return make(log)
+    except TypeError as error:
+        raise MachineError(
+            f"TensorRT {trt.__version__} does not start: {log.reason}",
+            hint="CUDA 13 takes driver 580 or later; dlops doctor shows the GPU",
+        ) from error
 
 
 class TensorrtSession:
@@ -52,7 +65,7 @@ class TensorrtSession:
         self._title = title
         self._log = Log()
         # Held for as long as the engine is.
-        self._runtime = trt.Runtime(self._log)
+        self._runtime = made(trt.Runtime, self._log)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
             raise CorruptError(
@@ -72,10 +85,10 @@ class TensorrtSession:
         with self._lock:
             caller = self._idle.pop() if self._idle else None
         caller = caller or self._caller()
+        # After an error it is dropped, and its memory with it: what its stream holds then is anyone's guess.
         caller.copy_in(feed)
         caller.enqueue()
         outputs = caller.copy_out()
-        # After an error it is dropped: what its stream holds then is anyone's guess.
         with self._lock:
             self._idle.append(caller)
         return outputs
@@ -147,12 +160,14 @@ class _Caller:
         self.signature, self.stream = signature, Stream()
         self._context, self._log, self._title = context, log, title
         self._buffers: dict[str, DeviceBuffer] = {}
+        # Until the stream was synchronized: a copy may read them after it was asked for.
+        self._given: dict[str, Array] = {}
         self._outputs: dict[str, tuple[int, ...]] = {}
 
     def copy_in(self, feed: Feed) -> None:
         """Put a feed on the device, and have room for what it will give."""
         for spec in self.signature.inputs:
-            array = np.ascontiguousarray(feed[spec.name])
+            array = self._given[spec.name] = np.asarray(feed[spec.name], order="C")
             if not self._context.set_input_shape(spec.name, array.shape):
                 raise MachineError(
                     f"{self._title}: TensorRT does not take {spec.name}{list(array.shape)}: {self._log.reason}"
@@ -195,9 +210,10 @@ class _Caller:
         if found is not None:
             self.stream.synchronize()
             found.close()
-        made = self._buffers[name] = DeviceBuffer(size)
-        self._context.set_tensor_address(name, made.address)
-        return made
+        buffer = self._buffers[name] = DeviceBuffer(size)
+        if not self._context.set_tensor_address(name, buffer.address):
+            raise MachineError(f"{self._title}: TensorRT takes no buffer for {name}: {self._log.reason}")
+        return buffer
 
 
 def open_session(artifact: Artifact, options: SessionOptions) -> TensorrtSession:
@@ -219,13 +235,13 @@ def open_session(artifact: Artifact, options: SessionOptions) -> TensorrtSession
 
 def check_gpu(*, title: str) -> str:
     """The name of the GPU here. Raises MachineError where there is none."""
-    gpu = next(iter(describe_environment().gpus), None)
-    if gpu is None:
+    try:
+        return device_name(0)
+    except MachineError as error:
         raise MachineError(
-            f"{title}: TensorRT's engines are built and run on an NVIDIA GPU, and there is none here",
+            f"{title}: TensorRT's engines are built and run on an NVIDIA GPU, and CUDA finds none: {error.message}",
             hint="dlops doctor shows what works; onnx artifacts run on the CPU",
-        )
-    return gpu.split(",")[0].strip()
+        ) from None
 
 
 def _check_machine(artifact: Artifact) -> None:
@@ -248,6 +264,12 @@ def _check_names(engine: trt.ICudaEngine, signature: Signature, *, title: str) -
                 f"{title}: the signature has {', '.join(spec.name for spec in wanted)}, the engine {', '.join(names)}"
             )
         for spec in wanted:
-            dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(spec.name)))
-            if dtype != np.dtype(spec.dtype):
-                raise CorruptError(f"{title}: {spec.name} is {spec.dtype} by the signature, {dtype} in the engine")
+            found_dtype = engine.get_tensor_dtype(spec.name)
+            try:
+                fits = np.dtype(trt.nptype(found_dtype)) == np.dtype(spec.dtype)
+            except TypeError:  # one that numpy has not
+                fits = False
+            if not fits:
+                raise CorruptError(
+                    f"{title}: {spec.name} is {spec.dtype} by the signature, {found_dtype} in the engine"
+                )

@@ -56,7 +56,7 @@ def load_libraries() -> None:
         except OSError as error:
             raise MachineError(
                 f"TensorRT was asked for, and {name} does not load: {error}",
-                hint="pip install tensorrt-cu13-libs, in the major version that ONNX Runtime was built with",
+                hint="pip install 'tensorrt-cu13-libs<11', the major version that ONNX Runtime was built with",
             ) from None
 
 

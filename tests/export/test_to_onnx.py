@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from onnx import helper
 
 from dlops.artifact import Artifact
 from dlops.errors import GateError
 from dlops.export.quantize import spread
-from dlops.export.to_onnx import OPSET, check_written
+from dlops.export.to_onnx import OPSET, check_written, to_half
 
 
 def written(artifact: Artifact) -> onnx.ModelProto:
@@ -93,3 +95,26 @@ def test_calibration_is_spread_over_the_whole_set() -> None:
     chosen = spread({"x": np.arange(1000)}, 5)["x"]
     assert chosen.tolist() == [0, 250, 500, 749, 999]
     assert spread({"x": np.arange(3)}, 5)["x"].tolist() == [0, 1, 2]
+
+
+def test_a_weight_that_half_precision_cannot_hold_is_refused_and_casts_are_written_once() -> None:
+    def graph(scale: float) -> onnx.ModelProto:
+        weight = np.full((4, 4), scale, np.float32)
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["m"]),
+            helper.make_node("Relu", ["m"], ["r"]),
+            # Two operators that ONNX Runtime's conversion leaves in fp32, on one tensor.
+            helper.make_node("Min", ["r", "r"], ["low"]),
+            helper.make_node("Max", ["r", "r"], ["high"]),
+            helper.make_node("Add", ["low", "high"], ["y"]),
+        ]
+        made = helper.make_graph(
+            nodes, "g", [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])],
+            [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])],
+            [onnx.numpy_helper.from_array(weight, "w")],
+        )  # fmt: skip
+        return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+    with pytest.raises(GateError, match=r"it: w holds 1e\+06, and half precision ends at 65504"):
+        to_half(graph(1e6), title="it")
+    onnx.checker.check_model(to_half(graph(1.0), title="it"), full_check=True)

@@ -5,19 +5,23 @@ tests/gpu/test_tensorrt.py builds and runs real ones.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from dlops.artifact import Artifact, open_artifact
 from dlops.checkpoint import Checkpoint
 from dlops.errors import CorruptError, GateError, MachineError, UsageError
 from dlops.export.pipeline import export_variants, rank_variant
+from dlops.export.quantize_operands import _Made
 from dlops.model_file import format_of
 from dlops.parity import self_test
 from dlops.runtimes import SessionOptions, open_session
@@ -55,7 +59,8 @@ def test_every_precision_is_built_from_a_graph_of_its_types_and_passes_the_gates
         assert kinds == {"FLOAT" if slug == "tensorrt-fp32" else "FLOAT16"}, slug
         rounded = [node for node in graph.graph.node if node.op_type == "QuantizeLinear"]
         # Four products, of an activation and a weight each.
-        assert len(rounded) == (8 if slug in ("tensorrt-int8", "tensorrt-fp8") else 0)
+        # TensorRT has no convolution of one channel in fp8.
+        assert len(rounded) == {"tensorrt-int8": 8, "tensorrt-fp8": 6}.get(slug, 0)
         to = {attribute.i for node in rounded for attribute in node.attribute if attribute.name == "output_dtype"}
         number = {"tensorrt-int8": {onnx.TensorProto.INT8}, "tensorrt-fp8": {onnx.TensorProto.FLOAT8E4M3FN}}
         assert to == number.get(slug, set())
@@ -113,7 +118,9 @@ def test_threads_at_once_have_a_context_each_and_the_right_answers(made: dict[st
     assert len(stand_in[1].buffers) < buffers
 
 
-def test_an_engine_of_another_machine_is_refused(made: dict[str, Artifact], stand_in: Stand, monkeypatch) -> None:
+def test_an_engine_of_another_machine_is_refused_and_made_again(
+    made: dict[str, Artifact], stand_in: Stand, checkpoint: Checkpoint, monkeypatch
+) -> None:
     artifact = made["tensorrt-fp32"]
     with pytest.raises(MachineError, match="an engine runs on a GPU alone"):
         open_session(artifact, SessionOptions(device="cpu"))
@@ -121,6 +128,13 @@ def test_an_engine_of_another_machine_is_refused(made: dict[str, Artifact], stan
     with pytest.raises(MachineError, match=r"built for tensorrt 10\.13\.3, and here is 11\.4\.0"):
         open_session(artifact)
     monkeypatch.setattr(stand_in[0], "__version__", "10.13.3")
+    # Made again, it is one for what is here.
+    monkeypatch.setattr(stand_in[0], "__version__", "11.4.0")
+    [again] = export_variants(
+        checkpoint, variants=["tensorrt-fp32"], out=artifact.directory.parents[1], model=SmallNet, device="auto"
+    )
+    assert again.provenance.notes["tensorrt"] == "11.4.0"
+    artifact = open_artifact(again.directory)
     monkeypatch.setenv("XDG_STATE_HOME", str(artifact.directory / "elsewhere"))
     with pytest.raises(UsageError, match="not made by you on this machine"):
         open_session(artifact)
@@ -149,9 +163,11 @@ def test_what_cannot_be_built_says_why(stand_in: Stand, checkpoint: Checkpoint, 
     with pytest.raises(MachineError, match="builds no engine of it: no memory for tactics"):
         export("tensorrt-fp16")
     assert not list(tmp_path.rglob("*.engine"))
-    here = importlib.import_module("dlops.environment").describe_environment().model_copy(update={"gpus": ()})
-    monkeypatch.setattr("dlops.runtimes.tensorrt.describe_environment", lambda: here)
-    with pytest.raises(MachineError, match="built and run on an NVIDIA GPU, and there is none here"):
+    monkeypatch.setattr(stand_in[0].Builder, "starts", False)
+    with pytest.raises(MachineError, match="does not start: CUDA initialization failure with error: 35"):
+        export("tensorrt-fp16")
+    stand_in[1].name = b""
+    with pytest.raises(MachineError, match="built and run on an NVIDIA GPU, and CUDA finds none"):
         export("tensorrt-fp16")
 
 
@@ -174,19 +190,57 @@ def test_ctrl_c_ends_the_build_between_two_steps(stand_in: Stand, monkeypatch: p
                 return
             threading.Event().wait(0.005)
 
-    join = threading.Thread.join
+    def interrupted(future: Future[None], timeout: float | None = None) -> None:
+        reached.wait()
+        raise KeyboardInterrupt
 
-    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
-        if not progress.stop:
-            reached.wait()
-            raise KeyboardInterrupt
-        join(thread, timeout)
-
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    monkeypatch.setattr(Future, "result", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module._in_a_thread(build, progress)
     assert steps[-1] is False
     assert len(steps) < 1000
+
+
+def test_what_the_build_raises_comes_out(stand_in: Stand) -> None:
+    module = importlib.import_module("dlops.export.to_tensorrt")
+
+    def build() -> None:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        module._in_a_thread(build, None)
+
+
+def test_nothing_stays_on_the_device(made: dict[str, Artifact], stand_in: Stand) -> None:
+    session = open_session(made["tensorrt-fp16"], SessionOptions(device="cuda", cuda_graph=True))
+    feed = {"input": np.zeros((2, 1, 8, 8), np.float32)}
+    for _ in range(3):
+        session.bind(feed)
+        session.run(feed)
+    with pytest.raises(MachineError, match="TensorRT does not take"):
+        session.run({"input": np.zeros((0, 1, 8, 8), np.float32)})
+    session.close()
+    del session
+    gc.collect()
+    assert not stand_in[1].buffers
+    assert not stand_in[1].open_streams
+
+
+@pytest.mark.parametrize(
+    ("number", "weight", "group", "has"),
+    [
+        ("fp8", (64, 64, 3, 3), 1, True), ("fp8", (64, 3, 7, 7), 1, False), ("fp8", (16, 64, 1, 1), 1, False),
+        ("fp8", (64, 1, 3, 3), 64, False), ("fp8", (64, 64, 7, 7), 1, False), ("int8", (64, 3, 7, 7), 1, True),
+        ("int8", (64, 1, 3, 3), 64, True), ("int8", (64, 1, 1, 1), 64, False), ("int8", (10, 3, 3, 3), 1, False),
+        ("int8", (64, 3, 1, 7), 1, False),
+    ],
+)  # fmt: skip
+def test_convolutions_without_a_kernel_in_8_bits_stay_as_they_are(
+    number: str, weight: tuple[int, ...], group: int, has: bool
+) -> None:
+    graph = helper.make_graph([], "one", [], [], [numpy_helper.from_array(np.zeros(weight, np.float32), "w")])
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=group)
+    assert _Made(graph, {}, number, stored=False).has_kernel(node) is has
 
 
 def test_layers_are_ranked_as_tensorrt_would_round_them_and_what_is_not_rounded_is_refused(

@@ -163,7 +163,7 @@ def test_without_a_gpu_or_its_libraries_it_is_an_error(artifact: Artifact, monke
     monkeypatch.setattr(tensorrt_provider, "_LIBRARIES", ("libdlops-has-no-such.so.10",))
     with pytest.raises(MachineError, match=r"libdlops-has-no-such.so.10 does not load") as refused:
         open_session(artifact, OPTIONS)
-    assert "pip install tensorrt" in str(refused.value.hint)
+    assert "pip install 'tensorrt" in str(refused.value.hint)
 
 
 def test_torch_does_not_run_on_it() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,8 +84,11 @@ def test_each_is_asked_by_its_name(several: ServerProcess, triton, triton_grpc, 
         assert refused.json()["error"].startswith("which model? this server has digits, numbers")
         for path in ("/models/other/predict", "/models/numbers/versions/4/predict"):
             assert client.post(path, content=digit_pngs[0], headers=png).status_code == 404
-        text = client.get("/metrics").text
-        assert f'dlops_instances{{model="numbers"}} {WORKERS}.0' in text
+        # The server is ready with its first worker; the others come when they have loaded the model.
+        wanted, until = f'dlops_instances{{model="numbers"}} {WORKERS}.0', time.monotonic() + 60
+        while wanted not in (text := client.get("/metrics").text):
+            assert time.monotonic() < until, text
+            time.sleep(0.1)
         assert "/models/{name}/versions/{version}/infer" in client.get("/docs.json").text
 
 
