@@ -71,6 +71,7 @@ class Door(HttpToolsProtocol):
         # When the request that has not come whole yet began to; at first, when the connection was made.
         self._waiting_since: float | None = self.loop.time()
         self._in_head, self._head_bytes = False, 0
+        self._completed = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -96,9 +97,11 @@ class Door(HttpToolsProtocol):
         self.transport.close()
 
     def data_received(self, data: bytes) -> None:
+        self._completed = False
         super().data_received(data)
-        # The parser keeps what is not complete yet to itself, however long it grows.
-        if self._in_head:
+        # The parser keeps what is not complete yet to itself, however long it grows. Of a chunk that ends a request and
+        # begins another nobody says how much is the other's: that part is not counted.
+        if self._in_head and not self._completed:
             self._head_bytes += len(data)
             if self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
                 self._refuse(HeadTooLargeError(f"address and headers are larger than {_MAX_HEAD_BYTES} bytes"))
@@ -140,7 +143,7 @@ class Door(HttpToolsProtocol):
             self._receiving.receive(body)
 
     def on_message_complete(self) -> None:
-        self._waiting_since = None
+        self._waiting_since, self._completed = None, True
         if self._receiving is None:
             super().on_message_complete()
         else:

@@ -15,7 +15,7 @@ from dlops.artifact import Artifact
 from dlops.errors import InputError
 from dlops.framing import Framing, picture_size
 from dlops.preprocess import Decode
-from dlops.serve.protocol import number_array, read_json
+from dlops.serve.protocol import json_limit, number_array, read_json
 from dlops.signature import Array, Feed
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ _FIELDS = ("image", "file")
 _FORM = "multipart/form-data"
 _JSON = "application/json"
 _PNG = "image/png"
+# Of pictures as numbers, and of texts: whoever has more sends files.
+_MAX_JSON_BYTES = 4 * 1024 * 1024
 _TEXT = "text/plain"
 # Tasks whose answers are pictures, or about places in one.
 _PICTURED = frozenset(("detection", "generation", "segmentation"))
@@ -181,6 +183,16 @@ async def _read_form(body: bytes, content_type: str, *, max_files: int) -> list[
 
 
 def _read_numbers(body: bytes, artifact: Artifact) -> list[Any]:
+    preprocess = artifact.preprocess
+    if preprocess is not None and preprocess.input != "numbers":
+        limit = _MAX_JSON_BYTES
+    else:
+        limit = json_limit(artifact.signature)
+    if len(body) > limit:
+        raise InputError(
+            f"more JSON than this model's inputs can need: at most {limit} bytes", field="body",
+            hint="images come as files" if preprocess is not None and preprocess.input == "image" else None,
+        )  # fmt: skip
     document = read_json(body)
     unknown = sorted(set(document) - {"inputs"})
     if unknown or "inputs" not in document:

@@ -29,6 +29,10 @@ SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_
 # A number in JSON with its comma, brackets and the white space of somebody who formats it, and what stands around them.
 _JSON_NUMBER_BYTES = 64
 _JSON_BASE_BYTES = 64 * 1024
+# A picture of 300 by 300 pixels with channels has 90,000, one that comes in rows of pixels.
+MAX_JSON_LISTS = 100_000
+# Of a client's waiting: as good as none, and what a clock can add.
+_MAX_TIMEOUT_US = 86_400 * 1_000_000
 # The kinds of Python number that JSON holds and a datatype takes: 1.5 is no INT64, true is no FP32.
 _JSON_KINDS: Mapping[str, str] = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
 
@@ -182,6 +186,12 @@ def rows_of(feed: Feed, signature: Signature) -> int:
 
 def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object in a body. Raises InputError."""
+    # A list takes twenty times as much memory as its two brackets, and reading them holds up everything else.
+    if body.count(b"[") + body.count(b"{") > MAX_JSON_LISTS:
+        raise InputError(
+            f"more than {MAX_JSON_LISTS:,} lists and objects in the JSON", field="body",
+            hint="send tensors flat or as bytes, images as files",
+        )  # fmt: skip
     try:
         document = from_json(body)
     except ValueError as error:
@@ -342,7 +352,7 @@ def _timeout(parameters: dict[str, Any]) -> int | None:
         return None
     if type(timeout) is not int or timeout < 0:
         raise InputError("timeout must be a whole number of microseconds", field="parameters")
-    return timeout or None
+    return min(timeout, _MAX_TIMEOUT_US) or None
 
 
 def _flag(parameters: dict[str, Any], key: str, where: str) -> bool:

@@ -38,7 +38,7 @@ from dlops.serve.answers import (
     json_response,
     server_timing,
 )
-from dlops.serve.body import BodyReader
+from dlops.serve.body import BodyReader, BodyTooLargeError
 from dlops.serve.cells import Cells
 from dlops.serve.guard import REQUEST_ID, Guard, request_id
 from dlops.serve.leaving import unless_gone
@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 INFER = "/v2/models/{name}/infer"
 # In a request's scope: the model that it is for.
 _MODEL = "dlops.model"
+# Of what is asked of the repository.
+_MAX_CONTROL_BYTES = 64 * 1024
 # Of Triton's extensions: what a client may ask for and gets told, in the protocol's own way, that it is not here.
 _UNSUPPORTED = (
     "/v2/systemsharedmemory/{rest:path}", "/v2/cudasharedmemory/{rest:path}", "/v2/trace/{rest:path}",
@@ -300,7 +302,7 @@ class Application:
 
     async def repository_index(self, request: Request) -> Response:
         async with self.bodies.read(request) as body:
-            document = protocol.read_json(body) if body else {}
+            document = _control_document(body)
         ready = document.get("ready", False)
         if not isinstance(ready, bool):
             raise InputError("ready must be true or false", field="ready")
@@ -308,7 +310,7 @@ class Application:
 
     async def repository_load(self, request: Request) -> Response:
         async with self.bodies.read(request) as body:
-            document = protocol.read_json(body) if body else {}
+            document = _control_document(body)
         await self.control.load(request.path_params["name"], parameters=document.get("parameters"))
         return Response(status_code=200)
 
@@ -375,6 +377,13 @@ class _Elsewhere(Route):
 async def _run(model: ServedModel, request: Request, feed: Feed, *, rows: int, deadline_ns: int | None) -> Answer:
     """The queue's answer. A client that leaves meanwhile takes its request out of the queue."""
     return await unless_gone(request, model.queue.submit(feed, rows=rows, deadline_ns=deadline_ns))
+
+
+def _control_document(body: bytes) -> dict[str, Any]:
+    """What asks for something of the repository: a few words, read where everything else waits for it."""
+    if len(body) > _MAX_CONTROL_BYTES:
+        raise BodyTooLargeError(f"the body is larger than {_MAX_CONTROL_BYTES} bytes", field="body")
+    return protocol.read_json(body) if body else {}
 
 
 def _check_finite(outputs: Feed) -> None:

@@ -538,6 +538,18 @@ def test_what_is_no_request_or_a_far_too_large_one_is_said_in_json(port, text: b
         assert logits_in(*connection.answer())[0, 0] == 5
 
 
+def test_what_came_before_does_not_count_as_the_next_ones_head(port) -> None:
+    # All in one, with the beginning of another behind it: more than a head may have, and none of it one.
+    many = [request_of(images(value)) for value in np.linspace(0, 1, 200)]
+    assert sum(map(len, many)) > 64 * 1024
+    with connected(port) as client:
+        client.send(b"".join(many) + b"GET /v2/health/live HT")
+        statuses = [client.answer()[0].status for _ in many]
+        assert statuses == [200] * len(many)
+        client.send(b"TP/1.1\r\nHost: x\r\n\r\n")
+        assert client.answer()[0].status == 200
+
+
 def test_json_that_no_input_can_need_is_refused_before_it_is_read(port) -> None:
     numbers = ",".join(["1"] * 40_000)
     body = (

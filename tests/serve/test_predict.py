@@ -90,3 +90,11 @@ def test_a_model_of_several_inputs_is_sent_to_the_other_door(digits_artifact) ->
     )
     with pytest.raises(InputError, match="/v2/models/digits/infer"):
         read({"inputs": [1]}, digits_artifact.model_copy(update={"signature": two}))
+
+
+def test_json_that_no_request_needs_is_not_read(features: Artifact, digits_artifact: Artifact) -> None:
+    with pytest.raises(InputError, match=r"more JSON than this model's inputs can need: at most 66304 bytes"):
+        read({"inputs": [[1.0] * 3] * 10_000}, features)
+    with pytest.raises(InputError, match=r"at most 4194304 bytes") as refused:
+        read({"inputs": "x" * (4 * 1024 * 1024)}, digits_artifact)
+    assert refused.value.hint == "images come as files"

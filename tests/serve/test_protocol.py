@@ -217,6 +217,20 @@ def test_json_is_bounded_by_what_the_inputs_can_need() -> None:
         protocol.decode_request(fits.encode().ljust(limit + 1), json_bytes=None, signature=signature)
 
 
+def test_json_of_nothing_but_lists_is_refused_unread() -> None:
+    """Two bytes each, and in memory a hundred."""
+    body = b'{"inputs":[' + b",".join([b"[]"] * protocol.MAX_JSON_LISTS) + b"]}"
+    with pytest.raises(InputError, match="more than 100,000 lists and objects in the JSON"):
+        protocol.read_json(body)
+
+
+def test_a_timeout_beyond_all_clocks_is_as_good_as_none() -> None:
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}]}
+    body["parameters"] = {"timeout": 10**400}
+    request = protocol.decode_request(json.dumps(body).encode(), json_bytes=None, signature=ONE)
+    assert request.timeout_us == 86_400_000_000
+
+
 ONE = Signature(
     inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 3)),),
     outputs=(

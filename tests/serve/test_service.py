@@ -390,3 +390,11 @@ def test_a_model_whose_output_is_not_finite_gives_no_label(digits_artifact, tmp_
         passed_on = client.post(f"/v2/models/{artifact.name}/infer", json={"inputs": [tensor]})
         assert passed_on.status_code == 200
         assert not np.isfinite(np.array(passed_on.json()["outputs"][0]["data"], float)).all()
+
+
+def test_what_is_asked_of_the_repository_is_a_few_words(client: httpx.Client) -> None:
+    body = b'{"a": "' + b"x" * 70_000 + b'"}'
+    for path in ("/v2/repository/index", "/v2/repository/models/digits/load"):
+        answer = client.post(path, content=body)
+        assert answer.status_code == 413
+        assert answer.json()["error"].startswith("the body is larger than 65536 bytes")
