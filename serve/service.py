@@ -26,6 +26,7 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 
 # How long calls over gRPC may go on that were accepted before the end.
 _GRPC_GRACE_S = 60.0
+_AGAIN_S = 5.0
 
 
 def _stop(error: DlopsError) -> NoReturn:
@@ -157,11 +158,12 @@ async def _load() -> None:
         if settings.grpc_port is not None:
             await _start_grpc()
     except DlopsError as error:
-        supervision.end_server(error)
+        await _give_up(error)
         return
-    except Exception as error:  # noqa: BLE001 - whatever it is, a server that can never turn ready must end
-        supervision.end_server(DlopsError(f"loading failed: {type(error).__name__}: {error}"))
+    except Exception as error:  # noqa: BLE001 - whatever it is, a worker that can never turn ready must end
+        await _give_up(DlopsError(f"loading failed: {type(error).__name__}: {error}"))
         return
+    supervision.note_served()
     application.models.is_loaded = True
     # A full collection of a large heap would stall requests; what is loaded by now stays until the end.
     gc.collect()
@@ -170,6 +172,17 @@ async def _load() -> None:
         application.metrics.ready.set(to=1)
     if settings.model_control == "explicit":
         await control.follow()
+
+
+async def _give_up(error: DlopsError) -> None:
+    """End the server where none of its workers ever loaded, else this worker: another is started in its place."""
+    if not supervision.has_served():
+        supervision.end_server(error)
+        return
+    say(f"dlops: a worker cannot load, and is started again in {_AGAIN_S:g} s: {error}")
+    # Else it would be started again as fast as it fails.
+    await asyncio.sleep(_AGAIN_S)
+    os._exit(error.exit_status)
 
 
 async def _start_grpc() -> None:

@@ -2,8 +2,9 @@
 how none outlives the other.
 
 `bentoml serve` starts workers again and again when they fail. A worker whose artifact is wrong would do so for ever,
-so it leaves its reason in a file and ends the server. It also gives every worker a session of its own, so that no
-signal to the arbiter's group reaches them: a worker watches its arbiter itself.
+so it leaves its reason in a file and ends the server; not where others have loaded before, which go on. It also gives
+every worker a session of its own, so that no signal to the arbiter's group reaches them: a worker watches its arbiter
+itself.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ ARBITER_PID = "DLOPS_ARBITER_PID"
 FAILURE_FILE = "DLOPS_FAILURE_FILE"
 CELLS_DIR = "DLOPS_CELLS_DIR"
 STOP_ON_STDIN_EOF = "DLOPS_STOP_ON_STDIN_EOF"
+# In the folder of the cells.
+_SERVED = "served"
 _WATCH_S = 0.5
 _KILLED_WITHIN_S = 5.0
 # From <sys/prctl.h>: the signal that the kernel sends to this process when its parent dies.
@@ -105,6 +108,16 @@ class Family:
         deadline = time.monotonic() + _KILLED_WITHIN_S
         while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+
+def note_served() -> None:
+    """A worker of this server has loaded: what fails after this is one worker's failure, and not the server's."""
+    Path(os.environ[CELLS_DIR], _SERVED).touch()
+
+
+def has_served() -> bool:
+    """Whether any worker of this server ever loaded."""
+    return Path(os.environ[CELLS_DIR], _SERVED).exists()
 
 
 def end_server(error: DlopsError) -> None:

@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 
+from dlops.artifact import open_artifact
 from dlops.errors import CorruptError, DlopsError, GateError, MachineError, UsageError
 from dlops.serve import launch
 from dlops.serve.launch import ServerProcess, serve_artifacts
@@ -197,6 +198,43 @@ def test_workers_end_when_the_process_that_started_them_is_killed(digits_artifac
             httpx.get(server.url)
     # What it counted in lay in the launcher's folder, which has gone.
     assert list(tmp_path.glob("dlops-*")) == []
+
+
+def test_a_worker_that_cannot_load_again_leaves_the_others_serving(digits_artifact, tmp_path) -> None:
+    shutil.copytree(digits_artifact.directory, tmp_path / "digits")
+    model = tmp_path / "digits" / digits_artifact.path("model").name
+    with ServerProcess(open_artifact(tmp_path / "digits"), workers=2) as server:
+        first, second = psutil.Process(server.pid).children(recursive=True)
+        # Ready is what the first to load says; both have to have.
+        until = time.monotonic() + 60
+        while "dlops_instances" not in (text := httpx.get(f"{server.url}/metrics").text) or " 2.0" not in text:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        content = model.read_bytes()
+        model.unlink()
+        first.kill()
+        # Two that came in its place: one that could not load, and the next.
+        seen: set[int] = set()
+        while len(seen) < 2:
+            assert time.monotonic() < until + 60
+            seen |= {one.pid for one in psutil.Process(server.pid).children() if one.pid not in (first.pid, second.pid)}
+            time.sleep(0.2)
+        assert second.is_running()
+        answered = [_health(server.url) for _ in range(10)]
+        assert 200 in answered
+        # What was missing is there again, and the next try is the last.
+        model.write_bytes(content)
+        until = time.monotonic() + 60
+        while [_health(server.url) for _ in range(10)] != [200] * 10:
+            assert time.monotonic() < until
+            time.sleep(0.5)
+
+
+def _health(url: str) -> int:
+    try:
+        return httpx.get(f"{url}/v2/health/ready").status_code
+    except httpx.TransportError:  # by the worker that has just ended
+        return 0
 
 
 def test_a_worker_notices_without_the_kernel_that_its_parent_is_gone() -> None:
