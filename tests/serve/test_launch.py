@@ -207,8 +207,9 @@ def test_a_worker_that_cannot_load_again_leaves_the_others_serving(digits_artifa
         first, second = psutil.Process(server.pid).children(recursive=True)
         # Ready is what the first to load says; both have to have.
         until = time.monotonic() + 60
-        while "dlops_instances" not in (text := httpx.get(f"{server.url}/metrics").text) or " 2.0" not in text:
-            assert time.monotonic() < until
+        wanted = f'dlops_instances{{model="{digits_artifact.name}"}} 2.0'
+        while wanted not in (text := httpx.get(f"{server.url}/metrics").text):
+            assert time.monotonic() < until, text
             time.sleep(0.1)
         content = model.read_bytes()
         model.unlink()
