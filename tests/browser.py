@@ -13,6 +13,16 @@ from pathlib import Path
 from typing import Any
 
 _ANSWERS_S = 60.0
+# What the browser says of a page that is on its way to another address.
+_LEAVING = {"Inspected target navigated or closed", "Cannot find default execution context"}
+
+
+class RefusedError(AssertionError):
+    """The browser did not carry an order out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 class Browser:
@@ -54,7 +64,8 @@ class Browser:
             message, _, self._unread = self._unread.partition(b"\0")
             answer = json.loads(message)
             if answer.get("id") == self._asked:
-                assert "error" not in answer, answer["error"]
+                if "error" in answer:
+                    raise RefusedError(answer["error"]["message"])
                 result: dict[str, Any] = answer["result"]
                 return result
 
@@ -79,11 +90,20 @@ class Tab:
         deadline = time.monotonic() + within_s
         # On a page that is not there yet, nothing is true.
         tried = f"(() => {{ try {{ return {script} }} catch {{ return false }} }})()"
-        while not (found := self.tell(tried)):
+        while not (found := self._tell_unless_leaving(tried)):
             if time.monotonic() > deadline:
                 raise AssertionError(f"never true: {script}; the page: {self.tell('document.body?.innerText')}")
             time.sleep(0.05)
         return found
+
+    def _tell_unless_leaving(self, script: str) -> Any:
+        """What an expression is there; None when the page went elsewhere while it was asked."""
+        try:
+            return self.tell(script)
+        except RefusedError as refused:
+            if refused.message not in _LEAVING:
+                raise
+            return None
 
     def choose_file(self, selector: str, path: Path) -> None:
         """Put a file in a field for files, as a person does."""

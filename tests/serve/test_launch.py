@@ -177,10 +177,17 @@ def in_flight(url: str, document: dict, *, workers: list[psutil.Process]):
         yield answer
 
 
+def alive(process: psutil.Process) -> bool:
+    """A killed process is a zombie as soon as its first thread has ended; sockets are open until the last one has."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
+    except psutil.NoSuchProcess:
+        return False
+
+
 def gone(processes: list[psutil.Process], *, within_s: float) -> bool:
     """Zombies count as gone: a container without an init process never collects them."""
     deadline = time.monotonic() + within_s
-    alive = lambda process: process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # noqa: E731
     while any(alive(process) for process in processes):
         if time.monotonic() > deadline:
             return False
