@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import dlops
 from dlops.bench.results import save_report
-from dlops.checkpoint import Checkpoint
 from dlops.workflows.calibration import calibrated
+from tests.benchmarks.resnet50 import make_resnet50
 
 from .conftest import PAGES
 
@@ -21,7 +20,7 @@ BATCHES = (1, 64)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false")
 def test_a_resnet_50_on_a_gpu(tmp_path: Path) -> None:
-    checkpoint = _resnet50(tmp_path / "run")
+    checkpoint = make_resnet50(tmp_path / "run", max_batch=max(BATCHES))
     variants = ["onnx-fp32", "onnx-fp16", "torchscript-fp32"]
     artifacts = dlops.export_variants(
         checkpoint, variants=variants, out=tmp_path / "artifacts", device="cuda", max_drop=100.0
@@ -39,18 +38,3 @@ def test_a_resnet_50_on_a_gpu(tmp_path: Path) -> None:
         assert {row.load.batch for row in report.measurements} == set(BATCHES)
         assert report.telemetry
         assert "gpu0_power_mw" in report.telemetry[0].series
-
-
-def _resnet50(directory: Path) -> Checkpoint:
-    """Random weights, and labels that are its own decisions: speed does not depend on them."""
-    from torchvision.models import resnet50
-
-    torch.manual_seed(0)
-    model = resnet50().eval()
-    images = np.random.default_rng(0).standard_normal((64, 3, 224, 224), np.float32)
-    with torch.no_grad():
-        targets = np.concatenate([model(part).argmax(dim=1).numpy() for part in torch.from_numpy(images).split(8)])
-    return dlops.save_checkpoint(
-        model, directory, evaluation=(images, targets), builder="torchvision:resnet50", name="resnet50",
-        max_batch=max(BATCHES),
-    )  # fmt: skip
