@@ -16,6 +16,7 @@ import numpy as np
 from dlops.errors import InputError
 from dlops.serve import protocol
 from dlops.serve.protocol import Encoded, InferRequest, Wanted
+from dlops.serve.raws import RawInput
 from dlops.signature import Array, Feed, Signature, is_floating
 
 # Of a header that is worth keeping, and how many are kept: a client that sends ever new ones fills no memory.
@@ -51,9 +52,10 @@ class Codec:
 
     def __init__(
         self, signature: Signature, *, name: str, version: str, labels: Sequence[str] = (),
-        max_bytes: int = 2**62,
+        max_bytes: int = 2**62, raw_input: RawInput | None = None,
     ) -> None:  # fmt: skip
-        """labels: of classes, where they are asked for. max_bytes: of an answer."""
+        """labels: of classes, where they are asked for. max_bytes: of an answer. raw_input: what may come as BYTES."""
+        self._raw_input = raw_input
         self._signature = signature
         self._max_bytes = max_bytes
         self._labels = labels
@@ -70,8 +72,14 @@ class Codec:
                 id=None, feed=feed, rows=plan.rows, outputs=plan.outputs, timeout_us=plan.timeout_us
             )  # fmt: skip
             return known, plan
-        request = protocol.decode_request(body, json_bytes=json_bytes, signature=self._signature)
+        request = self.decoded(body, json_bytes=json_bytes)
         return request, self._learnt(body, json_bytes, request)
+
+    def decoded(self, body: bytes, *, json_bytes: int | None) -> InferRequest:
+        """The request, worked out anew. Raises InputError naming the field."""
+        return protocol.decode_request(
+            body, json_bytes=json_bytes, signature=self._signature, raw_input=self._raw_input
+        )
 
     def encode(self, outputs: Feed, request: InferRequest, plan: Plan | None) -> tuple[bytes, list[bytes]]:
         """The answer's own header lines, each with its end, and its body in parts."""
@@ -118,6 +126,7 @@ class Codec:
         sizes = sum(array.nbytes for array in arrays.values())
         if (
             not 0 < json_bytes <= _HEADER_BYTES
+            or request.raws
             or request.id is not None
             or sizes != len(body) - json_bytes
             or any(array.dtype.kind not in "iu" and not is_floating(array.dtype) for array in arrays.values())

@@ -37,6 +37,7 @@ from dlops.serve.protocol import InferRequest
 from dlops.serve.routes import INFER, Application
 from dlops.serve.ticket import Ticket
 from dlops.serve.tracing import PARENT
+from dlops.signature import Feed
 
 if TYPE_CHECKING:
     from dlops.serve.codec import Plan
@@ -246,6 +247,7 @@ class _Call:
         self._wanted: InferRequest | None = None
         self._plan: Plan | None = None
         self._ticket: Ticket | None = None
+        self._making: asyncio.Future[Feed] | None = None
 
     @property
     def message_event(self) -> _Call:
@@ -286,13 +288,36 @@ class _Call:
         try:
             wanted, self._plan = model.codec.decode(body, json_bytes=json_length(self._json_bytes.decode("latin-1")))
             deadline_ns = self._deadline_ns(wanted.timeout_us)
-            self._decode_ns = time.perf_counter_ns() - began_ns
             self._wanted = wanted
-            self._ticket = model.queue.put(
-                wanted.feed, rows=wanted.rows, deadline_ns=deadline_ns, deliver=self._deliver
-            )
+            if wanted.raws:
+                made = asyncio.ensure_future(model.preprocessed(wanted.raws, deadline_ns=deadline_ns))
+                self._making = made
+                made.add_done_callback(lambda _: self._made(made, began_ns, deadline_ns))
+                return
+            self._put(wanted.feed, began_ns, deadline_ns)
         except Exception as error:  # noqa: BLE001 - what is no error of the client's is the log's, as in the routes
             self._fail(error)
+
+    def _made(self, made: asyncio.Future[Feed], began_ns: int, deadline_ns: int | None) -> None:
+        """The raw rows have become tensors, or could not."""
+        self._making = None
+        # Asked for in any case, or asyncio would report it as one that nobody saw.
+        failure = None if made.cancelled() else made.exception()
+        if self.response_complete or made.cancelled():
+            return
+        try:
+            if failure is not None:
+                raise failure
+            self._put(made.result(), began_ns, deadline_ns)
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._fail(error)
+
+    def _put(self, feed: Feed, began_ns: int, deadline_ns: int | None) -> None:
+        assert self._wanted is not None
+        self._decode_ns = time.perf_counter_ns() - began_ns
+        self._ticket = self._model.queue.put(
+            feed, rows=self._wanted.rows, deadline_ns=deadline_ns, deliver=self._deliver
+        )
 
     def time_out(self) -> None:
         """The body did not come."""
@@ -303,6 +328,8 @@ class _Call:
         """The client has gone: what has not run is not run."""
         if self._ticket is not None:
             self._ticket.cancel()
+        if self._making is not None:
+            self._making.cancel()
         self._end(499)
 
     def _deliver(self, result: Answer | Exception) -> None:

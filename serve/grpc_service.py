@@ -23,6 +23,7 @@ from dlops.serve.classes import check_classes
 from dlops.serve.guard import REQUEST_ID
 from dlops.serve.model import ServedModel
 from dlops.serve.protocol import Wanted
+from dlops.serve.raws import RawInput
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
 from dlops.serve.tls import Tls
@@ -52,10 +53,11 @@ class GrpcServer:
         self, application: Application, *, host: str, port: int, settings: Settings, tls: Tls | None = None
     ) -> None:
         # A message is received whole before anybody can look at it, so what all together may take is bounded by their
-        # number and by what the models can need; those that may come yet can need anything.
+        # number and by what the models can need; those that may come yet can need anything, and so can a picture.
         max_bytes = settings.max_body_bytes
-        if settings.model_control == "none":
-            max_bytes = min(max_bytes, max(protocol.json_limit(model.signature) for model in application.models))
+        models = list(application.models)
+        if settings.model_control == "none" and not any(model.raw_input for model in models):
+            max_bytes = min(max_bytes, max(protocol.json_limit(model.signature) for model in models))
         self._closing = asyncio.Event()
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=max(_LEAST_CALLS, settings.max_pending_bytes // max_bytes),
@@ -240,8 +242,12 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         application.check_room(model, deadline_ns=until_ns)
         held = application.bodies.hold(request.ByteSize())
         try:
-            feed = _feed(request, model.signature)
+            raws = _raws(request, model.raw_input)
             wanted = _wanted(request, model.signature)
+            if raws:
+                feed = await model.preprocessed(raws, deadline_ns=until_ns)
+            else:
+                feed = _feed(request, model.signature)
             rows = protocol.rows_of(feed, model.signature)
             decode_ns = time.perf_counter_ns() - started_ns
             answer = await model.queue.submit(feed, rows=rows, deadline_ns=until_ns)
@@ -286,6 +292,22 @@ async def _until(closing: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncI
             yield request
     finally:
         end.cancel()
+
+
+def _raws(request: Any, raw_input: RawInput | None) -> list[bytes]:
+    """The pictures or texts that came as BYTES, none where tensors did. Raises InputError."""
+    if raw_input is None or len(request.inputs) != 1:
+        return []
+    (tensor,), raw = request.inputs, request.raw_input_contents
+    if not raw_input.is_meant(name=tensor.name, datatype=tensor.datatype):
+        return []
+    if any(key in tensor.parameters for key in protocol.SHARED_MEMORY):
+        raise protocol.SharedMemoryError(f"{tensor.name}: shared memory is not supported", field=tensor.name)
+    if not raw:
+        return raw_input.from_contents(list(tensor.contents.bytes_contents), tuple(tensor.shape))
+    if len(raw) != 1 or tensor.HasField("contents"):
+        raise InputError(f"{tensor.name}: one raw tensor is expected, and nothing beside it", field=tensor.name)
+    return raw_input.from_binary(memoryview(raw[0]), tuple(tensor.shape))
 
 
 def _feed(request: Any, signature: Signature) -> Feed:

@@ -23,6 +23,7 @@ from dlops.serve.metadata import model_config, model_metadata
 from dlops.serve.metrics import Metrics
 from dlops.serve.outcome import BatchDone
 from dlops.serve.queue import InferenceQueue
+from dlops.serve.raws import RawInput
 from dlops.serve.repository import Entry, open_entry
 from dlops.serve.settings import Settings
 from dlops.serve.statistics import Statistics
@@ -87,9 +88,10 @@ class ServedModel:
             batching=artifact.variant.precision != "int8dyn",
             on_batch=count,
         )
+        self.raw_input = RawInput.of(artifact)
         self.codec = Codec(
             self.signature, name=self.name, version=self.version, labels=artifact.labels,
-            max_bytes=settings.max_response_bytes,
+            max_bytes=settings.max_response_bytes, raw_input=self.raw_input,
         )  # fmt: skip
         self.decoder = Decoder(artifact, max_pixels=settings.max_pixels)
 
@@ -100,6 +102,11 @@ class ServedModel:
     @property
     def platform(self) -> str:
         return _PLATFORMS.get(self.artifact.variant.format, f"dlops_{self.artifact.variant.format}")
+
+    async def preprocessed(self, raws: Sequence[Any], *, deadline_ns: int | None) -> Feed:
+        """The input made of raw rows, for which there is room in the queue meanwhile. Raises as Decoder.decode does."""
+        with self.queue.expecting(len(raws)):
+            return await self.decoder.decode(list(raws), deadline_ns=deadline_ns)
 
     def answers(self, outputs: Feed) -> list[dict[str, Any]]:
         """One JSON object a row, as the task puts it for a person."""

@@ -17,6 +17,7 @@ from pydantic_core import from_json, to_json
 
 from dlops.errors import InputError
 from dlops.serve import classes
+from dlops.serve.raws import RawInput
 from dlops.signature import Array, Feed, Signature, TensorSpec, is_floating
 
 # From the protocol's names to numpy's, for the dtypes that a Signature may hold.
@@ -53,13 +54,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
-    """feed: checked against the signature. rows: along the batch axis. timeout_us: None for no deadline."""
+    """feed: checked against the signature. rows: along the batch axis. timeout_us: None for no deadline. raws: a
+    picture or text a row, of which the feed is still to be made; empty where it is there."""
 
     id: str | None
     feed: Feed
     rows: int
     outputs: tuple[Wanted, ...]
     timeout_us: int | None
+    raws: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +73,11 @@ class Encoded:
     json_bytes: int | None
 
 
-def decode_request(body: bytes, *, json_bytes: int | None, signature: Signature) -> InferRequest:
-    """An infer request. json_bytes: what Inference-Header-Content-Length said, None where it was absent.
+def decode_request(
+    body: bytes, *, json_bytes: int | None, signature: Signature, raw_input: RawInput | None = None
+) -> InferRequest:
+    """An infer request. json_bytes: what Inference-Header-Content-Length said, None where it was absent. raw_input:
+    what may come as BYTES.
 
     Raises InputError naming the field for whatever does not fit.
     """
@@ -91,16 +97,18 @@ def decode_request(body: bytes, *, json_bytes: int | None, signature: Signature)
     identity = document.get("id")
     if identity is not None and not isinstance(identity, str):
         raise InputError("id must be a string", field="id")
-    feed, used = _decode_inputs(document, binary, signature)
+    feed, raws, used = _decode_inputs(document, binary, signature, raw_input)
     if used != len(binary):
         raise InputError(f"{len(binary) - used} bytes follow the last input", field="inputs")
-    signature.check(feed)
+    if not raws:
+        signature.check(feed)
     return InferRequest(
         id=identity,
         feed=feed,
-        rows=rows_of(feed, signature),
+        rows=len(raws) or rows_of(feed, signature),
         outputs=_wanted(document, parameters, signature),
         timeout_us=_timeout(parameters),
+        raws=tuple(raws),
     )
 
 
@@ -201,7 +209,10 @@ def read_json(body: bytes) -> dict[str, Any]:
     return document
 
 
-def _decode_inputs(document: dict[str, Any], binary: memoryview, signature: Signature) -> tuple[Feed, int]:
+def _decode_inputs(
+    document: dict[str, Any], binary: memoryview, signature: Signature, raw_input: RawInput | None
+) -> tuple[Feed, list[Any], int]:
+    """The tensors, or the rows that they are to be made of, and how many of the bytes they took."""
     entries = document.get("inputs")
     if not isinstance(entries, list) or not entries:
         raise InputError("inputs must be a list of tensors", field="inputs")
@@ -210,6 +221,14 @@ def _decode_inputs(document: dict[str, Any], binary: memoryview, signature: Sign
     offset = 0
     for index, value in enumerate(entries):
         entry = _mapping(value, f"inputs[{index}]")
+        if raw_input is not None and raw_input.is_meant(name=entry.get("name"), datatype=entry.get("datatype")):
+            if len(entries) > 1:
+                raise InputError(f"input {raw_input.name!r} is given twice", field=raw_input.name)
+            shape, size = _shape(entry, raw_input.name), _binary_size(entry, raw_input.name)
+            if size is None:
+                return feed, raw_input.from_json(entry.get("data"), shape), 0
+            _check_left(raw_input.name, size, len(binary))
+            return feed, raw_input.from_binary(binary[:size], shape), size
         spec = spec_of(entry, specs, f"inputs[{index}]")
         if spec.name in feed:
             raise InputError(f"input {spec.name!r} is given twice", field=spec.name)
@@ -220,13 +239,15 @@ def _decode_inputs(document: dict[str, Any], binary: memoryview, signature: Sign
         if size is None:
             feed[spec.name] = _from_json_data(entry, spec, shape)
             continue
-        if offset + size > len(binary):
-            raise InputError(
-                f"{spec.name}: binary_data_size is {size}, but {len(binary) - offset} bytes are left", field=spec.name
-            )
+        _check_left(spec.name, size, len(binary) - offset)
         feed[spec.name] = from_binary(binary[offset : offset + size], spec, shape)
         offset += size
-    return feed, offset
+    return feed, [], offset
+
+
+def _check_left(name: str, size: int, left: int) -> None:
+    if size > left:
+        raise InputError(f"{name}: binary_data_size is {size}, but {left} bytes are left", field=name)
 
 
 def spec_of(entry: dict[str, Any], specs: dict[str, TensorSpec], where: str) -> TensorSpec:

@@ -221,8 +221,7 @@ class Application:
                     raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
                 is_picture = wants_picture(model.artifact, request.headers.get("accept", ""), len(raws))
                 decode_ns = time.perf_counter_ns()
-                with model.queue.expecting(len(raws)):
-                    feed = await unless_gone(request, model.decoder.decode(raws, deadline_ns=until_ns))
+                feed = await unless_gone(request, model.preprocessed(raws, deadline_ns=until_ns))
                 decode_ns = time.perf_counter_ns() - decode_ns
                 answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
@@ -246,11 +245,14 @@ class Application:
             async with self.bodies.read(request) as body:
                 decode_ns = time.perf_counter_ns()
                 json_bytes = _json_bytes(request)
-                decode = partial(protocol.decode_request, body, json_bytes=json_bytes, signature=model.signature)
+                decode = partial(model.codec.decoded, body, json_bytes=json_bytes)
                 wanted = decode() if len(body) <= _INLINE_BYTES else await model.decoder.offload(decode)
-                decode_ns = time.perf_counter_ns() - decode_ns
                 until_ns = deadline_ns(started_ns, header=header, timeout_us=wanted.timeout_us)
-                answer = await _run(model, request, wanted.feed, rows=wanted.rows, deadline_ns=until_ns)
+                feed = wanted.feed
+                if wanted.raws:
+                    feed = await unless_gone(request, model.preprocessed(wanted.raws, deadline_ns=until_ns))
+                decode_ns = time.perf_counter_ns() - decode_ns
+                answer = await _run(model, request, feed, rows=wanted.rows, deadline_ns=until_ns)
         encoded = model.codec.encoded(answer.outputs, wanted)
         times = self.accounts.answered(
             model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns, caller=_caller(request)
