@@ -94,6 +94,17 @@ class Tolerance(Record):
     min_iou: float | None = None
 
 
+class OwnError(Record):
+    """How far eager fp32 is from what the same module answers in float64, over `samples` real inputs.
+
+    The fields are Parity's.
+    """
+
+    samples: int
+    max_abs: float
+    max_rel: float
+
+
 class ParityCase(Record):
     """What came out for inputs other than the samples themselves: of another size, black, saturated, tiny or huge.
 
@@ -114,6 +125,7 @@ class Parity(Record):
     """How far an artifact's outputs are from the eager fp32 module's, over `samples` real inputs at each batch.
 
     provider: what truly ran. The errors are the worst over all batches and outputs. cases: other inputs than those.
+    own_error: measured where fp32 breaks the fixed tolerance; the recorded one follows from it. Null: not measured.
     """
 
     provider: str
@@ -125,6 +137,7 @@ class Parity(Record):
     agreement: float
     tolerance: Tolerance
     cases: tuple[ParityCase, ...] = ()
+    own_error: OwnError | None = None
 
 
 class Accuracy(Record):

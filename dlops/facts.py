@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from dlops.artifact import Accuracy, Artifact, FloatLayer, Parity, Repair, Worth
+from dlops.artifact import Accuracy, Artifact, FloatLayer, OwnError, Parity, Repair, Worth
 from dlops.checkpoint import Checkpoint
 from dlops.manifest import Manifest
 from dlops.preprocess import Preprocess
@@ -149,7 +149,7 @@ def _parity_lines(parity: Parity) -> dict[str, str]:
 
     def line(value: float | None, bound: float | None, unit: str = "", *, none: str = "no error at all") -> str:
         shown = none if value is None else f"{value:.3g}{unit}"
-        return shown if bound is None else f"{shown} (bound {bound:g}{unit})"
+        return shown if bound is None else f"{shown} (bound {bound:.3g}{unit})"
 
     return {
         "checked on": f"{parity.provider}, {parity.samples} samples, batches {', '.join(map(str, parity.batches))}",
@@ -157,7 +157,12 @@ def _parity_lines(parity: Parity) -> dict[str, str]:
         "largest relative error": line(parity.max_rel, tolerance.max_rel),
         "SQNR": line(parity.sqnr_db, tolerance.min_sqnr_db, " dB"),
         "decisions kept": line(parity.agreement, tolerance.min_agreement),
+        **({"error of eager fp32 itself": _own_error_text(parity.own_error)} if parity.own_error else {}),
     }
+
+
+def _own_error_text(own: OwnError) -> str:
+    return f"{own.max_abs:.3g} absolute, {own.max_rel:.3g} relative, against float64; the bounds follow from it"
 
 
 def _accuracy_text(accuracy: Accuracy) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from torch import nn
 
 from dlops.errors import UsageError
 from dlops.runtimes.eager import outputs_by_name
-from dlops.signature import Array, Feed, Signature
+from dlops.signature import Array, Feed, Signature, is_floating
 from dlops.tensors import to_tensor
 from dlops.unchanged import run_on_copies
 
@@ -55,3 +57,9 @@ def eager_outputs(module: nn.Module, feed: Feed, signature: Signature) -> dict[s
             tensors = (to_tensor(array[start : start + size]) for array in inputs)
             parts.append(outputs_by_name(module(*tensors), signature))
     return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in signature.outputs}
+
+
+def float64_outputs(module: nn.Module, feed: Feed, signature: Signature) -> dict[str, Array]:
+    """The same of a copy in float64. Raises whatever the module does where it cannot compute so."""
+    wide = {name: np.asarray(array, np.float64) if is_floating(array.dtype) else array for name, array in feed.items()}
+    return eager_outputs(copy.deepcopy(module).double(), wide, signature)

@@ -14,6 +14,7 @@ from dlops.artifact import (
     Accuracy,
     Artifact,
     FloatLayer,
+    OwnError,
     Parity,
     ParityCase,
     Provenance,
@@ -29,7 +30,7 @@ from dlops.catalog import FORMATS
 from dlops.checkpoint import Checkpoint, ModelSpec, PruningRecord
 from dlops.environment import Environment
 from dlops.errors import CorruptError, UsageError
-from dlops.manifest import Manifest, Payload
+from dlops.manifest import Manifest, Payload, _digest
 from dlops.preprocess import CenterCrop, Decode, Normalize, Preprocess, Resize, Scale, Utf8
 from dlops.signature import DimRange, Signature, TensorSpec
 
@@ -81,6 +82,7 @@ ARTIFACT = Artifact(
                 name="black", samples=2, max_abs=0.25, max_rel=0.125, sqnr_db=20.5, agreement=0.5, held=False
             ),
         ),
+        own_error=OwnError(samples=32, max_abs=0.25, max_rel=0.5),
     ),
     accuracy=Accuracy(
         metric="accuracy", samples=100, value=0.91, reference=0.92, drop_points=1.0, drop_low=-0.5, drop_high=2.5,
@@ -125,6 +127,15 @@ def test_a_manifest_is_written_exactly_as_the_golden_file_and_reads_back_equal(n
     golden = (GOLDEN / f"{name}.json").read_text()
     assert manifest.to_json() == golden
     assert type(manifest).model_validate_json(golden) == manifest.sealed()
+
+
+def test_an_artifact_from_before_own_errors_were_recorded_opens(make_digits_artifact: object, tmp_path: Path) -> None:
+    path = make_digits_artifact(tmp_path / "digits").directory / "artifact.json"
+    document = json.loads(path.read_text())
+    del document["parity"]["own_error"]
+    document["sha256"] = _digest(document)
+    path.write_text(json.dumps(document))
+    assert open_artifact(path).parity.own_error is None
 
 
 def field_names(document: object) -> set[str]:

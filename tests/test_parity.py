@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dlops import parity
-from dlops.artifact import Artifact, Tolerance
+from dlops.artifact import Artifact, OwnError, Tolerance
 from dlops.directory import DirectoryWriter
 from dlops.errors import CorruptError, GateError
 from dlops.parity import (
@@ -22,6 +22,7 @@ from dlops.parity import (
     self_test,
     shortfalls,
     stricter,
+    tolerance_for,
     tolerance_on,
 )
 from dlops.preprocess import Scale
@@ -179,7 +180,8 @@ def test_a_recorded_tolerance_cannot_let_a_wrong_model_pass(
     make_digits_artifact: Callable[..., Artifact], tmp_path: Path, recorded: Tolerance
 ) -> None:
     artifact = make_digits_artifact(tmp_path, scale=1.01)
-    parity = artifact.parity.model_copy(update={"tolerance": recorded})
+    own = OwnError(samples=16, max_abs=2e-2, max_rel=5e-3)
+    parity = artifact.parity.model_copy(update={"tolerance": recorded, "own_error": own})
     lenient = artifact.model_copy(update={"parity": parity}).located_at(tmp_path)
     with pytest.raises(GateError, match="differ from the reference"):
         self_test(lenient, open_session(artifact, CPU))
@@ -193,6 +195,31 @@ def test_the_stricter_of_two_tolerances_is_taken_bound_by_bound() -> None:
     assert stricter(Tolerance(max_abs=float("nan")), table) == table
     for precision, tolerance in TOLERANCES.items():
         assert stricter(Tolerance(), tolerance) == tolerance, precision
+
+
+@pytest.mark.parametrize(
+    ("max_abs", "max_rel", "allowed"),
+    [
+        (1e-5, 1e-6, (2e-4, 1e-4)),
+        (1e-3, 1e-6, (4e-3, 1e-4)),
+        (1e-3, 1e-3, (4e-3, 4e-3)),
+        # Half precision's bounds are the most, and an own error above either excuses nothing.
+        (2e-2, 5e-3, (2e-2, 5e-3)),
+        (2.1e-2, 1e-3, (2e-4, 1e-4)),
+        (1e-3, 5.1e-3, (2e-4, 1e-4)),
+        (float("inf"), float("inf"), (2e-4, 1e-4)),
+        (float("nan"), 1e-3, (2e-4, 1e-4)),
+        (-1.0, -1.0, (2e-4, 1e-4)),
+    ],
+)
+def test_an_own_error_widens_the_bounds_of_fp32_up_to_a_ceiling(
+    max_abs: float, max_rel: float, allowed: tuple[float, float]
+) -> None:
+    own = OwnError(samples=4, max_abs=max_abs, max_rel=max_rel)
+    found = tolerance_for("segmentation", "fp32", own=own)
+    assert (found.max_abs, found.max_rel) == pytest.approx(allowed)
+    for task, precision in (("segmentation", "fp16"), ("segmentation", "int8"), ("detection", "fp32")):
+        assert tolerance_for(task, precision, own=own) == tolerance_for(task, precision)
 
 
 def test_a_precision_without_any_bound_is_not_called_tested(
