@@ -87,9 +87,10 @@ def make_cases(module: nn.Module, feed: Feed, signature: Signature) -> list[Case
 
 
 def _own_error(module: nn.Module, feed: Feed, reference: Feed, signature: Signature, usual: Usual) -> float:
-    """How far the answers move, over the usual ones, where the inputs move by the last bit of the usual ones."""
+    """How far the answers move, over the usual ones, where the inputs move by the last bit of the usual ones, or of
+    their own where those are larger: a step below it would be rounded away."""
     draw = np.random.default_rng(0)
-    step = _LAST_BIT * usual.input
+    step = _LAST_BIT * max(usual.input, *(_largest(array) for array in feed.values() if is_floating(array.dtype)), 0.0)
     moved = {
         name: (np.asarray(array, np.float64) + step * draw.normal(size=array.shape)).astype(array.dtype)
         if is_floating(array.dtype) else array

@@ -164,6 +164,28 @@ def test_where_the_module_itself_is_rounding_nothing_is_demanded(checkpoint: Che
     assert errors["huge"] < 1e-5
 
 
+class Wave(nn.Module):
+    """Of a large input the last bit is a large part of a turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, CLASSES, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.sin(20 * self.layer(image))
+
+
+def test_the_last_bit_of_a_huge_input_is_its_own(checkpoint: Checkpoint) -> None:
+    torch.manual_seed(0)
+    signature = checkpoint.signature.model_copy(update={"outputs": checkpoint.signature.outputs[:1], "dims": {
+        "batch": DimRange(max=4), "height": DimRange(min=20, max=20), "width": DimRange(min=24, max=24),
+        "logits_2": DimRange(min=18, max=18), "logits_3": DimRange(min=22, max=22),
+    }})  # fmt: skip
+    errors = {case.name: case.own_error for case in make_cases(Wave().eval(), {"image": images()}, signature)}
+    # A hundred times as large, and so is what the last bit changes.
+    assert errors["huge"] > 30 * errors["saturated"] > 0
+
+
 class Baked(nn.Module):
     """Its answer depends on the height that it was captured with, which no exporter says."""
 
