@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvicorn.config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from dlops.console import say
 from dlops.errors import InputError
@@ -33,6 +33,8 @@ from dlops.serve.answers import (
 )
 from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS, request_id
 from dlops.serve.outcome import Answer
+from dlops.serve.outgoing import Outgoing
+from dlops.serve.ports import authority
 from dlops.serve.protocol import InferRequest
 from dlops.serve.routes import INFER, Application
 from dlops.serve.ticket import Ticket
@@ -40,6 +42,8 @@ from dlops.serve.tracing import PARENT
 from dlops.signature import Feed
 
 if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
+
     from dlops.serve.codec import Plan
     from dlops.serve.model import ServedModel
 
@@ -69,6 +73,7 @@ class Door(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._receiving: _Call | None = None
+        self._running: RequestResponseCycle | None = None
         # When the request that has not come whole yet began to; at first, when the connection was made.
         self._waiting_since: float | None = self.loop.time()
         self._in_head, self._head_bytes = False, 0
@@ -76,16 +81,23 @@ class Door(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._outgoing = Outgoing(transport)
         if Door._swept is not self.server_state:
             Door._swept = self.server_state
             self.loop.call_later(_SWEEP_S, self._sweep)
 
     def _sweep(self) -> None:
-        """End the connections whose requests take too long to come; again as long as there are connections."""
-        limit = self.loop.time() - self.application.receive_timeout_s
+        """End the connections whose requests take too long to come, and those whose clients take nothing of their
+        answers; again as long as there are connections."""
+        now = self.loop.time()
+        limit = now - self.application.receive_timeout_s
         for connection in list(self.connections):
-            if isinstance(connection, Door) and (connection._waiting_since or limit) < limit:
+            if not isinstance(connection, Door):
+                continue
+            if (connection._waiting_since or limit) < limit:
                 connection._time_out()
+            if connection._outgoing.stalled_s(now) > self.application.send_timeout_s:
+                connection._drop()
         if not self.connections:
             Door._swept = None
         elif Door._swept is self.server_state:
@@ -96,6 +108,23 @@ class Door(HttpToolsProtocol):
         if call is not None and not call.response_complete:
             call.time_out()
         self.transport.close()
+
+    def _drop(self) -> None:
+        """The client takes nothing. Closing would wait for it, and may do so already."""
+        self.application.metrics.unread.add()
+        client = "a client" if self.client is None else authority(*self.client)
+        say(f"{client} took nothing of its answers for {self.application.send_timeout_s:g} s: connection dropped")
+        self._disconnect()
+        self.transport.abort()
+
+    def _disconnect(self) -> None:
+        """What runs on the usual way writes no more. uvicorn tells the last request that came, which may not be it."""
+        if self._running is not None:
+            self._running.disconnected = True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         self._completed = False
@@ -152,6 +181,7 @@ class Door(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         call = self.cycle
+        self._disconnect()
         super().connection_lost(exc)
         if isinstance(call, _Call) and not call.response_complete:
             call.abandon()

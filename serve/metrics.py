@@ -146,6 +146,9 @@ class Metrics(Collector):
             cells, "dlops_request_seconds", "Time of requests that were answered with a result, and its parts.",
             ("model", "route", "part"), bounds=seconds, unit=1e-9,
         )  # fmt: skip
+        self.unread = Counter(
+            cells, "dlops_unread_connections", "Connections dropped because the client took nothing of its answers."
+        )
         self.batch_rows = Histogram(cells, "dlops_batch_rows", "Rows in a run, padding apart.", model, bounds=_ROWS)
         self.padded_rows = Counter(cells, "dlops_padded_rows", "Rows that were run and nobody asked for.", model)
         self.batches = Counter(cells, "dlops_batches", "Runs, by why they began with no more rows.", (*model, "reason"))

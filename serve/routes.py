@@ -88,6 +88,7 @@ class Application:
         self.models = Models()
         self._control: Control | None = None
         self.receive_timeout_s = settings.receive_timeout_s
+        self.send_timeout_s = settings.send_timeout_s
         self.draining = False
         self.log = Log(settings.log, access=settings.access_log)
         self.accounts = Accounts(self.metrics, self.log)

@@ -33,11 +33,12 @@ class Settings(Record):
     /v2. max_pending_bytes: of all bodies held at once. max_pixels: of all pictures of one request together; four times
     as many may wait to be decoded. drain_delay_s: between SIGTERM, when readiness ends, and no longer accepting. token:
     that requests must bear, but for health; None where anybody may ask. receive_timeout_s: in which a request must have
-    come whole, and the first on a new connection begun. tls_cert, tls_key: PEM files of a certificate and its key, with
-    which both ports are encrypted. tls_client_ca: PEM file of who signs the certificates that clients must have, where
-    they must. log: lines for people, or one JSON object a line. access_log: a line for each request that was answered.
-    trace_sample: fraction of the requests that are traced. grpc_port: on which the protocol is spoken over gRPC too, 0
-    for a free one; None for not at all. grpc_host: for it.
+    come whole, and the first on a new connection begun. send_timeout_s: in which a client must take some of what it is
+    sent. tls_cert, tls_key: PEM files of a certificate and its key, with which both ports are encrypted. tls_client_ca:
+    PEM file of who signs the certificates that clients must have, where they must. log: lines for people, or one JSON
+    object a line. access_log: a line for each request that was answered. trace_sample: fraction of the requests that
+    are traced. grpc_port: on which the protocol is spoken over gRPC too, 0 for a free one; None for not at all.
+    grpc_host: for it.
     """
 
     artifact: tuple[str, ...] = ()
@@ -59,6 +60,7 @@ class Settings(Record):
     max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     receive_timeout_s: float = Field(30.0, gt=0)
+    send_timeout_s: float = Field(30.0, gt=0)
     grpc_port: int | None = Field(None, ge=0, le=65535)
     grpc_host: str = "127.0.0.1"
     tls_cert: Path | None = None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,14 +29,17 @@ ADDRESS = "/v2/models/digits/infer"
 
 
 @contextmanager
-def listening(app: Application, model: ServedModel) -> Iterator[int]:
-    """The port of a server in a thread of this process, whose connections are doors."""
+def listening(app: Application, model: ServedModel, *, send_buffer: int | None = None, **config: Any) -> Iterator[int]:
+    """The port of a server in a thread of this process, whose connections are doors. config: uvicorn's, besides."""
     app.models.replace([model])
     Door.application = app
     guarded = GuardMiddleware(app.asgi, app.guard, app.refuse)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(guarded, http=Door, lifespan="off", log_config=None))
+        if send_buffer is not None:
+            # Its connections have it too.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        server = uvicorn.Server(uvicorn.Config(guarded, http=Door, lifespan="off", log_config=None, **config))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -44,7 +48,8 @@ def listening(app: Application, model: ServedModel) -> Iterator[int]:
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(20)
+            assert not thread.is_alive(), "the server does not end"
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""How long the other end of a connection has taken nothing of what is sent to it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import sys
+
+# Of Linux' struct tcp_info: packets on their way, bytes that the other end has acknowledged, bytes not sent yet.
+_IN_FLIGHT, _TAKEN, _UNSENT = (struct.Struct("@I"), 24), (struct.Struct("@Q"), 120), (struct.Struct("@I"), 144)
+_INFO_BYTES = 256
+
+
+class Outgoing:
+    """Of one connection. Asked again and again; what happened between two looks is not seen."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        # Encryption passes what it has on to a transport that cannot be asked; the kernel knows of both.
+        is_hidden = transport.get_extra_info("sslcontext") is not None and sys.platform == "linux"
+        self._socket: socket.socket | None = transport.get_extra_info("socket") if is_hidden else None
+        self._seen = 0
+        self._since: float | None = None
+
+    def stalled_s(self, now: float) -> float:
+        """For how long something has waited to be sent and none of it was taken; 0 where nothing waits."""
+        waits, progress = self._look()
+        if not waits:
+            self._since = None
+            return 0.0
+        if self._since is None or progress != self._seen:
+            self._seen, self._since = progress, now
+        return now - self._since
+
+    def _look(self) -> tuple[bool, int]:
+        """Whether anything waits, and a number that changes where some of it is taken."""
+        size = self._transport.get_write_buffer_size()
+        if self._socket is None:
+            return size > 0, size
+        try:
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+            in_flight, taken, unsent = (field.unpack_from(info, at)[0] for field, at in (_IN_FLIGHT, _TAKEN, _UNSENT))
+        except (OSError, struct.error):  # it has just been closed; or a kernel that says less
+            return size > 0, size
+        return bool(size or in_flight or unsent), taken

@@ -1,0 +1,129 @@
+"""Clients that do not read their answers: they hold neither memory nor the server's end up for ever."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dlops.artifact import Artifact
+from dlops.serve.model import ServedModel
+from dlops.serve.routes import Application
+from dlops.serve.settings import Settings
+from tests.serve.held import HeldSession
+from tests.serve.test_door import images, listening, request_of
+
+USUAL = b"GET /docs.json HTTP/1.1\r\nHost: x\r\n\r\n" * 60
+BINARY = request_of(np.tile(images(1), (64, 1, 1, 1))) * 200
+SEND_TIMEOUT_S = 1.0
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> Application:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    return Application(Settings(send_timeout_s=SEND_TIMEOUT_S))
+
+
+@pytest.fixture
+def model(app: Application, digits_artifact: Artifact) -> Iterator[ServedModel]:
+    session = HeldSession(digits_artifact.signature)
+    session.gate.set()
+    model = ServedModel(digits_artifact, [session], Settings(), app.metrics)
+    yield model
+    assert model.queue.close(timeout_s=10)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A server's own and its key, as uvicorn takes them."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificates")
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -days 2 -keyout key.pem -out own.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return {"ssl_certfile": folder / "own.pem", "ssl_keyfile": folder / "key.pem"}
+
+
+@contextmanager
+def asking(port: int, requests: bytes, *, encrypted: bool = False) -> Iterator[socket.socket]:
+    """A connection that has sent requests and has read nothing."""
+    with socket.socket() as plain:
+        # Before it connects: an answer soon is more than both kernels take.
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(10)
+        plain.connect(("127.0.0.1", port))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with context.wrap_socket(plain) if encrypted else plain as connection:
+            sender = threading.Thread(target=_send, args=(connection, requests))
+            sender.start()
+            try:
+                yield connection
+            finally:
+                connection.close()
+                sender.join(10)
+
+
+def _send(connection: socket.socket, requests: bytes) -> None:
+    with suppress(OSError):  # the server reads no more of one that takes nothing
+        connection.sendall(requests)
+
+
+def dropped(app: Application) -> int:
+    return sum(value for (value,) in app.metrics.unread.sums().values())
+
+
+def within(seconds: float, holds: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(holds())
+
+
+@pytest.mark.parametrize("requests", [USUAL, BINARY], ids=["usual", "binary"])
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_who_takes_nothing_is_dropped_and_the_server_ends(
+    app, model, certificate, capsys, caplog, loop: str, encrypted: bool, requests: bytes
+) -> None:
+    config: dict[str, Any] = {"loop": loop} | (certificate if encrypted else {})
+    with ExitStack() as clients:
+        with listening(app, model, send_buffer=4096, **config) as port:
+            clients.enter_context(asking(port, requests, encrypted=encrypted))
+            assert within(SEND_TIMEOUT_S + 5, lambda: dropped(app))
+            clients.enter_context(asking(port, requests, encrypted=encrypted))
+            time.sleep(0.3)
+            app.drain()
+            began = time.monotonic()
+        assert time.monotonic() - began < SEND_TIMEOUT_S + 5
+    assert dropped(app) == 2
+    assert capsys.readouterr().err.count(" took nothing of its answers for 1 s: connection dropped\n") == 2
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert app.bodies.pending_bytes == 0
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+def test_who_reads_slowly_gets_all_of_it(app, model, certificate, encrypted: bool) -> None:
+    request = b"GET /docs.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    secure = certificate if encrypted else {}
+    with (
+        listening(app, model, send_buffer=4096, **secure) as port,
+        asking(port, request * 4, encrypted=encrypted) as connection,
+    ):
+        began, received = time.monotonic(), b""
+        while received.count(b"HTTP/1.1 200 OK") < 4 or not received.endswith(b"}"):
+            received += connection.recv(4096)
+            time.sleep(0.15)
+        assert time.monotonic() - began > 2 * SEND_TIMEOUT_S
+    assert dropped(app) == 0
