@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlops.console import say
+from dlops.errors import InputError
+from dlops.runtimes.refusal import refusal
 from dlops.runtimes.session import Bound, Session
 from dlops.serve.outcome import BrokenError
 from dlops.signature import Array, Feed, Signature
@@ -51,18 +53,25 @@ class Instance:
         self._buckets = tuple(_Bucket(session, rows) for rows in self._sizes)
 
     def run(self, feeds: Sequence[Feed], rows: int) -> Ran:
-        """One run over the rows of all feeds, `rows` in all. Raises what the session raises, and BrokenError."""
+        """One run over the rows of all feeds, `rows` in all.
+
+        Raises BrokenError, InputError where the model refuses what is in one of them, and what else the session raises.
+        """
         if self.is_broken:
             raise BrokenError("the model's session has failed and is opened anew", hint="try again")
         try:
             ran = self._ran(feeds, rows)
-        except Exception:
-            # Of a batch only one may be at fault; alone it is known which.
+        except Exception as error:
+            # Of a batch only one may be at fault; alone it is known which. A refusal counts too: a session may have
+            # come to refuse everything.
             if len(feeds) == 1:
                 self._failures += 1
                 if self._failures >= _PATIENCE:
                     self.examine()
-            raise
+            reason = refusal(error)
+            if reason is None:
+                raise
+            raise InputError(f"the model refuses what is in its input: {reason}") from error
         self._failures = 0
         return ran
 

@@ -69,7 +69,7 @@ class OnnxSession:
         self.signature = signature
         self._device = where
         self._graphs = itertools.count() if options.cuda_graph else None
-        self._run_options = None if self._graphs is None else _run_options(graph=_NO_GRAPH)
+        self._run_options = _run_options(graph=None if self._graphs is None else _NO_GRAPH)
         self._outputs = [spec.name for spec in signature.outputs]
         self.placement = Placement(
             runtime="onnxruntime", device="cuda:0" if where == "cuda" else "cpu",
@@ -308,6 +308,8 @@ def _assigned(session: ort.InferenceSession) -> dict[str, dict[str, int]]:
 def _run_options(*, graph: int | None, wait: bool = True) -> ort.RunOptions:
     """graph: which CUDA graph a run captures or replays. wait: whether the run returns only once all is done."""
     options = ort.RunOptions()
+    # What fails is raised; ONNX Runtime would write it to stderr too, a line for each request that a service refuses.
+    options.log_severity_level = 4
     if graph is not None:
         options.add_run_config_entry("gpu_graph_id", str(graph))
     if not wait:
