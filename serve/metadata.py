@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dlops.serve.protocol import DATATYPES
@@ -20,23 +21,27 @@ def model_metadata(signature: Signature, *, name: str, version: str, platform: s
 
 
 def model_config(
-    signature: Signature, *, name: str, platform: str, device: str, max_batch: int, instances: int = 1
-) -> dict[str, Any]:
+    signature: Signature, *, name: str, platform: str, device: str, max_batch: int, instances: int = 1,
+    versions: int = 1, batch_sizes: Sequence[int] = (), queue_delay_us: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """The answer to GET /v2/models/NAME/config, as Triton's model configuration in JSON.
 
-    max_batch: 0 where requests are not joined, as Triton has it; the shapes then hold the batch axis.
+    max_batch: 0 where requests are not joined, as Triton has it; the shapes then hold the batch axis. instances: of all
+    workers. versions: how many of the newest are served, 0 for all. batch_sizes: that batches are padded to or joined
+    up to, where that is not max_batch alone. queue_delay_us: that an instance waits for more rows.
     """
     kind = "KIND_GPU" if device.startswith("cuda") else "KIND_CPU"
+    batching = {"preferred_batch_size": list(batch_sizes), "max_queue_delay_microseconds": queue_delay_us}
     return {
         "name": name,
         "platform": platform,
         "backend": "dlops",
-        "version_policy": {"latest": {"num_versions": 1}},
+        "version_policy": {"latest": {"num_versions": versions}} if versions else {"all": {}},
         "max_batch_size": max_batch,
         "input": [_tensor_config(spec, batched=max_batch > 0) for spec in signature.inputs],
         "output": [_tensor_config(spec, batched=max_batch > 0) for spec in signature.outputs],
         "instance_group": [{"name": name, "kind": kind, "count": instances}],
-        **({"dynamic_batching": {"preferred_batch_size": [], "max_queue_delay_microseconds": 0}} if max_batch else {}),
+        **({"dynamic_batching": batching} if max_batch else {}),
     }
 
 

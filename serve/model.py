@@ -64,8 +64,9 @@ class ServedModel:
         self.statistics = Statistics(metrics.cells, name=self.name, version=self.version)
         self.max_batch = min(settings.max_batch, artifact.signature.max_batch)
         self.inline = inline
-        buckets = bucket_sizes(self.max_batch) if settings.cuda_graphs else ()
-        self.instances = [Instance(session, buckets=buckets, renew=renew) for session in sessions]
+        self._settings = settings
+        self._buckets = bucket_sizes(self.max_batch) if settings.cuda_graphs else ()
+        self.instances = [Instance(session, buckets=self._buckets, renew=renew) for session in sessions]
         self._task = open_task(artifact.task)
 
         def count(done: BatchDone) -> None:
@@ -118,9 +119,13 @@ class ServedModel:
 
     def config(self) -> dict[str, Any]:
         """As Triton has it."""
+        largest, settings = self.signature.max_batch, self._settings
+        # A request may have more rows than are joined.
+        sizes = self._buckets or ((self.max_batch,) if self.max_batch < largest else ())
         return model_config(
             self.signature, name=self.name, platform=self.platform, device=self.placement.device,
-            max_batch=self.signature.max_batch if self.queue.batching else 0, instances=len(self.instances),
+            max_batch=largest if self.queue.batching else 0, instances=len(self.instances) * settings.workers,
+            versions=settings.versions, batch_sizes=sizes, queue_delay_us=settings.queue_delay_us,
         )  # fmt: skip
 
     def describe(self) -> dict[str, str]:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from dlops.artifact import Artifact
+from dlops.runtimes import SessionOptions, open_session
 from dlops.serve import model as models
 from dlops.serve.cells import Cells
 from dlops.serve.metrics import Metrics
-from dlops.serve.model import load_model
+from dlops.serve.model import ServedModel, load_model
 from dlops.serve.repository import entry_of
 from dlops.serve.settings import Settings
 
@@ -39,6 +40,27 @@ def test_there_are_as_many_instances_as_were_asked_for(digits_artifact: Artifact
     assert not model.inline
     assert model.config()["instance_group"] == [{"name": "digits", "kind": "KIND_CPU", "count": 3}]
     assert len(loaded(digits_artifact).instances) == 1
+
+
+def test_the_configuration_says_what_is_in_force(digits_artifact: Artifact) -> None:
+    config = loaded(digits_artifact).config()
+    assert config["version_policy"] == {"latest": {"num_versions": 1}}
+    # Of the 64 rows that a request may have.
+    assert config["max_batch_size"] == 64
+    assert config["dynamic_batching"] == {"preferred_batch_size": [32], "max_queue_delay_microseconds": 0}
+    config = loaded(digits_artifact, queue_delay_us=700, versions=3, max_batch=64, instances=2, workers=2).config()
+    assert config["version_policy"] == {"latest": {"num_versions": 3}}
+    assert config["dynamic_batching"] == {"preferred_batch_size": [], "max_queue_delay_microseconds": 700}
+    assert config["instance_group"][0]["count"] == 4
+    assert loaded(digits_artifact, versions=0).config()["version_policy"] == {"all": {}}
+
+
+def test_batches_that_are_padded_are_told_by_their_sizes(digits_artifact: Artifact) -> None:
+    settings = Settings(cuda_graphs=True, max_batch=4)
+    session = open_session(digits_artifact, SessionOptions(device="cpu"))
+    model = ServedModel(digits_artifact, [session], settings, Metrics(Cells()))
+    assert model.config()["dynamic_batching"]["preferred_batch_size"] == [1, 2, 4]
+    model.close()
 
 
 def test_a_session_that_no_longer_runs_is_opened_anew_and_tested(digits_artifact: Artifact, capfd) -> None:

@@ -72,6 +72,8 @@ def test_health_and_metadata_are_http_s(triton, server) -> None:
     ]
     config = triton.get_model_config("digits").config
     assert (config.max_batch_size, list(config.input[0].dims)) == (64, [1, 8, 8])
+    assert config.version_policy.latest.num_versions == 1
+    assert list(config.dynamic_batching.preferred_batch_size) == [32]
 
 
 def test_both_doors_give_the_same_numbers_and_count_together(triton, server, x, expected) -> None:
