@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
@@ -25,6 +26,7 @@ LENGTH_HEADER = "Inference-Header-Content-Length"
 TIMING_HEADER = "X-Server-Timing"
 # Below this, compressing costs more time than sending.
 _COMPRESS_FROM_BYTES = 1024
+_WEIGHT = re.compile(r"(?:^|;)\s*q\s*=\s*(\d*\.?\d+|\d+\.)", re.IGNORECASE | re.ASCII)
 # However long the wait: it is a guess, and a client that never comes back is no use to anybody.
 _MOST_RETRY_AFTER_S = 60
 
@@ -135,10 +137,18 @@ def infer_response(encoded: Encoded, accepted: str, more: dict[str, str]) -> Res
         headers[LENGTH_HEADER] = str(encoded.json_bytes)
     body = encoded.body
     # The first that both know, as Triton chooses; clients that name none get it plain.
-    encodings = [part.partition(";")[0].strip().lower() for part in accepted.split(",")]
-    chosen = next((name for name in encodings if name in ("gzip", "deflate")), None)
+    chosen = next((name for name in _acceptable(accepted) if name in ("gzip", "deflate")), None)
     if chosen is not None and len(body) >= _COMPRESS_FROM_BYTES:
         body = gzip.compress(body, 1) if chosen == "gzip" else zlib.compress(body, 1)
         headers["Content-Encoding"] = chosen
     kind = "application/json" if encoded.json_bytes is None else "application/octet-stream"
     return Response(body, headers=headers, media_type=kind)
+
+
+def _acceptable(accepted: str) -> Iterator[str]:
+    """What an Accept-Encoding names, in its order; what it weighs with 0 is not to come (RFC 9110, 12.5.3)."""
+    for part in accepted.split(","):
+        name, _, parameters = part.partition(";")
+        weight = _WEIGHT.search(parameters)
+        if weight is None or float(weight.group(1)) > 0:
+            yield name.strip().lower()

@@ -233,8 +233,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def _run(self, model: ServedModel, request: Any, context: Context, started_ns: int) -> Any:
         application = self._application
-        timeout = request.parameters["timeout"].int64_param if "timeout" in request.parameters else 0
-        until_ns = deadline_ns(started_ns, header=None, timeout_us=timeout or None)
+        until_ns = deadline_ns(started_ns, header=None, timeout_us=_timeout_us(request))
         left_s = context.time_remaining()
         if left_s is not None:
             own_ns = started_ns + int(left_s * 1e9)
@@ -268,6 +267,14 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             model, INFER, started_ns, answer, rows=rows, decode_ns=decode_ns, caller=_caller(context)
         )
         return response
+
+
+def _timeout_us(request: Any) -> int | None:
+    if "timeout" not in request.parameters:
+        return None
+    timeout = request.parameters["timeout"]
+    choice = timeout.WhichOneof("parameter_choice")
+    return protocol.timeout_us(None if choice is None else getattr(timeout, choice))
 
 
 def _caller(context: Context) -> Caller:

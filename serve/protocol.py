@@ -107,7 +107,7 @@ def decode_request(
         feed=feed,
         rows=len(raws) or rows_of(feed, signature),
         outputs=_wanted(document, parameters, signature),
-        timeout_us=_timeout(parameters),
+        timeout_us=timeout_us(parameters.get("timeout")),
         raws=tuple(raws),
     )
 
@@ -367,8 +367,8 @@ def _wanted(document: dict[str, Any], parameters: dict[str, Any], signature: Sig
     return tuple(wanted)
 
 
-def _timeout(parameters: dict[str, Any]) -> int | None:
-    timeout = parameters.get("timeout")
+def timeout_us(timeout: object) -> int | None:
+    """What a request's parameter of this name says; None for no deadline, as 0 does. Raises InputError."""
     if timeout is None:
         return None
     if type(timeout) is not int or timeout < 0:

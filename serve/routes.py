@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Match, Route, request_response
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from dlops.console import say
 from dlops.errors import DlopsError, InputError
@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 INFER = "/v2/models/{name}/infer"
 # In a request's scope: the model that it is for.
 _MODEL = "dlops.model"
+# Likewise: the methods that a route has.
+_ALLOWED = "dlops.allowed"
 # Of what is asked of the repository.
 _MAX_CONTROL_BYTES = 64 * 1024
 # Of Triton's extensions: what a client may ask for and gets told, in the protocol's own way, that it is not here.
@@ -69,6 +71,7 @@ _UNSUPPORTED = (
     "/v2/systemsharedmemory/{rest:path}", "/v2/cudasharedmemory/{rest:path}", "/v2/trace/{rest:path}",
     "/v2/models/{name}/trace/{rest:path}", "/v2/logging",
 )  # fmt: skip
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 _GAUGES_S = 0.5
 # Of those: how often a broken instance is tried again.
 _EXAMINE_TURNS = 10
@@ -164,16 +167,16 @@ class Application:
             ],
         ]
         # A version in the address makes no route of its own: the two are counted together.
-        routes = [
-            Route(path, self._answered(path.replace("/versions/{version}", ""), handler), methods=[method])
+        routes: list[Route] = [
+            _Counted(path, self._answered(label, handler), self._answered(label, self.not_allowed), methods=[method])
             for method, path, handler in table
+            for label in [path.replace("/versions/{version}", "")]
         ]
-        everything = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+        everything = list(_METHODS[:5])
         for what in _UNSUPPORTED:
             routes.append(Route(what, self._answered("unsupported", self.unsupported), methods=everything))
         routes.append(Route("/v2/{rest:path}", self._answered("other", self.unknown), methods=everything))
-        everything += ["HEAD", "OPTIONS"]
-        routes.append(_Elsewhere("/{rest:path}", self._answered("other", self.unknown), methods=everything))
+        routes.append(_Elsewhere("/{rest:path}", self._answered("other", self.unknown), methods=list(_METHODS)))
         return routes
 
     def _answered(self, route: str, handler: Handler) -> Handler:
@@ -192,8 +195,10 @@ class Application:
             if self.draining:
                 response.headers["Connection"] = "close"
             model: ServedModel | None = request.scope.get(_MODEL)
+            # A client may call a method as it likes; labels are from a fixed set.
+            method = request.method if request.method in _METHODS else "other"
             self.accounts.count(
-                route, request.method, response.status_code, model, started_ns, failed=response.status_code >= 400,
+                route, method, response.status_code, model, started_ns, failed=response.status_code >= 400,
                 caller=_caller(request),
             )  # fmt: skip
             return response
@@ -335,6 +340,10 @@ class Application:
         what = request.url.path.split("/")[2]
         raise UnsupportedError(f"{what} is not supported", hint="send and ask for tensors in the body")
 
+    async def not_allowed(self, request: Request) -> Response:
+        allowed = ", ".join(sorted(request.scope[_ALLOWED]))
+        raise HTTPException(405, f"{request.method} is not allowed here, but {allowed}", headers={"Allow": allowed})
+
     async def unknown(self, request: Request) -> Response:
         path = request.url.path
         if path.endswith("/") and not path.startswith("/v2/"):
@@ -366,6 +375,21 @@ class Application:
         refusal = model.queue.refusal(deadline_ns=deadline_ns)
         if refusal is not None:
             raise refusal
+
+
+class _Counted(Route):
+    """What has the address and not the method is answered by `refuse`, which counts it; Starlette's own answer does
+    not."""
+
+    def __init__(self, path: str, endpoint: Handler, refuse: Handler, *, methods: list[str]) -> None:
+        super().__init__(path, endpoint, methods=methods)
+        self._refuse = request_response(refuse)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.methods is not None and scope["method"] not in self.methods:
+            await self._refuse({**scope, _ALLOWED: self.methods}, receive, send)
+            return
+        await super().handle(scope, receive, send)
 
 
 class _Elsewhere(Route):

@@ -226,6 +226,31 @@ def test_compressed_requests_and_responses(client, digit_pngs, encoding: str) ->
     assert response.json()["outputs"][0]["shape"] == [30, 10]
 
 
+@pytest.mark.parametrize(
+    ("accepted", "encoding"),
+    [
+        ("gzip;q=0", None), ("gzip; q=0.000, identity", None), ("gzip;Q=0, deflate;q=0.5", "deflate"),
+        ("gzip;q=0.1", "gzip"), ("br, gzip;q=1.0", "gzip"), ("identity", None),
+    ],
+)  # fmt: skip
+def test_what_a_client_weighs_with_0_it_does_not_get(client, digit_pngs, accepted: str, encoding: str | None) -> None:
+    body, headers = infer_binary(tensor_of(*digit_pngs[:30]))
+    response = client.post(INFER, content=body, headers=headers | {"Accept-Encoding": accepted})
+    assert response.status_code == 200
+    assert response.headers.get("Content-Encoding") == encoding
+
+
+def test_a_method_that_a_route_has_not_is_counted(client) -> None:
+    response = client.put("/predict")
+    assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+    assert "PUT" in response.json()["error"]
+    counted = 'dlops_requests_total{method="PUT",model="",route="/predict",status="405"} 1.0'
+    assert counted in client.get("/metrics").text
+    # No new series for whatever else a client calls a method.
+    client.request("PROPFIND", "/metrics")
+    assert 'method="other",model="",route="/metrics",status="405"' in client.get("/metrics").text
+
+
 def test_bad_infer_requests_get_a_json_error_with_the_field_and_the_next_works(client, digit_pngs) -> None:
     x = tensor_of(digit_pngs[0])
     nan = x.copy()

@@ -175,6 +175,10 @@ def changed(x: np.ndarray, kind: str) -> service_pb2.ModelInferRequest:
             request.inputs[0].parameters["shared_memory_region"].string_param = "a"
         case "timeout":
             request.parameters["timeout"].int64_param = 1
+        case "negative timeout":
+            request.parameters["timeout"].int64_param = -1
+        case "timeout in words":
+            request.parameters["timeout"].string_param = "soon"
     return request
 
 
@@ -189,6 +193,8 @@ def changed(x: np.ndarray, kind: str) -> service_pb2.ModelInferRequest:
         ("nan", "INVALID_ARGUMENT", "image"), ("output", "INVALID_ARGUMENT", "unknown output 'labels'"),
         ("classes", "INVALID_ARGUMENT", "classification"), ("region", "UNIMPLEMENTED", "shared memory"),
         ("timeout", "DEADLINE_EXCEEDED", "deadline"),
+        ("negative timeout", "INVALID_ARGUMENT", "whole number of microseconds"),
+        ("timeout in words", "INVALID_ARGUMENT", "whole number of microseconds"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_grpc_s_own_status(stub, x, kind: str, code: str, said: str) -> None:
