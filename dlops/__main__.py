@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from dlops import signals
+from dlops.explain import complain
 
 
 def main() -> NoReturn:
@@ -23,7 +24,7 @@ def main() -> NoReturn:
     if status in (130, 143):
         # A command that keeps its work ends alike on both; which it was decides.
         status = signals.received_status() or status
-        sys.stderr.write("dlops: interrupted\n" if status == 130 else "dlops: terminated\n")
+        complain("interrupted" if status == 130 else "terminated", status=status)
     sys.exit(status)
 
 

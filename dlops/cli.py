@@ -133,8 +133,9 @@ def serve(
 
     /predict takes images and numbers, /v2 is for Triton's clients, the page at / describes both.
     """
-    from dlops.serve.launch import serve_artifacts
+    from dlops.serve.launch import begin_log, serve_artifacts
 
+    begin_log()
     status = serve_artifacts(
         artifacts or [find_artifact(None).directory], host=host, port=port, device=device, threads=threads,
         workers=workers, trust=trust, grpc_port=grpc_port, model_control=model_control, versions=versions,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
+
+_instead: Callable[[str], None] | None = None
 
 
 def explain(error: Exception) -> int:
@@ -28,5 +31,14 @@ def explain(error: Exception) -> int:
 
 def complain(message: str, *, hint: str | None = None, status: int) -> int:
     """Write the line and the hint to stderr, and return the status."""
-    sys.stderr.write(f"dlops: {message}\n" + (f"  {hint}\n" if hint else ""))
+    if _instead is not None:
+        _instead(f"{message} ({hint})" if hint else message)
+    else:
+        sys.stderr.write(f"dlops: {message}\n" + (f"  {hint}\n" if hint else ""))
     return status
+
+
+def tell_instead(write: Callable[[str], None] | None) -> None:
+    """Let `write` have what a person would read; None for stderr again."""
+    global _instead
+    _instead = write

@@ -19,6 +19,7 @@ from dlops.artifact import Artifact
 from dlops.console import say
 from dlops.errors import MachineError, missing_package
 from dlops.runtimes.session import Device
+from dlops.serve.log import Log
 from dlops.serve.ports import authority, numeric_host, reachable, usable_port
 from dlops.serve.repository import Entry, Repository, absolute, open_entry
 from dlops.serve.settings import ModelControl, Settings, variable
@@ -37,6 +38,15 @@ def check_installed() -> None:
         raise missing_package("bentoml", extra="serve", needed_for="serving")
 
 
+def begin_log() -> None:
+    """From here on all that this process says is of the form that DLOPS_LOG asks for, as the server's own lines are.
+
+    Raises UsageError where that is none.
+    """
+    name = variable("log")
+    Log(Settings.from_environment({name: os.environ.get(name, "")}).log, access=False).begin()
+
+
 def serve_artifacts(
     sources: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
     threads: int | None = None, workers: int = 1, trust: bool = False, grpc_port: int | None = None,
@@ -49,7 +59,8 @@ def serve_artifacts(
     SessionOptions. grpc_port: on which gRPC is spoken too; None for not at all. model_control, versions and
     what begins with tls: as in Settings.
 
-    Returns the exit status: 130 after Ctrl-C, 143 after SIGTERM, both once what was accepted is answered. Raises
+    Returns the exit status once what was accepted is answered: 0 after SIGTERM, 130 after Ctrl-C; 143 where SIGTERM was
+    followed by another signal, which ends the server at once, or where it did not end in order. Raises
     UsageError where there is nothing to serve, MachineError where the port is taken or the device is missing,
     GateError where an artifact fails its self-test.
     """
@@ -73,13 +84,16 @@ def serve_artifacts(
         failure_file = Path(folder) / "failure.json"
         where = f"{'http' if tls is None else 'https'}://{authority(address, port)}"
         say(f"starting {_titles(entries)} on {where} (Ctrl-C ends it)")
-        process = _start(settings, address, port, failure_file=failure_file, env=None, log=sys.stderr.fileno())
+        env = {**os.environ, **settings.to_environment()}
+        process = _start(address, port, failure_file=failure_file, env=env, log=sys.stderr.fileno())
         received = _wait_forwarding_signals(process)
         failure = read_failure(failure_file)
         if failure is not None:
             raise failure
-    if received is not None:
-        return 128 + received
+    if received == [signal.SIGTERM] and process.returncode == 0:
+        return 0
+    if received:
+        return 128 + received[0]
     if process.returncode:
         raise MachineError(f"bentoml serve ended with status {process.returncode}", hint="its output above says why")
     return 0
@@ -109,7 +123,7 @@ class ServerProcess:
         self._title = ", ".join(one.title if isinstance(one, Artifact) else str(one) for one in sources)
         self._host = host
         self._wanted_port = port
-        self._unset = {variable(name): "" for name in Settings.model_fields} if isolated else {}
+        self._not_inherited = {variable(name) for name in Settings.model_fields} if isolated else set()
         self._env = dict(env or {})
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
@@ -134,7 +148,8 @@ class ServerProcess:
     def __enter__(self) -> Self:
         address = numeric_host(self._host)
         self.port = usable_port(address, self._wanted_port)
-        tls = Tls.from_environment({**os.environ, **self._unset, **self._env})
+        inherited = {name: value for name, value in os.environ.items() if name not in self._not_inherited}
+        tls = Tls.from_environment({**inherited, **self._env})
         self.url = f"{'http' if tls is None else 'https'}://{authority(reachable(address), self.port)}"
         settings = self._settings
         if self._wanted_grpc_port is not None:
@@ -145,12 +160,11 @@ class ServerProcess:
         try:
             with self.log_path.open("wb") as log:
                 self._process = _start(
-                    settings,
                     address,
                     self.port,
                     failure_file=failure_file,
                     log=log.fileno(),
-                    env={**self._unset, **settings.to_environment(), **self._env},
+                    env={**inherited, **settings.to_environment(), **self._env},
                 )
             self._wait_until_ready(reachable(address), failure_file, tls)
         except BaseException:
@@ -208,12 +222,11 @@ def _titles(entries: Sequence[Entry]) -> str:
     return shown + (f" and {len(entries) - _TITLES} more" if len(entries) > _TITLES else "")
 
 
-def _start(
-    settings: Settings, address: str, port: int, *, failure_file: Path, env: Mapping[str, str] | None, log: int
-) -> subprocess.Popen[bytes]:
+def _start(address: str, port: int, *, failure_file: Path, env: Mapping[str, str], log: int) -> subprocess.Popen[bytes]:
+    """env: all that the server's environment is to be, what this module adds apart."""
     check_installed()
     command = [sys.executable, "-m", "bentoml", "serve", _SERVICE, "--host", address, "--port", str(port)]
-    child_env = {**os.environ, **settings.to_environment(), **(env or {})}
+    child_env = dict(env)
     # A server within a server's environment would take that one's places for its own.
     for name in (ARBITER_PID, CELLS_DIR):
         child_env.pop(name, None)
@@ -231,10 +244,10 @@ def _start(
     )
 
 
-def _wait_forwarding_signals(process: subprocess.Popen[bytes]) -> int | None:
+def _wait_forwarding_signals(process: subprocess.Popen[bytes]) -> list[int]:
     """Wait for the child; SIGINT and SIGTERM end it, a second one at once, its workers included.
 
-    Returns the first one received.
+    Returns those that were received.
     """
     received: list[int] = []
 
@@ -253,7 +266,7 @@ def _wait_forwarding_signals(process: subprocess.Popen[bytes]) -> int | None:
         _end(process, timeout_s=0.0)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return received[0] if received else None
+    return received
 
 
 def _end(process: subprocess.Popen[bytes], *, timeout_s: float) -> None:

@@ -7,9 +7,10 @@ import logging
 import secrets
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
-from dlops import console
+from dlops import console, explain
 
 Form = Literal["text", "json"]
 
@@ -26,6 +27,7 @@ class Log:
         if self._form == "text":
             return
         console.tell_instead(_write)
+        explain.tell_instead(partial(_write, level="error"))
         for logger in (logging.getLogger(), *map(logging.getLogger, ("bentoml", "bentoml.server", "circus"))):
             for handler in logger.handlers:
                 handler.setFormatter(_Formatter())
@@ -47,9 +49,9 @@ def _line(message: str, level: str, **fields: object) -> str:
     return json.dumps({"time": now, "level": level, "message": message, **fields})
 
 
-def _write(message: str, **fields: object) -> None:
+def _write(message: str, level: str = "info", **fields: object) -> None:
     # In one call: several workers write to the same file.
-    sys.stderr.write(_line(message, "info", **fields) + "\n")
+    sys.stderr.write(_line(message, level, **fields) + "\n")
     sys.stderr.flush()
 
 

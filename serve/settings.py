@@ -78,6 +78,8 @@ class Settings(Record):
         """Files and shells end a secret with a line's end; what is no ASCII can stand in no header."""
         if not isinstance(token, str):
             return token
+        if not token.strip():
+            raise ValueError("is empty; unset it where anybody may ask")
         if not token.strip().isascii() or not token.strip().isprintable():
             raise ValueError("must be printable ASCII, to be sent in a header")
         return token.strip()
@@ -104,9 +106,11 @@ class Settings(Record):
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Read `DLOPS_ARTIFACT`, `DLOPS_DEVICE`, ... Raises UsageError naming every variable with a bad value."""
         environment = os.environ if environment is None else environment
-        given = {name: environment.get(variable(name), "") for name in cls.model_fields}
+        given = {name: environment.get(variable(name)) for name in cls.model_fields}
+        # Empty is as good as not set, but for what guards the server: a secret that is missing must not open it.
+        told = {name: value for name, value in given.items() if value or (name == "token" and value is not None)}
         try:
-            return cls.model_validate({name: value for name, value in given.items() if value != ""})
+            return cls.model_validate(told)
         except ValidationError as error:
             raise UsageError(f"{_PREFIX}* environment variables: {explain_validation(error)}") from None
 

@@ -82,6 +82,11 @@ def test_a_short_token_is_refused_before_anything_starts() -> None:
         Settings.from_environment({"DLOPS_TOKEN": "short"})
     with pytest.raises(UsageError, match="printable"):
         Settings.from_environment({"DLOPS_TOKEN": "ein geheimes w\u00f6rtchen"})
+    # A secret that is missing must not open the server.
+    for empty in ("", " \n"):
+        with pytest.raises(UsageError, match=r"token: .*is empty; unset it where anybody may ask$"):
+            Settings.from_environment({"DLOPS_TOKEN": empty})
+    assert Settings.from_environment({"DLOPS_LOG": ""}).token is None
     # A file's last line's end is none of the secret's.
     settings = Settings.from_environment({"DLOPS_TOKEN": f"{TOKEN}\n"})
     assert TOKEN not in repr(settings)

@@ -268,18 +268,21 @@ subprocess.run([sys.executable, "-c", {watched!r}])
         assert gone([child], within_s=30)
 
 
-def test_a_second_signal_ends_the_server_and_its_workers_at_once(slow_artifact, slow_request) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_server_and_its_workers_at_once(
+    slow_artifact, slow_request, number: int, status: int
+) -> None:
     port = free_port()
     command = [sys.executable, "-c", FOREGROUND, str(slow_artifact.directory), str(port)]
     with running(command, port=port) as process:
         (arbiter,) = psutil.Process(process.pid).children()
         family = [arbiter, *arbiter.children(recursive=True)]
         with in_flight(f"http://127.0.0.1:{port}", slow_request(1e8), workers=family[1:]) as answer:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             time.sleep(0.5)
             assert not gone(family, within_s=0), "a first signal lets the answer be finished"
-            process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 130
+            process.send_signal(number)
+            assert process.wait(10) == status
             assert gone(family, within_s=0)
             assert isinstance(answer.exception(10), httpx.TransportError)
 
@@ -297,7 +300,7 @@ def test_a_block_that_ends_in_the_middle_of_a_long_answer_leaves_nothing_behind(
     ("command", "status"),
     [
         (["-m", "bentoml", "serve", "dlops.serve.service:Service", "--port", "{port}"], 0),
-        (["-c", FOREGROUND, "{artifact}", "{port}"], 143),
+        (["-m", "dlops", "serve", "{artifact}", "--port", "{port}"], 0),
     ],
     ids=["bentoml serve", "dlops serve"],
 )
@@ -348,8 +351,8 @@ def test_a_variable_counts_where_no_argument_says_otherwise(digits_artifact, tmp
         shutil.copytree(digits_artifact.directory, tmp_path / "digits" / version)
     started = []
 
-    def start(settings: Settings, *_: object, **__: object) -> None:
-        started.append(settings.versions)
+    def start(*_: object, env: dict[str, str], **__: object) -> None:
+        started.append(Settings.from_environment(env).versions)
         raise MachineError("far enough")
 
     monkeypatch.setattr(launch, "_start", start)

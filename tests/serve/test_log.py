@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import httpx
 
@@ -36,6 +42,35 @@ def test_every_line_is_json_and_requests_are_found_by_their_ids(digits_artifact,
     # What cannot stand in a log is not in it, and has an id all the same.
     (lost,) = [one for one in requests.values() if one["status"] == "404"]
     assert len(lost["request"]) == 16
+
+
+def test_the_launcher_s_own_lines_are_json_too(digits_artifact, tmp_path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "dlops", "serve", str(digits_artifact.directory), "--port", str(port)]
+        env = os.environ | {"DLOPS_LOG": "json"}
+        # The port is taken.
+        probe.listen()
+        refused = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    (failure,) = [json.loads(line) for line in refused.stderr.splitlines()]
+    assert (refused.returncode, failure["level"]) == (4, "error")
+    assert str(port) in failure["message"]
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(command, env=env, stderr=log, stdout=log)
+        try:
+            deadline = time.monotonic() + 60
+            while "self-test passed" not in (tmp_path / "log").read_text():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+        finally:
+            process.kill()
+        told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert told[0]["message"].startswith("starting digits version 1 on http://")
+    assert (told[-1]["message"], told[-1]["level"]) == ("interrupted", "error")
 
 
 def test_for_people_it_is_a_line_of_text(digits_artifact, digit_pngs) -> None:
