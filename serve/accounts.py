@@ -51,19 +51,22 @@ class Accounts:
             self.tracer.failed(route, status=str(status), ns=ns, parent=caller.parent, identity=identity)
 
     def answered(
-        self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, decode_ns: int,
-        caller: Caller,
+        self, model: ServedModel, route: str, started_ns: int, answer: Answer, *, rows: int, received_ns: int,
+        decode_ns: int, caller: Caller,
     ) -> Times:  # fmt: skip
-        """An inference has been answered with a result: count its time and its parts, and return them."""
-        total_ns = time.perf_counter_ns() - started_ns
+        """An inference has been answered with a result: count its time and its parts, and return them.
+
+        received_ns: when its body had come whole.
+        """
+        total_ns, receive_ns = time.perf_counter_ns() - started_ns, received_ns - started_ns
         model.statistics.add_success(
             rows=rows, total_ns=total_ns, queue_ns=answer.queue_ns, compute_ns=answer.compute_ns,
             input_ns=decode_ns + answer.copy_ns,
         )  # fmt: skip
-        encode_ns = max(0, total_ns - decode_ns - answer.queue_ns - answer.copy_ns - answer.compute_ns)
+        encode_ns = max(0, total_ns - receive_ns - decode_ns - answer.queue_ns - answer.copy_ns - answer.compute_ns)
         times = (
-            ("total", total_ns), ("decode", decode_ns), ("queue", answer.queue_ns), ("copy", answer.copy_ns),
-            ("compute", answer.compute_ns), ("encode", encode_ns),
+            ("total", total_ns), ("receive", receive_ns), ("decode", decode_ns), ("queue", answer.queue_ns),
+            ("copy", answer.copy_ns), ("compute", answer.compute_ns), ("encode", encode_ns),
         )  # fmt: skip
         for part, ns in times:
             self._metrics.seconds.observe(model.name, route, part, value=ns)

@@ -273,7 +273,7 @@ class _Call:
         self._started_ns = time.perf_counter_ns()
         self._chunks: list[bytes] = []
         self._held = 0
-        self._decode_ns = 0
+        self._received_ns, self._decode_ns = self._started_ns, 0
         self._wanted: InferRequest | None = None
         self._plan: Plan | None = None
         self._ticket: Ticket | None = None
@@ -311,7 +311,7 @@ class _Call:
         """The body is whole: into the queue with it."""
         if self.response_complete:
             return
-        began_ns = time.perf_counter_ns()
+        self._received_ns = time.perf_counter_ns()
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks = []
         model = self._model
@@ -322,13 +322,13 @@ class _Call:
             if wanted.raws:
                 made = asyncio.ensure_future(model.preprocessed(wanted.raws, deadline_ns=deadline_ns))
                 self._making = made
-                made.add_done_callback(lambda _: self._made(made, began_ns, deadline_ns))
+                made.add_done_callback(lambda _: self._made(made, deadline_ns))
                 return
-            self._put(wanted.feed, began_ns, deadline_ns)
+            self._put(wanted.feed, deadline_ns)
         except Exception as error:  # noqa: BLE001 - what is no error of the client's is the log's, as in the routes
             self._fail(error)
 
-    def _made(self, made: asyncio.Future[Feed], began_ns: int, deadline_ns: int | None) -> None:
+    def _made(self, made: asyncio.Future[Feed], deadline_ns: int | None) -> None:
         """The raw rows have become tensors, or could not."""
         self._making = None
         # Asked for in any case, or asyncio would report it as one that nobody saw.
@@ -338,13 +338,13 @@ class _Call:
         try:
             if failure is not None:
                 raise failure
-            self._put(made.result(), began_ns, deadline_ns)
+            self._put(made.result(), deadline_ns)
         except Exception as error:  # noqa: BLE001 - likewise
             self._fail(error)
 
-    def _put(self, feed: Feed, began_ns: int, deadline_ns: int | None) -> None:
+    def _put(self, feed: Feed, deadline_ns: int | None) -> None:
         assert self._wanted is not None
-        self._decode_ns = time.perf_counter_ns() - began_ns
+        self._decode_ns = time.perf_counter_ns() - self._received_ns
         self._ticket = self._model.queue.put(
             feed, rows=self._wanted.rows, deadline_ns=deadline_ns, deliver=self._deliver
         )
@@ -376,8 +376,9 @@ class _Call:
             self._fail(error)
             return
         times = self._door.application.accounts.answered(
-            model, INFER, self._started_ns, result, rows=wanted.rows, decode_ns=self._decode_ns, caller=self._caller()
-        )
+            model, INFER, self._started_ns, result, rows=wanted.rows, received_ns=self._received_ns,
+            decode_ns=self._decode_ns, caller=self._caller(),
+        )  # fmt: skip
         if self.is_timed:
             head += b"server-timing: %s\r\n" % server_timing(times).encode()
         self._write(200, head, body)

@@ -264,8 +264,9 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             response.outputs.add(name=want.name, datatype=datatype, shape=array.shape)
             response.raw_output_contents.append(protocol.raw_bytes(array))
         application.accounts.answered(
-            model, INFER, started_ns, answer, rows=rows, decode_ns=decode_ns, caller=_caller(context)
-        )
+            model, INFER, started_ns, answer, rows=rows, received_ns=started_ns, decode_ns=decode_ns,
+            caller=_caller(context),
+        )  # fmt: skip
         return response
 
 

@@ -222,19 +222,20 @@ class Application:
             until_ns = deadline_ns(started_ns, header=request.headers.get(TIMEOUT_HEADER))
             self.check_room(model, deadline_ns=until_ns)
             async with self.bodies.read(request) as body:
+                received_ns = time.perf_counter_ns()
                 kind = request.headers.get("content-type", "")
                 with model.queue.expecting(1):
                     raws = await read_inputs(body, kind, model.artifact, offload=model.decoder.offload)
                 is_picture = wants_picture(model.artifact, request.headers.get("accept", ""), len(raws))
-                decode_ns = time.perf_counter_ns()
                 feed = await unless_gone(request, model.preprocessed(raws, deadline_ns=until_ns))
-                decode_ns = time.perf_counter_ns() - decode_ns
+                decode_ns = time.perf_counter_ns() - received_ns
                 answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
         predictions = await described(model, raws, answer.outputs)
         times = self.accounts.answered(
-            model, "/predict", started_ns, answer, rows=len(raws), decode_ns=decode_ns, caller=_caller(request)
-        )
+            model, "/predict", started_ns, answer, rows=len(raws), received_ns=received_ns, decode_ns=decode_ns,
+            caller=_caller(request),
+        )  # fmt: skip
         headers = _timing(request, times)
         if is_picture:
             return Response(base64.b64decode(predictions[0]["image"]), media_type="image/png", headers=headers)
@@ -249,7 +250,7 @@ class Application:
             header = request.headers.get(TIMEOUT_HEADER)
             self.check_room(model, deadline_ns=deadline_ns(started_ns, header=header))
             async with self.bodies.read(request) as body:
-                decode_ns = time.perf_counter_ns()
+                received_ns = time.perf_counter_ns()
                 json_bytes = _json_bytes(request)
                 decode = partial(model.codec.decoded, body, json_bytes=json_bytes)
                 wanted = decode() if len(body) <= _INLINE_BYTES else await model.decoder.offload(decode)
@@ -257,12 +258,13 @@ class Application:
                 feed = wanted.feed
                 if wanted.raws:
                     feed = await unless_gone(request, model.preprocessed(wanted.raws, deadline_ns=until_ns))
-                decode_ns = time.perf_counter_ns() - decode_ns
+                decode_ns = time.perf_counter_ns() - received_ns
                 answer = await _run(model, request, feed, rows=wanted.rows, deadline_ns=until_ns)
         encoded = model.codec.encoded(answer.outputs, wanted)
         times = self.accounts.answered(
-            model, INFER, started_ns, answer, rows=wanted.rows, decode_ns=decode_ns, caller=_caller(request)
-        )
+            model, INFER, started_ns, answer, rows=wanted.rows, received_ns=received_ns, decode_ns=decode_ns,
+            caller=_caller(request),
+        )  # fmt: skip
         return infer_response(encoded, request.headers.get("accept-encoding", ""), _timing(request, times))
 
     async def live(self, request: Request) -> Response:

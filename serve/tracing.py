@@ -20,7 +20,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from dlops.errors import missing_package
 
 # The parts of a request in the order in which they follow one another.
-_IN_ORDER = ("decode", "queue", "copy", "compute", "encode")
+_IN_ORDER = ("receive", "decode", "queue", "copy", "compute", "encode")
 PARENT = "traceparent"
 
 

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5"].map((name) => `var(${name})`);
 // Where a request's time goes, in the order in which it passes.
-const PARTS = ["decode", "queue", "copy", "compute", "encode"];
+const PARTS = ["receive", "decode", "queue", "copy", "compute", "encode"];
 const WATCH_MS = 1000;
 const KEPT = 120;
 let model = null;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -121,10 +123,29 @@ def test_the_parts_of_a_requests_time_come_back_on_demand(client, binary, digit_
     response = ask_for({"X-Server-Timing": "1"})
     assert response.status_code == 200
     parts = dict(part.split(";dur=") for part in response.headers["Server-Timing"].split(", "))
-    assert list(parts) == ["total", "decode", "queue", "copy", "compute", "encode"]
+    assert list(parts) == ["total", "receive", "decode", "queue", "copy", "compute", "encode"]
     times = {name: float(ms) for name, ms in parts.items()}
     assert times["compute"] > 0
     assert sum(times.values()) - times["total"] == pytest.approx(times["total"], abs=0.01)
+
+
+@pytest.mark.parametrize("path", ["binary", "/predict"])
+def test_the_time_in_which_a_request_arrives_is_its_own_part(server, binary, digit_pngs, path: str) -> None:
+    if path == "binary":
+        path, headers, body = "/v2/models/digits/infer", binary["headers"], binary["content"]
+    else:
+        headers, body = {"content-type": "image/png"}, digit_pngs[0]
+    lines = {**headers, "host": "here", "content-length": str(len(body)), "x-server-timing": "1"}
+    head = "".join([f"POST {path} HTTP/1.1\r\n", *[f"{name}: {value}\r\n" for name, value in lines.items()], "\r\n"])
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode() + body[:10])
+        time.sleep(0.3)
+        connection.sendall(body[10:])
+        answer = connection.recv(65536).decode("latin-1")
+    timing = next(line for line in answer.splitlines() if line.lower().startswith("server-timing:"))
+    times = {name: float(ms) for name, ms in (part.split(";dur=") for part in timing.partition(": ")[2].split(", "))}
+    assert times["receive"] >= 290
+    assert times["total"] >= times["receive"]
 
 
 @pytest.mark.parametrize(

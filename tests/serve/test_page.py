@@ -64,7 +64,7 @@ def test_a_sample_that_came_with_the_model_is_answered_as_predict_does(visit, cl
     # Eight pixels are drawn large enough to be seen.
     assert page.tell("document.getElementById('canvas').width") == 200
     parts = page.tell("document.getElementById('timing-legend').textContent")
-    for part in ("decode", "queue", "copy", "compute", "encode", "in all"):
+    for part in ("receive", "decode", "queue", "copy", "compute", "encode", "in all"):
         assert part in parts
     assert json.loads(page.tell("document.getElementById('raw').textContent"))["model"] == "digits"
     command = page.tell("document.getElementById('curl').textContent")

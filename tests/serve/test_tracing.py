@@ -22,7 +22,7 @@ trace_service = pytest.importorskip(
 )
 PNG = {"Content-Type": "image/png"}
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
-PARTS = ["decode", "queue", "copy", "compute", "encode"]
+PARTS = ["receive", "decode", "queue", "copy", "compute", "encode"]
 
 
 class Collector:
