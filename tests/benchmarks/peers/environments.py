@@ -1,6 +1,7 @@
 """The peers' own environments: made once under `.peers/` (or $DLOPS_PEERS), again when the pins change.
 
-`python tests/benchmarks/peers/environments.py` makes them all; the experiment makes what it needs.
+`python tests/benchmarks/peers/environments.py` makes them all; the experiment makes what it needs. perf_analyzer is no
+peer but a client, and schemathesis neither.
 """
 
 from __future__ import annotations
