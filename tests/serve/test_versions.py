@@ -35,6 +35,11 @@ def root(digits_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def several(root: Path) -> Iterator[ServerProcess]:
     with ServerProcess(root, workers=WORKERS, grpc_port=0, env={"DLOPS_MODEL_CONTROL": "explicit"}) as running:
+        # Ready is the server as soon as one of its workers is.
+        deadline = time.monotonic() + 60
+        while f"dlops_ready {WORKERS}.0" not in httpx.get(f"{running.url}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         yield running
 
 
