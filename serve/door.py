@@ -118,9 +118,10 @@ class Door(HttpToolsProtocol):
         self.transport.abort()
 
     def _disconnect(self) -> None:
-        """What runs on the usual way writes no more. uvicorn tells the last request that came, which may not be it."""
+        """Tell what runs on the usual way. uvicorn tells the last request that came, which may not be it."""
         if self._running is not None:
             self._running.disconnected = True
+            self._running.message_event.set()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle

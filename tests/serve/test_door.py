@@ -157,6 +157,14 @@ def logits_in(response: Response, body: bytes) -> np.ndarray:
     return np.frombuffer(body[length:], np.float32).reshape(output["shape"])
 
 
+def within(seconds: float, holds: Callable[[], object]) -> bool:
+    """Whether it does, at last."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(holds())
+
+
 @pytest.fixture
 def usual(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths that took the usual way."""
@@ -353,6 +361,21 @@ def test_a_client_that_leaves_is_not_computed_for_and_gives_its_memory_back(thre
         assert logits_in(*first.answer())[0, 0] == 2
     assert session.rows == [1, 1]
     assert app.bodies.pending_bytes == 0
+
+
+def test_a_client_that_leaves_with_requests_in_a_row_is_not_computed_for(threaded_port, session, app) -> None:
+    session.gate.clear()
+    (model,) = app.models
+    with connected(threaded_port) as first:
+        first.send(request_of(images(0)))
+        assert session.entered.wait(10)
+        with connected(threaded_port) as leaving:
+            leaving.send(request_of(images(1), headers="Accept-Encoding: gzip\r\n") * 2)
+            assert within(5, lambda: model.queue.rows_waiting == 1)
+        assert within(5, lambda: model.queue.rows_waiting == 0)
+        session.gate.set()
+        assert logits_in(*first.answer())[0, 0] == 0
+    assert session.rows == [1]
 
 
 @pytest.mark.parametrize("sent", [0, 20, 100, 300])

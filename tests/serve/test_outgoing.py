@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
 from tests.serve.held import HeldSession
-from tests.serve.test_door import images, listening, request_of
+from tests.serve.test_door import images, listening, request_of, within
 
 USUAL = b"GET /docs.json HTTP/1.1\r\nHost: x\r\n\r\n" * 60
 BINARY = request_of(np.tile(images(1), (64, 1, 1, 1))) * 200
@@ -82,13 +82,6 @@ def _send(connection: socket.socket, requests: bytes) -> None:
 
 def dropped(app: Application) -> int:
     return sum(value for (value,) in app.metrics.unread.sums().values())
-
-
-def within(seconds: float, holds: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return bool(holds())
 
 
 @pytest.mark.parametrize("requests", [USUAL, BINARY], ids=["usual", "binary"])
