@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlops.bench.sensors import Reading, Sensors
+from dlops.nvml import NvmlError, open_nvml, text
 
 # Clock event reasons that slow a GPU under load; idle and set clocks are no throttling.
 THROTTLING = {
@@ -34,15 +35,9 @@ def same_gpu(one: str, other: str) -> bool:
 def find_gpus(sensors: Sensors) -> list[Gpu]:
     """Add every GPU's sensors; the GPUs in order. What is not there is in `sensors.absent` with the reason."""
     try:
-        import pynvml as nvml
-    except ModuleNotFoundError:
-        sensors.absent["GPU"] = "nvidia-ml-py is not installed"
-        return []
-    try:
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    except nvml.NVMLError as error:
-        sensors.absent["GPU"] = f"NVML: {error}"
+        nvml, handles = open_nvml()
+    except NvmlError as error:
+        sensors.absent["GPU"] = str(error)
         return []
     if not handles:
         sensors.absent["GPU"] = "NVML finds no GPU"
@@ -50,7 +45,7 @@ def find_gpus(sensors: Sensors) -> list[Gpu]:
         for name, read in _queries(nvml, handle).items():
             _add(sensors, nvml, f"gpu{index}", name, read)
     return [
-        Gpu(name=_text(nvml.nvmlDeviceGetName(handle)), pci=_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
+        Gpu(name=text(nvml.nvmlDeviceGetName(handle)), pci=text(nvml.nvmlDeviceGetPciInfo(handle).busId))
         for handle in handles
     ]
 
@@ -59,14 +54,12 @@ def memory_growth() -> Callable[[str], int | None] | None:
     """A function for how many bytes more of a GPU's memory are in use than now, by its PCI address, None for one that
     is not there; None where NVML tells nothing."""
     try:
-        import pynvml as nvml
-    except ModuleNotFoundError:
+        nvml, handles = open_nvml()
+    except NvmlError:
         return None
     try:
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
         before = {
-            _text(nvml.nvmlDeviceGetPciInfo(handle).busId): (handle, nvml.nvmlDeviceGetMemoryInfo(handle).used)
+            text(nvml.nvmlDeviceGetPciInfo(handle).busId): (handle, nvml.nvmlDeviceGetMemoryInfo(handle).used)
             for handle in handles
         }
     except nvml.NVMLError:
@@ -118,7 +111,3 @@ def _place(pci: str) -> tuple[int, int, int]:
     """Domain, bus and device of "00000000:3B:00.0"."""
     domain, bus, device = pci.partition(".")[0].split(":")
     return int(domain, 16), int(bus, 16), int(device, 16)
-
-
-def _text(name: bytes | str) -> str:
-    return name.decode() if isinstance(name, bytes) else name

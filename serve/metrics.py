@@ -15,7 +15,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dlops.console import say
+from dlops.nvml import NvmlError
 from dlops.serve.cells import Cells, Worker
+from dlops.serve.gpu_metrics import GpuMetrics
 
 if TYPE_CHECKING:
     from dlops.serve.model import ServedModel
@@ -165,8 +168,19 @@ class Metrics(Collector):
             ("model", "version", "variant", "runtime", "provider", "device", "precision", "threads"),
         )  # fmt: skip
         self._shown: set[str] = set()
+        self._knows_gpus = False
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+
+    def show_gpus(self) -> None:
+        """From now on the machine's GPUs are among them, where NVML tells of those; else a line says why not."""
+        if self._knows_gpus:
+            return
+        self._knows_gpus = True
+        try:
+            self._registry.register(GpuMetrics())
+        except NvmlError as error:
+            say(f"no metrics of the GPU: {error}")
 
     def show_load(self, models: Iterable[ServedModel]) -> None:
         """Say how full the queues of this worker's models are; versions of one name are summed."""

@@ -193,7 +193,10 @@ def load_model(entry: Entry, settings: Settings, metrics: Metrics) -> ServedMode
     try:
         sessions.append(_open(artifact, settings, count=settings.instances or 1))
         # Two on a GPU, so that one copies while the other computes.
-        count = settings.instances or (2 if sessions[0].placement.device.startswith("cuda") else 1)
+        is_gpu = sessions[0].placement.device.startswith("cuda")
+        count = settings.instances or (2 if is_gpu else 1)
+        if is_gpu:
+            metrics.show_gpus()
         while len(sessions) < count:
             sessions.append(_open(artifact, settings, count=count))
         max_batch = min(settings.max_batch, artifact.signature.max_batch)

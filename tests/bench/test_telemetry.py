@@ -29,6 +29,7 @@ from dlops.bench.telemetry import Recorder, Timeline
 from dlops.report import read_report
 from dlops.runtimes import Placement, SessionOptions
 from dlops.timing import Turn, WarmUp
+from tests.nvml_stand_in import FakeNvml
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 SECOND = 1_000_000_000
@@ -217,37 +218,6 @@ def test_a_counter_that_cannot_be_read_is_absent_with_the_reason(tmp_path, monke
     counters = Rapl(root)
     assert counters.domains == []
     assert "for root alone" in counters.absent["CPU energy"]
-
-
-class FakeNvml(types.ModuleType):
-    """The names of nvidia-ml-py that are used, with one GPU whose memory temperature sensor is not supported."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-
-    class NVMLError(Exception):
-        pass
-
-    def nvmlInit(self) -> None: ...  # noqa: N802
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 1
-
-    def __getattr__(self, name: str) -> object:
-        answers = {
-            "nvmlDeviceGetHandleByIndex": "handle", "nvmlDeviceGetName": "NVIDIA Example",
-            "nvmlDeviceGetPciInfo": types.SimpleNamespace(busId=b"00000000:3B:00.0"),
-            "nvmlDeviceGetUtilizationRates": types.SimpleNamespace(gpu=85, memory=10),
-            "nvmlDeviceGetClockInfo": 1700, "nvmlDeviceGetPowerUsage": 250_000,
-            "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(used=12_000_000_000),
-            "nvmlDeviceGetCurrentClocksEventReasons": 0x24, "nvmlDeviceGetTotalEnergyConsumption": 5000,
-        }  # fmt: skip
-        if name == "nvmlDeviceGetTemperature":
-            return self._not_supported
-        if name not in answers:
-            raise AttributeError(name)
-        return lambda *_: answers[name]
-
-    def _not_supported(self, *_: object) -> None:
-        raise self.NVMLError("Not Supported")
 
 
 def test_a_gpu_gives_what_nvml_knows_in_base_units(monkeypatch) -> None:
