@@ -58,8 +58,7 @@ _SGD = (
 RESNET20 = Case(
     name="resnet20", title="Every variant of a ResNet-20 on CIFAR-10 images",
     data=os.environ.get("DLOPS_CIFAR10", "cifar10"), preset="resnet20-cifar10",
-    settings=("epochs=32", "precision=bf16"),
-    restarts=((*_SGD, "epochs=24", "lr=0.15"), (*_SGD, "epochs=16", "lr=0.1")), tuning=(*_SGD, "epochs=24", "lr=0.1"),
+    settings=("precision=bf16",), restarts=((*_SGD, "epochs=60", "lr=0.1"),), tuning=(*_SGD, "epochs=20", "lr=0.1"),
 )  # fmt: skip
 RESNET18 = Case(
     name="resnet18", title="Every variant of a ResNet-18 at 224×224 on photos",
