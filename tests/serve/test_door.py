@@ -44,11 +44,12 @@ def listening(app: Application, model: ServedModel, *, send_buffer: int | None =
         thread.start()
         try:
             while not server.started:
+                assert thread.is_alive(), "the server did not start"
                 time.sleep(0.01)
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive(), "the server does not end"
 
 
