@@ -28,7 +28,7 @@ FOLDERS = [
     (catalog.BUILDERS, "train/models", "*.py", set()),
     (catalog.FORMATS, "export", "to_*.py", set()),
     (catalog.TASKS, "tasks", "*.py", set()),
-    (catalog.RUNTIMES, "runtimes", "*.py", {"session", "eager", "tensorrt_provider"}),
+    (catalog.RUNTIMES, "runtimes", "*.py", {"session", "eager", "refusal", "tensorrt_provider"}),
 ]
 
 
