@@ -85,7 +85,24 @@ def test_weights_inside_a_branch_count() -> None:
     assert stored_weights(model).elements == {"FLOAT16": 100, "FLOAT": 2000}
 
 
-def test_a_file_without_weights_is_in_no_precision() -> None:
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8wo"])
+def test_a_file_without_weights_is_in_no_other_precision_than_fp32(precision: str) -> None:
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "none", [], [])
+    check_precision(helper.make_model(graph), "fp32", title="it")
     with pytest.raises(GateError, match="holds no weights"):
-        check_precision(helper.make_model(graph), "fp32", title="it")
+        check_precision(helper.make_model(graph), precision, title="it")
+
+
+class Weightless(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x * 2, dim=1)
+
+
+@pytest.mark.parametrize("format_", ["onnx", "torchscript", "openvino"])
+def test_a_module_without_weights_is_exported(format_: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((16, 5), np.float32)
+    checkpoint = save_checkpoint(
+        Weightless(), tmp_path / "run", name="weightless", evaluation=(x, x.argmax(axis=1)), max_batch=8
+    )
+    [made] = export_variants(checkpoint, variants=[f"{format_}-fp32"], model=Weightless, out=tmp_path / "artifacts")
+    assert made.parity.max_abs < 1e-6
