@@ -53,7 +53,7 @@ class Decoder:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     async def decode(self, raws: list[Any], *, deadline_ns: int | None = None) -> Feed:
-        """The model's input. Cancelling it ends the work at the next picture.
+        """The model's input. Cancelling it ends the work at the next picture; `raws` is then emptied.
 
         deadline_ns: on time.perf_counter_ns's clock. Raises InputError for what does not fit or has too many pixels,
         OverloadedError where too many wait, and DeadlineError.
@@ -78,6 +78,9 @@ class Decoder:
             return await asyncio.wrap_future(job)
         finally:
             unwanted.set()
+            # A thread has yet to come by what was given up before it began; the bytes are not counted any more.
+            if job.cancelled():
+                raws.clear()
 
     def close(self) -> None:
         self._threads.shutdown()

@@ -12,7 +12,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from dlops.nvml import open_nvml, text
+from dlops.nvml import NvmlError, open_nvml, text
 
 Read = Callable[[Any, Any], float]
 _LABELS = ("gpu_uuid",)
@@ -41,7 +41,10 @@ class GpuMetrics(Collector):
 
     def __init__(self) -> None:
         self._nvml, handles = open_nvml()
-        self._gpus = {text(self._nvml.nvmlDeviceGetUUID(gpu)): gpu for gpu in handles}
+        try:
+            self._gpus = {text(self._nvml.nvmlDeviceGetUUID(gpu)): gpu for gpu in handles}
+        except self._nvml.NVMLError as error:
+            raise NvmlError(f"NVML: {error}") from None
 
     def collect(self) -> Iterator[Metric]:
         for name, (said, read) in _GAUGES.items():

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from dlops.environment import available_cores
 from dlops.errors import InputError
 from dlops.preprocess import Decode, Preprocess, Resize, Scale
 from dlops.serve.decoding import count_pixels
@@ -165,3 +166,22 @@ def test_nothing_more_is_decoded_for_a_client_that_has_left(application, slow, d
     asyncio.run(scenario())
     assert 1 <= len(slow) <= 5
     assert application.models.only().decoder._pending_pixels == 0
+
+
+def test_what_was_given_up_before_a_thread_came_by_is_not_kept(application, held, digit_pngs) -> None:
+    decoder = application.models.only().decoder
+
+    async def scenario() -> None:
+        # One for each thread, all of which wait.
+        busy = [asyncio.ensure_future(decoder.decode(list(digit_pngs[:1]))) for _ in range(available_cores())]
+        await asyncio.sleep(0.1)
+        raws = list(digit_pngs[:4])
+        waiting = asyncio.ensure_future(decoder.decode(raws))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert raws == []
+        held.set()
+        await asyncio.gather(*busy)
+
+    asyncio.run(scenario())

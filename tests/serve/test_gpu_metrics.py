@@ -55,3 +55,15 @@ def test_without_nvml_a_line_says_so_once(monkeypatch: pytest.MonkeyPatch, capsy
         metrics.show_gpus()
     assert capsys.readouterr().err == "no metrics of the GPU: nvidia-ml-py is not installed\n"
     assert shown(metrics) == {}
+
+
+def test_a_gpu_that_tells_no_name_does_not_keep_a_model_from_being_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeNvml("pynvml")
+    monkeypatch.setattr(fake, "nvmlDeviceGetUUID", fake.nvmlDeviceGetTemperature, raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    metrics = Metrics(Cells())
+    metrics.show_gpus()
+    assert capsys.readouterr().err == "no metrics of the GPU: NVML: Not Supported\n"
+    assert shown(metrics) == {}

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import uvloop
 
 from dlops.artifact import Artifact
 from dlops.serve.model import ServedModel
+from dlops.serve.outgoing import Outgoing
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
 from tests.serve.held import HeldSession
@@ -125,3 +129,39 @@ def test_who_reads_slowly_gets_all_of_it(app, model, certificate, encrypted: boo
             time.sleep(PAUSE_S)
         assert time.monotonic() - began > PATIENCE_S
     assert dropped(app) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what has been acknowledged")
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_what_the_kernel_alone_knows_of_is_taken_too(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        made: asyncio.Future[asyncio.Transport] = loop.create_future()
+
+        class Sender(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                made.set_result(transport)  # type: ignore[arg-type]
+
+        with socket.socket() as listener, socket.socket() as client:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            listener.bind(("127.0.0.1", 0))
+            server = await loop.create_server(Sender, sock=listener)
+            client.setblocking(False)
+            await loop.sock_connect(client, listener.getsockname())
+            transport = await made
+            transport.write(b"x" * 4_000_000)
+            await asyncio.sleep(0.3)
+            outgoing, size = Outgoing(transport), transport.get_write_buffer_size()
+            assert outgoing.stalled_s(0.0) == 0
+            assert outgoing.stalled_s(1.0) == 1
+            for _ in range(8):
+                await loop.sock_recv(client, 1024)
+            await asyncio.sleep(0.3)
+            assert outgoing.stalled_s(2.0) == 0
+            assert transport.get_write_buffer_size() == size > 0
+            transport.abort()
+            server.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(scenario())
