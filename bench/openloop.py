@@ -300,8 +300,9 @@ def _wind_up(processes: Sequence[_Process], timeout_s: float) -> None:
         while any(one.is_running for one in processes):
             time.sleep(0.05)
             if not told and time.perf_counter_ns() - asked > _SOON_NS:
-                say(f"waiting for the answers in flight, at most {timeout_s:g} s; Ctrl-C again goes without them")
+                # Before it is said: whoever reads it may be quick.
                 signals.listen_again()
+                say(f"waiting for the answers in flight, at most {timeout_s:g} s; Ctrl-C again goes without them")
                 told = True
     except KeyboardInterrupt:
         for one in processes:

@@ -17,8 +17,8 @@ class Outgoing:
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        # What a slow client takes is for long the kernel's alone, whose buffers hold megabytes; and encryption passes
-        # what it has on to a transport that cannot be asked. The kernel knows of all of it.
+        # Encryption passes what it has on to a transport that cannot be asked; the kernel knows of both.
+        self._is_hidden = transport.get_extra_info("sslcontext") is not None
         self._socket: socket.socket | None = transport.get_extra_info("socket") if sys.platform == "linux" else None
         self._seen = 0
         self._since: float | None = None
@@ -36,8 +36,10 @@ class Outgoing:
     def _look(self) -> tuple[bool, int]:
         """Whether anything waits, and a number that changes where some of it is taken."""
         size = self._transport.get_write_buffer_size()
-        if self._socket is None:
+        if self._socket is None or not (size or self._is_hidden):
             return size > 0, size
+        # Not by the transport's size alone: the kernel takes more of it only once a third of its own megabytes is free,
+        # for which a slow client needs minutes.
         try:
             info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
             in_flight, taken, unsent = (field.unpack_from(info, at)[0] for field, at in (_IN_FLIGHT, _TAKEN, _UNSENT))
