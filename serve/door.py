@@ -74,6 +74,8 @@ class Door(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._receiving: _Call | None = None
         self._running: RequestResponseCycle | None = None
+        # The last inference of our kind: no other begins before its answer.
+        self._call: _Call | None = None
         # When the request that has not come whole yet began to; at first, when the connection was made.
         self._waiting_since: float | None = self.loop.time()
         self._in_head, self._head_bytes = False, 0
@@ -161,8 +163,12 @@ class Door(HttpToolsProtocol):
         call = self._usual_inference()
         if call is None:
             super().on_headers_complete()
+            # What waits stops the reading. Of the usual way's requests the one under way asks for more, and so learns
+            # that the client has left; ours does not ask.
+            if len(self.pipeline) == 1 and self._call is not None and not self._call.response_complete:
+                self.flow.resume_reading()
             return
-        self._receiving = call
+        self._receiving = self._call = call
         # From here on uvicorn treats it as one of its own: what is pipelined behind it waits, shutting down too.
         self.cycle = call  # type: ignore[assignment]
         call.admit()
@@ -181,11 +187,11 @@ class Door(HttpToolsProtocol):
             self._receiving.run()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        call = self.cycle
         self._disconnect()
         super().connection_lost(exc)
-        if isinstance(call, _Call) and not call.response_complete:
-            call.abandon()
+        # Not uvicorn's `cycle`: that is of what came last, which may wait behind this.
+        if self._call is not None and not self._call.response_complete:
+            self._call.abandon()
 
     def _usual_inference(self) -> _Call | None:
         """The request at hand, where its kind is ours and nothing else is under way on this connection."""

@@ -138,6 +138,15 @@ def test_an_edge_that_is_computed_otherwise_is_refused(made: dict[str, Path]) ->
         session.close()
 
 
+def own_errors(module: nn.Module, checkpoint: Checkpoint) -> dict[str, float]:
+    """By case, of a module that takes images of one size."""
+    signature = checkpoint.signature.model_copy(update={"outputs": checkpoint.signature.outputs[:1], "dims": {
+        "batch": DimRange(max=4), "height": DimRange(min=20, max=20), "width": DimRange(min=24, max=24),
+        "logits_2": DimRange(min=18, max=18), "logits_3": DimRange(min=22, max=22),
+    }})  # fmt: skip
+    return {case.name: case.own_error for case in make_cases(module.eval(), {"image": images()}, signature)}
+
+
 class NormalizesEachImage(nn.Module):
     """Divides the rounding errors of an even image by their own deviation."""
 
@@ -153,13 +162,7 @@ class NormalizesEachImage(nn.Module):
 
 def test_where_the_module_itself_is_rounding_nothing_is_demanded(checkpoint: Checkpoint) -> None:
     torch.manual_seed(0)
-    signature = checkpoint.signature.model_copy(update={"outputs": checkpoint.signature.outputs[:1], "dims": {
-        "batch": DimRange(max=4), "height": DimRange(min=20, max=20), "width": DimRange(min=24, max=24),
-        "logits_2": DimRange(min=18, max=18), "logits_3": DimRange(min=22, max=22),
-    }})  # fmt: skip
-    errors = {case.name: case.own_error for case in make_cases(
-        NormalizesEachImage().eval(), {"image": images()}, signature
-    )}  # fmt: skip
+    errors = own_errors(NormalizesEachImage(), checkpoint)
     assert errors["saturated"] > 1e-2
     assert errors["huge"] < 1e-5
 
@@ -177,11 +180,7 @@ class Wave(nn.Module):
 
 def test_the_last_bit_of_a_huge_input_is_its_own(checkpoint: Checkpoint) -> None:
     torch.manual_seed(0)
-    signature = checkpoint.signature.model_copy(update={"outputs": checkpoint.signature.outputs[:1], "dims": {
-        "batch": DimRange(max=4), "height": DimRange(min=20, max=20), "width": DimRange(min=24, max=24),
-        "logits_2": DimRange(min=18, max=18), "logits_3": DimRange(min=22, max=22),
-    }})  # fmt: skip
-    errors = {case.name: case.own_error for case in make_cases(Wave().eval(), {"image": images()}, signature)}
+    errors = own_errors(Wave(), checkpoint)
     # A hundred times as large, and so is what the last bit changes.
     assert errors["huge"] > 30 * errors["saturated"] > 0
 

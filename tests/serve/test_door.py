@@ -364,14 +364,18 @@ def test_a_client_that_leaves_is_not_computed_for_and_gives_its_memory_back(thre
     assert app.bodies.pending_bytes == 0
 
 
-def test_a_client_that_leaves_with_requests_in_a_row_is_not_computed_for(threaded_port, session, app) -> None:
+@pytest.mark.parametrize("headers", ["", "Accept-Encoding: gzip\r\n"], ids=["ours before it", "both the usual way"])
+def test_a_client_that_leaves_with_requests_in_a_row_is_not_computed_for(
+    threaded_port, session, app, headers: str
+) -> None:
     session.gate.clear()
     (model,) = app.models
     with connected(threaded_port) as first:
         first.send(request_of(images(0)))
         assert session.entered.wait(10)
         with connected(threaded_port) as leaving:
-            leaving.send(request_of(images(1), headers="Accept-Encoding: gzip\r\n") * 2)
+            behind = request_of(images(1), headers="Accept-Encoding: gzip\r\n")
+            leaving.send(request_of(images(1), headers=headers) + behind)
             assert within(5, lambda: model.queue.rows_waiting == 1)
         assert within(5, lambda: model.queue.rows_waiting == 0)
         session.gate.set()
