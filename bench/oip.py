@@ -14,7 +14,8 @@ from dlops.signature import DimRange, DType, Feed, Signature, TensorSpec
 
 DTYPES: Mapping[str, DType] = {
     "FP32": "float32", "FP16": "float16", "FP64": "float64", "INT64": "int64", "INT32": "int32", "INT16": "int16",
-    "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "BOOL": "bool",
+    "BF16": "bfloat16", "INT8": "int8", "UINT64": "uint64", "UINT32": "uint32", "UINT16": "uint16", "UINT8": "uint8",
+    "BOOL": "bool",
 }  # fmt: skip
 DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in DTYPES.items()}
 ASK_TIMEOUT_S = 10.0

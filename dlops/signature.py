@@ -13,7 +13,10 @@ from pydantic import Field, model_validator
 from dlops.errors import InputError
 from dlops.manifest import Record
 
-DType = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
+DType = Literal[
+    "float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16",
+    "uint8", "bool",
+]  # fmt: skip
 # numpy has it from ml_dtypes, by its name too.
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Array = NDArray[np.generic]

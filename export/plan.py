@@ -60,8 +60,14 @@ _WHY_NOT: Mapping[str, str] = {
         )
     },
 }
-# Those whose inputs and outputs may be bfloat16.
-_TAKES_BFLOAT16 = ("torchscript", "torchexport", "aotinductor")
+_UNSIGNED = frozenset({"uint16", "uint32", "uint64"})
+# What inputs and outputs may not be: what a runtime's Python has no arrays of, or the runtime itself has not.
+_NO_DTYPES: Mapping[str, frozenset[str]] = {
+    "onnx": frozenset({"bfloat16"}),
+    "openvino": frozenset({"bfloat16"}),
+    "executorch": frozenset({"bfloat16", *_UNSIGNED}),
+    "tensorrt": frozenset({"bfloat16", "float64", "int16", *_UNSIGNED}),
+}
 # Those whose int8 is made of the calibrated ONNX graph: by other methods, and with layers returned to fp32.
 FROM_ONNX = ("onnx", "openvino", "tensorrt")
 # Quantized by what calibration samples give.
@@ -209,19 +215,11 @@ def _reasons(variant: Variant, checkpoint: Checkpoint) -> list[str]:
         )
     if variant.raw and variant.format not in RAW_FORMATS:
         reasons.append(f"preprocessing goes into {' and '.join(RAW_FORMATS)} files alone in this version")
-    narrow = [
-        spec.name for spec in (*checkpoint.signature.inputs, *checkpoint.signature.outputs) if spec.dtype == "bfloat16"
-    ]
-    if narrow and variant.format not in _TAKES_BFLOAT16:
-        reasons.append(
-            f"its {narrow[0]} is bfloat16, which the Python of its runtime has no arrays of; "
-            f"{', '.join(_TAKES_BFLOAT16)} take it"
-        )
-    wide = [
-        spec.name for spec in (*checkpoint.signature.inputs, *checkpoint.signature.outputs) if spec.dtype == "float64"
-    ]
-    if wide and variant.format == "tensorrt":
-        reasons.append(f"its {wide[0]} is float64, which TensorRT has not")
+    for spec in (*checkpoint.signature.inputs, *checkpoint.signature.outputs):
+        if spec.dtype in _NO_DTYPES.get(variant.format, ()):
+            others = ", ".join(one for one in AVAILABLE if spec.dtype not in _NO_DTYPES.get(one, ()))
+            reasons.append(f"its {spec.name} is {spec.dtype}, which its runtime does not take; {others} do")
+            break
     if checkpoint.dense is not None:
         reasons += _own_variant_reasons(variant, checkpoint)
     elif variant.pruned_fraction:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
 
 from dlops.errors import InputError
@@ -22,8 +23,9 @@ from dlops.signature import Array, Feed, Signature, TensorSpec, is_floating
 
 # From the protocol's names to numpy's, for the dtypes that a Signature may hold.
 _DTYPES: Mapping[str, str] = {
-    "BOOL": "bool", "UINT8": "uint8", "INT8": "int8", "INT16": "int16", "INT32": "int32", "INT64": "int64",
-    "FP16": "float16", "BF16": "bfloat16", "FP32": "float32", "FP64": "float64",
+    "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
+    "INT16": "int16", "INT32": "int32", "INT64": "int64", "FP16": "float16", "BF16": "bfloat16", "FP32": "float32",
+    "FP64": "float64",
 }  # fmt: skip
 DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in _DTYPES.items()}
 SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
@@ -327,6 +329,9 @@ def number_array(data: object, dtype: str, *, field: str) -> Array:
         array = np.asarray(data)
     except ValueError:
         raise InputError(f"{field}: rows of different lengths", field=field) from None
+    if target == np.uint64 and array.dtype == np.float64:
+        # numpy has no type for whole numbers on both sides of 2**63 and makes fractions of them, which loses digits.
+        array = _whole(np.asarray(data, object), array)
     if array.size and array.dtype.kind not in _JSON_KINDS["f" if is_floating(target) else target.kind]:
         raise InputError(f"{field}: values are not all {DATATYPES[dtype]}", field=field)
     if target.kind in "iu" and array.size:
@@ -335,6 +340,14 @@ def number_array(data: object, dtype: str, *, field: str) -> Array:
             raise InputError(f"{field}: values outside of {limits.min} to {limits.max}", field=field)
     with np.errstate(over="ignore"):  # too large for the dtype becomes infinity, which the signature's check refuses
         return array.astype(target)
+
+
+def _whole(values: NDArray[np.object_], otherwise: Array) -> Array:
+    """Python's whole numbers as UINT64; `otherwise` where they are not, or do not fit it."""
+    numbers: list[object] = values.ravel().tolist()
+    if any(type(value) is not int or not 0 <= value < 2**64 for value in numbers):
+        return otherwise
+    return values.astype(np.uint64)
 
 
 def _wanted(document: dict[str, Any], parameters: dict[str, Any], signature: Signature) -> tuple[Wanted, ...]:

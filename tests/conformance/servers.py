@@ -33,7 +33,9 @@ from dlops.signature import BFLOAT16, DimRange, Signature, TensorSpec
 from tests.benchmarks.peers.running import free_ports, process, triton_command
 
 HOST = "127.0.0.1"
-DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+DTYPES = (
+    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64",
+)  # fmt: skip
 _LOADED = ("digits", "types", "halves")
 _START_TIMEOUT_S = 60
 

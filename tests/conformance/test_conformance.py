@@ -156,7 +156,7 @@ def test_metadata(client: Blocking) -> None:
     assert (logits["name"], logits["datatype"], numbers(logits["shape"])) == ("logits", "FP32", [-1, 10])
     types = client.call("get_model_metadata", "types")
     assert [one["datatype"] for one in types["inputs"]] == [
-        "BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
+        "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
     ]  # fmt: skip
     with pytest.raises(InferenceServerException):
         client.call("get_model_metadata", "nothing")
