@@ -66,7 +66,7 @@ class Decoder:
             if unwanted.is_set():
                 raise _UnwantedError
             if deadline_ns is not None and time.perf_counter_ns() > deadline_ns:
-                raise DeadlineError("the deadline passed while the request was decoded")
+                raise _late()
 
         def release(job: Future[Feed]) -> None:
             with self._lock:
@@ -74,8 +74,13 @@ class Decoder:
 
         job = self._threads.submit(to_feed, self._artifact, raws, check=check)
         job.add_done_callback(release)
+        left_s = None if deadline_ns is None else (deadline_ns - time.perf_counter_ns()) / 1e9
         try:
-            return await asyncio.wrap_future(job)
+            # Whoever is late hears of it then, and not when a thread comes by.
+            async with asyncio.timeout(left_s):
+                return await asyncio.wrap_future(job)
+        except TimeoutError:
+            raise _late() from None
         finally:
             unwanted.set()
             # A thread has yet to come by what was given up before it began; the bytes are not counted any more.
@@ -101,6 +106,10 @@ class Decoder:
             if self._pending_pixels and self._pending_pixels + pixels > _PENDING_REQUESTS * self._max_pixels:
                 raise OverloadedError("too many pictures wait to be decoded", hint="try again")
             self._pending_pixels += pixels
+
+
+def _late() -> DeadlineError:
+    return DeadlineError("the deadline passed while the request was decoded")
 
 
 def count_pixels(preprocess: Preprocess, raws: list[Any], *, limit: int) -> int:

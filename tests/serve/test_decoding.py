@@ -139,6 +139,29 @@ def test_a_deadline_ends_the_work_between_two_pictures(application, slow, digit_
     assert 1 <= len(slow) <= 5
 
 
+def test_a_late_request_that_waits_for_a_thread_hears_of_it_at_once(application, held, digit_pngs) -> None:
+    async def scenario() -> None:
+        async with client_of(application) as client:
+            usual = [
+                asyncio.create_task(client.post("/predict", content=form(digit_pngs[0]), headers=BOUNDARY))
+                for _ in range(available_cores())
+            ]
+            while len(application.models.only().decoder._threads._threads) < len(usual):
+                await asyncio.sleep(0.01)
+            late = await client.post(
+                "/predict", content=form(digit_pngs[1]), headers=BOUNDARY | {"X-Request-Timeout-Ms": "100"}
+            )
+            assert late.status_code == 504
+            assert "deadline" in late.json()["error"]
+            # None of the others has gone on meanwhile.
+            assert not any(one.done() for one in usual)
+            held.set()
+            assert [response.status_code for response in await asyncio.gather(*usual)] == [200] * len(usual)
+
+    asyncio.run(scenario())
+    assert application.models.only().decoder._pending_pixels == 0
+
+
 def test_nothing_more_is_decoded_for_a_client_that_has_left(application, slow, digit_pngs) -> None:
     messages = [{"type": "http.request", "body": form(*digit_pngs[:20]), "more_body": False}]
     sent: list[dict] = []
