@@ -126,9 +126,20 @@ def test_fine_tuning_starts_from_the_weights_that_are_named_and_on_data_that_fit
     assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in weights)
     with pytest.raises(UsageError, match="decoded or resized otherwise"):
         trained(f"init={dense.directory}", "image_size=16")
+    with pytest.raises(UsageError, match="is no resnet20"):
+        trained(f"init={dense.directory}", "network=resnet20")
     pruned = prune_checkpoint(dense, tmp_path / "pruned", sparsity="pruned50")
     with pytest.raises(UsageError, match="its evaluation samples are others"):
         trained(f"init={pruned.directory}", "split_seed=1")
+
+
+def test_a_preset_that_names_the_network_of_init_goes_with_it() -> None:
+    start = trained("network=resnet20", "epochs=1")
+    config = configure(
+        "cnn", preset="resnet20-cifar10", overrides=["data=digits", f"init={start.directory}", "epochs=1"]
+    )
+    tuned = train_recipe("cnn", config)
+    assert (tuned.spec.builder, tuned.spec.kwargs) == (start.spec.builder, start.spec.kwargs)
 
 
 def test_rounding_keeps_a_scale_for_each_output_channel_and_lets_the_gradient_through() -> None:

@@ -100,9 +100,11 @@ class Config(BaseModel):
     @classmethod
     def _only_of_cnn(cls, value: object, info: ValidationInfo) -> object:
         network = info.data.get("network", "cnn")
-        if info.data.get("init") and value != cls.model_fields[str(info.field_name)].default:
+        # A network that is named, as presets do, is compared with that of init once it is open.
+        is_set = value != cls.model_fields[str(info.field_name)].default
+        if info.data.get("init") and info.field_name != "network" and is_set:
             raise ValueError("the network is that of init: leave it out")
-        if network != "cnn" and value != cls.model_fields[str(info.field_name)].default:
+        if network != "cnn" and is_set:
             raise ValueError(f"{network} has its own; this is a setting of the network cnn")
         return value
 
@@ -156,6 +158,11 @@ def train(config: Config, run: Run) -> Checkpoint:
     initial = None
     if config.init is not None:
         initial, images = open_initial(config.init, images)
+        if config.network != "cnn" and built(config, images) != (initial.spec.builder, initial.spec.kwargs):
+            raise UsageError(
+                f"{config.init}: {initial.name} is no {config.network}",
+                hint="leave network out, or out of the preset: it is that of init",
+            )
         # Before training: what it cannot be judged by should not be found out at its end.
         with_dense_answers(chosen_samples(images.data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES), initial)
     plan = plan_for(
