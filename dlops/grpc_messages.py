@@ -13,7 +13,7 @@ from dlops.errors import missing_package
 try:
     import grpc
     import grpc.aio
-    from google.protobuf import json_format
+    from google.protobuf import json_format, message_factory
     from google.protobuf.message import DecodeError
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 except ModuleNotFoundError as error:
@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
         raise
     raise missing_package(packages[lacking], extra="triton", needed_for="gRPC") from None
 
-__all__ = ["CONTENTS", "DecodeError", "grpc", "json_format", "service_pb2", "service_pb2_grpc"]
+__all__ = ["CONTENTS", "DecodeError", "grpc", "json_format", "message_factory", "service_pb2", "service_pb2_grpc"]
 
 # Where a tensor's numbers are that do not come raw, by datatype; float16 always comes raw.
 CONTENTS: Mapping[str, str] = {

@@ -15,7 +15,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from dlops.errors import DlopsError, InputError, MachineError
-from dlops.grpc_messages import CONTENTS, grpc, json_format, service_pb2, service_pb2_grpc
+from dlops.grpc_messages import (
+    CONTENTS,
+    DecodeError,
+    grpc,
+    json_format,
+    message_factory,
+    service_pb2,
+    service_pb2_grpc,
+)
 from dlops.serve import protocol
 from dlops.serve.accounts import Caller
 from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError, deadline_ns, statuses
@@ -68,7 +76,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 1),
             ],
         )
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(application, self._closing), self._server)
+        self._server.add_generic_rpc_handlers((_handlers(_Servicer(application, self._closing)),))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if tls is None:
@@ -168,15 +176,19 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         async for request in _until(self._closing, requests):
             started_ns = time.perf_counter_ns()
             answer, status = service_pb2.ModelStreamInferResponse(), grpc.StatusCode.OK
+            model, identity = None, ""
             try:
                 self._guard("ModelStreamInfer", context)
+                if isinstance(request, InputError):
+                    raise request
+                model, identity = self._asked(request), request.id
                 answer.infer_response.CopyFrom(await self._infer(request, context))
             except DlopsError as error:
                 status, answer.error_message = _status(error), str(error)
-                answer.infer_response.id = request.id
+                answer.infer_response.id = identity
             except Exception as error:  # noqa: BLE001 - a bug of ours is the log's
                 status, answer.error_message = grpc.StatusCode.INTERNAL, self._bug(error, "ModelStreamInfer", context)
-            self._count("ModelStreamInfer", status, started_ns, self._asked(request), context)
+            self._count("ModelStreamInfer", status, started_ns, model, context)
             yield answer
 
     async def _answered(
@@ -268,6 +280,48 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             caller=_caller(context),
         )  # fmt: skip
         return response
+
+
+def _handlers(servicer: _Servicer) -> Any:
+    """The protocol's methods. A message that is none is the client's mistake; what the protocol's own code generates
+    would have it as one of ours, with a traceback in the log."""
+    service = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+    handlers = {}
+    for method in service.methods:
+        streams = method.name == "ModelStreamInfer"
+        handler = grpc.stream_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        handlers[method.name] = handler(
+            servicer.ModelStreamInfer if streams else _refusing_malformed(servicer, method.name),
+            request_deserializer=_reader(message_factory.GetMessageClass(method.input_type)),
+            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        )
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _reader(kind: Any) -> Callable[[bytes], Any]:
+    """The message of such bytes, or the error that says that they are none."""
+
+    def read(body: bytes) -> Any:
+        try:
+            return kind.FromString(body)
+        except DecodeError:
+            return InputError(f"the message is no {kind.DESCRIPTOR.name}")
+
+    return read
+
+
+def _refusing_malformed(servicer: _Servicer, name: str) -> Callable[[Any, Context], Awaitable[Any]]:
+    answer = getattr(servicer, name)
+
+    async def refuse(error: InputError) -> None:
+        raise error
+
+    async def answer_or_refuse(request: Any, context: Context) -> Any:
+        if isinstance(request, InputError):
+            return await servicer._answered(name, context, lambda: refuse(request))
+        return await answer(request, context)
+
+    return answer_or_refuse
 
 
 def _timeout_us(request: Any) -> int | None:

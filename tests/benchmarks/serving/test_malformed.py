@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 from hypothesis import HealthCheck, Phase, given, settings
@@ -19,9 +20,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from dlops.artifact import Artifact
 from dlops.serve.launch import ServerProcess
 from tests.benchmarks.peers.environments import environment
+from tests.serve import malformed_grpc
 from tests.serve.malformed import ALLOWED, UNENDED, binary_requests, good, requests, status_of
 
-BEFORE, RAW, MESSAGES, SLOW, OF_THE_PAGE = 10_000, 60_000, 30_000, 200, 150
+BEFORE, RAW, MESSAGES, CALLS, SLOW, OF_THE_PAGE = 10_000, 60_000, 30_000, 20_000, 200, 150
 THREADS = 8
 WORKERS = 1
 
@@ -44,7 +46,11 @@ def test_a_hundred_thousand_malformed_requests(
             if status not in ALLOWED | {200, None}:
                 bad.append(f"{kind}: {status} for {request[:200]!r}")
 
-    with ServerProcess(digits_artifact, env=limits) as server, ThreadPoolExecutor(THREADS) as threads:
+    with (
+        ServerProcess(digits_artifact, grpc_port=0, env=limits) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+        ThreadPoolExecutor(THREADS) as threads,
+    ):
         workers = psutil.Process(server.pid).children()
 
         def memory_mb() -> float:
@@ -69,6 +75,21 @@ def test_a_hundred_thousand_malformed_requests(
 
         messages()
         memory.append(memory_mb())
+
+        @settings(
+            max_examples=CALLS, deadline=None, database=None, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(call=malformed_grpc.calls())
+        def calls(call: tuple[str, bytes]) -> None:
+            status = malformed_grpc.status_of(channel, *call)
+            counts.setdefault("calls of gRPC (hypothesis)", Counter())[status] += 1
+            if status not in malformed_grpc.ALLOWED | {"OK"}:
+                bad.append(f"gRPC {call[0]}: {status} for {call[1][:200]!r}")
+
+        calls()
+        assert malformed_grpc.status_of(channel, "ModelInfer", malformed_grpc.good()) == "OK"
+        memory.append(memory_mb())
         slow(server.port, counts.setdefault("slow senders", Counter()))
         found = of_the_page(server, tmp_path)
         counts["routes of the OpenAPI page (schemathesis)"] = Counter(found)
@@ -81,9 +102,10 @@ def test_a_hundred_thousand_malformed_requests(
         "serving-malformed",
         title="Malformed requests",
         says=f"{total:,} requests that no client should send, to one worker with a body limit of 200 kB, each on a "
-        f"connection of its own. None stands for a connection that ended without an answer, as one that was cut off "
-        f"may. Answers were {', '.join(sorted({status for of in counts.values() for status in of}))}; the worker was "
-        f"never restarted, and had {', '.join(f'{one:.0f}' for one in memory)} MB after the first {BEFORE:,}, after "
+        f"connection of its own, but those of gRPC on one. None stands for a connection that ended without an answer, "
+        f"as one that was cut off may. Answers were "
+        f"{', '.join(sorted({status for of in counts.values() for status in of}))}; the worker was never restarted, "
+        f"and had {', '.join(f'{one:.0f}' for one in memory)} MB after the first {BEFORE:,}, after "
         f"each sixth of {RAW:,} more, and after each of the rest.",
         header=["kind", "requests", "answers"],
         rows=[
@@ -93,6 +115,7 @@ def test_a_hundred_thousand_malformed_requests(
     )
     assert not bad, bad[:5]
     assert "a bug in dlops" not in log
+    assert "Traceback" not in log
     assert max(memory) <= 1.1 * memory[0] + 20
     assert total >= 100_000
 
