@@ -72,12 +72,14 @@ class Exported:
     extra: by role ("weights", of `dlops.artifact.MODEL_ROLES`) what `path` cannot be opened without, in the same
     folder. It becomes a payload of the artifact, `<role>-<digest><suffix>`: where `path` holds its name, it must bear
     that one already (`dlops.directory.payload_name`). together: they are found by the stem of `path` instead, and keep
-    one for all of them.
+    one for all of them. source: where weights cannot be read in `path`, the graph that it was compiled from, in the
+    same folder; it is no part of the artifact.
     """
 
     path: Path
     extra: Mapping[str, Path] = field(default_factory=dict)
     together: bool = False
+    source: Path | None = None
     notes: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @property

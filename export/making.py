@@ -308,7 +308,8 @@ class Export:
         for path in exported.files.values():
             check_no_machine_paths(path, title=title)
         if structure.masks:
-            found = check_zeros(exported.path, variant.format, structure.masks, title=title)
+            file = exported.source or exported.path
+            found = check_zeros(file, variant.format, structure.masks, title=title)
             exported = replace(exported, notes={**exported.notes, **found})
         return exported
 

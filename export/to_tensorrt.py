@@ -7,7 +7,7 @@ int8 and fp8 are operands of products rounded in a graph whose other arithmetic 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +27,7 @@ from dlops.manifest import sha256_of
 from dlops.runtimes.tensorrt import Log, check_gpu, made
 from dlops.runtimes.tensorrt_provider import profile_shapes
 from dlops.signature import Signature
+from dlops.sparsity import SEMI_STRUCTURED
 from dlops.trust import note_made_here
 
 # Ada, of which there are no convolutions and matrix products in fp8 before.
@@ -51,12 +52,18 @@ def export(request: ExportRequest) -> Exported:
             hint="tensorrt-int8 is as small; onnx-fp8 shows anywhere what fp8 costs in accuracy",
         )
     graph, notes = engine_graph(request)
-    request.into.write_bytes(build(graph, request.signature, title=request.title))
+    is_sparse = request.variant.sparsity == SEMI_STRUCTURED
+    engine, said = build(graph, request.signature, title=request.title, sparse=is_sparse)
+    request.into.write_bytes(engine)
     note_made_here(sha256_of(request.into))
+    source = None
+    if request.variant.sparsity is not None:
+        source = request.into.with_suffix(".onnx")
+        onnx.save(graph, source)
     built_for: Notes = {
         "tensorrt": str(trt.__version__), "gpu": gpu, "compute_capability": ".".join(map(str, capability)),
     }  # fmt: skip
-    return Exported(path=request.into, notes={**notes, **built_for})
+    return Exported(path=request.into, source=source, notes={**notes, **said, **built_for})
 
 
 def engine_graph(request: ExportRequest) -> tuple[onnx.ModelProto, Notes]:
@@ -86,11 +93,12 @@ def engine_graph(request: ExportRequest) -> tuple[onnx.ModelProto, Notes]:
     return graph, notes
 
 
-def build(graph: onnx.ModelProto, signature: Signature, *, title: str) -> bytes:
-    """The serialized engine, for all sizes that the signature allows.
+def build(graph: onnx.ModelProto, signature: Signature, *, title: str, sparse: bool = False) -> tuple[bytes, Notes]:
+    """The serialized engine, for all sizes that the signature allows, and what TensorRT said of it.
 
-    It takes seconds to minutes, in a thread of its own, so that Ctrl-C ends it between two steps. Raises UsageError
-    where TensorRT cannot read the graph (the operator is named), MachineError where it builds nothing.
+    sparse: kernels that skip two weights of four may be chosen, where they are faster. It takes seconds to minutes, in
+    a thread of its own, so that Ctrl-C ends it between two steps. Raises UsageError where TensorRT cannot read the
+    graph (the operator is named), MachineError where it builds nothing.
     """
     log = Log()
     builder = made(trt.Builder, log)
@@ -99,6 +107,8 @@ def build(graph: onnx.ModelProto, signature: Signature, *, title: str) -> bytes:
     if not parser.parse(graph.SerializeToString()):
         raise UsageError(f"{title}: TensorRT {trt.__version__} cannot take it: {_problems(parser, log)}")
     config = builder.create_builder_config()
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     shapes = profile_shapes(signature)
     if shapes:
         profile = builder.create_optimization_profile()
@@ -110,7 +120,7 @@ def build(graph: onnx.ModelProto, signature: Signature, *, title: str) -> bytes:
         engine = _in_a_thread(lambda: builder.build_serialized_network(network, config), progress)
     if engine is None:
         raise MachineError(f"{title}: TensorRT {trt.__version__} builds no engine of it: {log.reason}")
-    return bytes(engine)
+    return bytes(engine), _of_sparsity(log.sparsity)
 
 
 class Progress(trt.IProgressMonitor):  # type: ignore[misc]
@@ -162,6 +172,20 @@ def _in_a_thread(work: Any, progress: Progress) -> Any:
     finally:
         # Not before the build has ended.
         pool.shutdown()
+
+
+def _of_sparsity(said: Sequence[str]) -> Notes:
+    """How many layers have weights that kernels could skip, and of how many such a kernel was chosen; empty where
+    TensorRT does not say, as a version of other words would not."""
+    notes: Notes = {}
+    for line in said:
+        words, colon, layers = line.partition(":")
+        count = len([layer for layer in layers.split(",") if layer.strip()])
+        if colon and "eligible" in words:
+            notes["sparse_layers_eligible"] = count
+        elif colon and "picked" in words:
+            notes["sparse_layers_chosen"] = count
+    return notes
 
 
 def _problems(parser: trt.OnnxParser, log: Log) -> str:

@@ -74,4 +74,7 @@ def _of_torchscript(path: Path) -> Iterator[Zero]:
         yield (tensor == 0).numpy()
 
 
-FORMATS: Mapping[str, Callable[[Path], Iterator[Zero]]] = {"onnx": _of_onnx, "torchscript": _of_torchscript}
+# Of a TensorRT engine it is the graph that it was built from.
+FORMATS: Mapping[str, Callable[[Path], Iterator[Zero]]] = {
+    "onnx": _of_onnx, "torchscript": _of_torchscript, "tensorrt": _of_onnx,
+}  # fmt: skip

@@ -109,7 +109,7 @@ class Cuda:
 
 
 class _Logger:
-    INTERNAL_ERROR, ERROR, WARNING = range(3)
+    INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
 
     def __init__(self) -> None:
         pass
@@ -133,6 +133,10 @@ class _Config:
 
     def __init__(self) -> None:
         self.profiles: list[_Profile] = []
+        self.flags: list[str] = []
+
+    def set_flag(self, flag: str) -> None:
+        self.flags.append(flag)
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profiles.append(profile)
@@ -209,6 +213,13 @@ class _Builder:
                 if not config.progress_monitor.step_complete("Building", step):
                     self._logger.log(_Logger.ERROR, "cancelled")
                     return None
+        if "sparse" in config.flags:
+            # As TensorRT logs it: https://github.com/NVIDIA/TensorRT/issues/2169
+            for words in (
+                "Layers eligible for sparse math: Conv_2 + Relu_3, Gemm_9",
+                "TRT inference plan picked sparse implementation for layers: Gemm_9",
+            ):
+                self._logger.log(_Logger.INFO, f"(Sparsity) {words}")
         return MAGIC + network["graph"]
 
 
@@ -294,6 +305,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Cuda]:
     module.Builder = type("Builder", (_Builder,), {})
     module.OnnxParser = type("OnnxParser", (_Parser,), {})
     module.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=0)
+    module.BuilderFlag = types.SimpleNamespace(SPARSE_WEIGHTS="sparse")
     module.TensorIOMode = types.SimpleNamespace(INPUT="input", OUTPUT="output")
     module.nptype = lambda dtype: dtype
     module.engines = []

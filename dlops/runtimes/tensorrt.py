@@ -22,20 +22,24 @@ from dlops.trust import trusted_model
 
 # Chooses kernels in the first runs, none of which may be captured.
 _WARMUP_RUNS = 3
+_SPARSITY = "(Sparsity)"
 
 
 class Log(trt.ILogger):  # type: ignore[misc]
-    """What TensorRT says is wrong, instead of on stderr."""
+    """What TensorRT says is wrong, instead of on stderr. sparsity: what it says of weights with zeros."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self._error = self._warning = ""
+        self.sparsity: list[str] = []
 
     def log(self, severity: object, message: str) -> None:
         if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
             self._error = message
         elif severity == trt.ILogger.WARNING:
             self._warning = message
+        elif message.startswith(_SPARSITY):
+            self.sparsity.append(message.removeprefix(_SPARSITY).strip())
 
     @property
     def reason(self) -> str:

@@ -70,6 +70,23 @@ def test_every_precision_is_built_from_a_graph_of_its_types_and_passes_the_gates
     assert profile.shapes == {"input": ((1, 1, 8, 8), (8, 1, 8, 8), (32, 1, 8, 8))}
 
 
+@pytest.mark.parametrize("slug", ["tensorrt-fp16-sparse24", "tensorrt-int8-sparse24", "tensorrt-fp32-sparse80"])
+def test_zeros_are_counted_in_the_graph_and_two_of_four_may_be_skipped(
+    slug: str, stand_in: Stand, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    [artifact] = export_variants(checkpoint, variants=[slug], out=tmp_path, model=SmallNet, max_drop=60, device="auto")
+    notes = artifact.provenance.notes
+    assert notes["sparse_zeros"] >= int(notes["sparse_weights"] * (0.8 if slug.endswith("80") else 0.5)) > 0
+    graph, config = stand_in[0].Builder.last
+    wide = [numpy_helper.to_array(one) for one in graph.graph.initializer if len(one.dims) > 1]
+    assert sum(int((one == 0).sum()) for one in wide) >= notes["sparse_zeros"]
+    skips = slug.endswith("24")
+    assert config.flags == ["sparse"] * skips
+    assert [notes.get(f"sparse_layers_{kind}") for kind in ("eligible", "chosen")] == ([2, 1] if skips else [None] * 2)
+    # The graph itself is none of the artifact.
+    assert not list(artifact.directory.glob("*.onnx"))
+
+
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_session_runs_binds_and_replays(made: dict[str, Artifact], stand_in: Stand, cuda_graph: bool) -> None:
     artifact, cuda = made["tensorrt-fp16"], stand_in[1]

@@ -42,6 +42,19 @@ def test_an_engine_computes_what_the_model_computed(precision: str, trained: Che
     session.close()
 
 
+def test_two_of_four_weights_may_be_skipped(trained: Checkpoint, tmp_path: Path) -> None:
+    [artifact] = dlops.export_variants(
+        trained, variants=["tensorrt-fp16-sparse24"], out=tmp_path, device="cuda", max_drop=10
+    )
+    notes = artifact.provenance.notes
+    assert 2 * notes["sparse_zeros"] >= notes["sparse_weights"] > 0
+    # As TensorRT's log has it: a version of other words would leave them out, and the docs would be wrong.
+    assert notes["sparse_layers_eligible"] >= notes["sparse_layers_chosen"] >= 0
+    session = open_session(artifact, CUDA)
+    self_test(artifact, session)
+    session.close()
+
+
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_bound_calls_give_the_same(cuda_graph: bool, trained: Checkpoint, tmp_path: Path) -> None:
     [artifact] = dlops.export_variants(trained, variants=["tensorrt-fp16"], out=tmp_path, device="cuda")
