@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import computed_field
 
 from dlops.bench import cells
-from dlops.bench.matching import environment_differences, match_rows, row_differences
+from dlops.bench.matching import ONLY_IN_BASE, environment_differences, match_rows, row_differences
 from dlops.bench.ratios import STRETCHES, Calls, Ratio, median_ratio, quantile_ratio, rate_ratio
 from dlops.bench.results import Measured
 from dlops.errors import UsageError
@@ -102,8 +102,13 @@ class Comparison(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> Word:
-        """The worst word of all: REGRESSED, then INCONCLUSIVE; else IMPROVED where anything is, SAME or PASSED."""
+        """The worst word of all: REGRESSED, then INCONCLUSIVE; else IMPROVED where anything is, SAME or PASSED.
+
+        Under a gate INCONCLUSIVE too where BASE has a row that NEW lacks: it has passed nothing.
+        """
         words = {judged.word for row in self.rows for judged in row.judged}
+        if self.gate is not None and any(line.startswith(ONLY_IN_BASE) for line in self.unmatched):
+            words.add("INCONCLUSIVE")
         order: tuple[Word, ...] = ("REGRESSED", "INCONCLUSIVE", "IMPROVED", "SAME", "PASSED")
         return next((word for word in order if word in words), "INCONCLUSIVE")
 

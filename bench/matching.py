@@ -8,6 +8,8 @@ from dlops.bench import cells
 from dlops.environment import Environment
 from dlops.report import Measurement
 
+ONLY_IN_BASE = "only in BASE"
+
 
 def match_rows(
     base: Sequence[Measurement], new: Sequence[Measurement]
@@ -33,7 +35,7 @@ def match_rows(
             else:
                 waiting.append(row)
     order = {row.samples: place for place, row in enumerate(base)}
-    unmatched = [f"only in BASE: {_described(row)}" for row in waiting]
+    unmatched = [f"{ONLY_IN_BASE}: {_described(row)}" for row in waiting]
     unmatched += [f"only in NEW: {_described(row)}" for row in left]
     return sorted(pairs, key=lambda pair: order[pair[0].samples]), unmatched
 

@@ -91,7 +91,9 @@ def measure_endpoint(
         if loaded.interrupted:
             raise KeyboardInterrupt
         raise MachineError(
-            f"{endpoint.url}: no call succeeded at {concurrency} in flight ({listed(loaded.errors)})",
+            f"{endpoint.url}: "
+            + (f"after {loaded.warmup_calls:,} calls of the warm-up " if loaded.warmup_calls else "")
+            + f"no call succeeded at {concurrency} in flight ({listed(loaded.errors)})",
             hint="the server's log says why",
         )
     accounted = watch.end(

@@ -138,10 +138,18 @@ def _parse(url: str, *, prefix: str, default_port: int | None) -> Address:
     parts = urlsplit(url)
     if not parts.hostname:
         raise UsageError(f"target {url!r} is no {_FORMS}", hint="an artifact is named by its folder")
+    if parts.username is not None or parts.query or parts.fragment:
+        # Not shown: it may be a secret, and would be kept in the report.
+        raise UsageError(
+            f"a target at {parts.hostname} has a user, a ?query or a #fragment beside address and model",
+            hint="what a server wants to know beside that cannot be sent to it",
+        )
     try:
-        port = parts.port or default_port
+        port = default_port if parts.port is None else parts.port
     except ValueError:
-        raise UsageError(f"target {url!r}: the port is no number from 0 to 65535") from None
+        port = 0
+    if port == 0:
+        raise UsageError(f"target {url!r}: the port is no number from 1 to 65535")
     if port is None:
         raise UsageError(f"target {url!r} has no port", hint="Triton's port for gRPC is 8001")
     model = None

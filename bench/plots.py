@@ -32,9 +32,8 @@ from dlops.bench.stats import proportion_interval
 from dlops.report import Interval, Measurement
 
 SERIES_COLOURS = 8
-# What lies beyond in the tails is in the samples file; drawn, it would squeeze the rest of the plot.
-_TAIL = 0.005
-_CURVE_POINTS = 160
+# Where the curves have points: evenly, and ever closer towards the slowest call, which is one of them.
+_SHARES = np.concatenate([np.linspace(0, 0.98, 120), 1 - 0.02 * np.geomspace(1, 1e-3, 40)[1:], [1.0]])
 # Where a logarithmic axis of latencies begins at the least, in ms: a coarse clock may show none at all.
 _LEAST_MS = 1e-6
 
@@ -59,16 +58,15 @@ class Series:
 
 def latency_curves(series: Sequence[Series], width: int) -> str:
     """Share of calls that were at least as fast, against latency on a log axis; a dot with its interval at p50."""
-    low = min(float(np.quantile(one.latencies_ns, _TAIL)) for one in series) * 0.95 / 1e6
-    high = max(float(np.quantile(one.latencies_ns, 1 - _TAIL)) for one in series) * 1.05 / 1e6
+    low = min(float(one.latencies_ns.min()) for one in series) * 0.95 / 1e6
+    high = max(float(one.latencies_ns.max()) for one in series) * 1.05 / 1e6
     low, high = max(low, _LEAST_MS), max(high, 2 * _LEAST_MS)
     frame = make_frame(320, width, x=log_scale(low, high), y_range=(0.0, 1.0))
     parts = [*y_grid(frame, [0, 0.25, 0.5, 0.75, 1], lambda share: f"{share:.0%}")]
     parts += x_grid(frame, log_ticks(low, high, tick_limit(frame)), "latency of a call, ms (log scale)")
     for one in series:
-        shares = np.linspace(_TAIL, 1 - _TAIL, _CURVE_POINTS)
-        points = np.quantile(one.latencies_ns, shares) / 1e6
-        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(points, shares, strict=True))
+        points = np.maximum(np.quantile(one.latencies_ns, _SHARES) / 1e6, low)
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(points, _SHARES, strict=True))
         parts.append(f'<polyline class="curve {one.look}" points="{path}"><title>{escape(one.name)}</title></polyline>')
     for one in series:
         median = one.row.latency.p50_ns

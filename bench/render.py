@@ -225,7 +225,7 @@ def _plots(group: cells.Group, series: Sequence[plots.Series], objectives: Seque
             "Latency distributions",
             f'<ul class="legend">{legend}</ul>{_both_widths(plots.latency_curves, series)}',
             "Share of calls that took at most so long. Further left is faster, steeper is steadier. "
-            "Dots are medians; the outermost 0.5 % at each end is not drawn.",
+            "Dots are medians; the curves go from the fastest call to the slowest.",
         )
     ]
     if group.rows[0].boundary != "network" and len(plots.comparable(series)) > 1:

@@ -100,9 +100,11 @@ def measure(
     )
     if engine == "loadgen":
         check_installed()
-    if not chosen and (threads is not None or device not in ("auto", ["auto"], ("auto",))):
+    on_machine = threads is not None or device not in ("auto", ["auto"], ("auto",))
+    if not chosen and (on_machine or trust or list(boundary) != ["host"]):
         raise UsageError(
-            "threads and device are for targets on this machine, and only URLs are named", hint="leave them out"
+            "threads, device, boundary and trust are for targets on this machine, and only URLs are named",
+            hint="leave them out",
         )
     conditions = _conditions(planned, boundary, threads, device, cuda_graph=cuda_graph, trust=trust)
     check_processes(processes)

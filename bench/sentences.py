@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dlops.bench.cells import OUTSIDE, groups, milliseconds, name, per_second, significant
 from dlops.bench.knee import knee
 from dlops.bench.pilot import WANTED
-from dlops.report import Measurement, Report, ServerTime
+from dlops.report import Measurement, Objective, Report, ServerTime
 
 _NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?")
 
@@ -72,8 +72,16 @@ def objectives(report: Report) -> list[str]:
         else:
             beyond = "the search ended there" if missed is None else f"{missed} {how}"
             kept = f"{per_second(one.rate)} requests a second is the highest rate that kept {wanted}"
-            lines.append(f"{target}: {kept}; {beyond}")
+            lines.append(f"{target}: {kept}; {beyond}{_in_spite_of(report, one)}")
     return lines
+
+
+def _in_spite_of(report: Report, one: Objective) -> str:
+    """What stands against the row by which the highest rate is known. What slowed it down could not make it keep more
+    than it would have kept, so the rate stands; the row's own numbers do not."""
+    tried = [row for row in report.measurements if row.samples in one.tried and row.load.rate == one.rate]
+    reasons = tried[-1].verdict.reasons if tried else ()
+    return f"; its row is not to be quoted: {'; '.join(reasons)}" if reasons else ""
 
 
 def knees(report: Report) -> list[str]:

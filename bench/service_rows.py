@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from dlops.artifact import Artifact
 from dlops.bench import cells
@@ -119,6 +120,8 @@ class _Offering:
         rows, first_s = self._rows, self._rows.lasting.first_s
         wanted = samples_for(objective)
         outcomes: list[tuple[float, Outcome]] = []
+        # Of the rows that were judged: the last one may have been cut short.
+        judged: list[str] = []
 
         def probe(rate: float) -> Outcome:
             again = sum(tried == rate for tried, _ in outcomes)
@@ -131,6 +134,7 @@ class _Offering:
             outcome = judge(row, rows.samples[row.samples], rows.samples[row.samples + STARTS], objective)
             say(f"{rate:,.5g} requests/s: {outcome}")
             outcomes.append((rate, outcome))
+            judged.append(row.samples)
             return outcome
 
         first = len(rows.rows)
@@ -146,14 +150,13 @@ class _Offering:
             found = found_among(outcomes)
         except KeyboardInterrupt:
             if outcomes:
-                self._keep(objective, found_among(outcomes), first)
+                self._keep(objective, found_among(outcomes), judged, first)
             raise
-        self._keep(objective, found, first)
+        self._keep(objective, found, judged, first)
 
-    def _keep(self, objective: Objective, found: Found, first: int) -> None:
-        """What the rows from number `first` on say of the objective."""
+    def _keep(self, objective: Objective, found: Found, judged: Sequence[str], first: int) -> None:
+        """What was found of the objective by the rows of those samples, which are among those from number `first`."""
         rows = self._rows
-        tried = tuple(row.samples for row in rows.rows[first:])
         rows.rows[first:] = sorted(rows.rows[first:], key=lambda row: row.load.rate or 0.0)
-        update = {"rate": found.met, "missed": found.missed, "unsure": found.unsure, "tried": tried}
+        update = {"rate": found.met, "missed": found.missed, "unsure": found.unsure, "tried": tuple(judged)}
         rows.objectives[cells.service(rows.rows[first])] = objective.model_copy(update=update)

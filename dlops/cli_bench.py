@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dlops.cli_common import Place, Trust, command_line, find_artifact, find_checkpoint, given_options, usage
+from dlops.cli_common import (
+    MAX_THREADS,
+    Place,
+    Trust,
+    command_line,
+    find_artifact,
+    find_checkpoint,
+    given_options,
+    usage,
+)
 
 if TYPE_CHECKING:
     from dlops.artifact import Artifact
@@ -55,7 +64,7 @@ def bench(
         bool, typer.Option("--cuda-graph", help="On a GPU: replay each inference as one graph.")
     ] = False,
     threads: Annotated[
-        list[int] | None, typer.Option(min=1, help="For one operator; repeatable; all cores if left out.")
+        list[int] | None, typer.Option(min=1, max=MAX_THREADS, help="For one operator; repeatable; else all cores.")
     ] = None,
     trust: Trust = False,
     concurrency: Annotated[
@@ -170,7 +179,9 @@ def compare(
         Place | None,
         typer.Option(help="Artifacts: auto takes CUDA where it works."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Artifacts: for one operator; else all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="Artifacts: for one operator; else all cores.")
+    ] = None,
     trust: Trust = False,
     margin: Annotated[str | None, typer.Option(metavar="N%", help="A change that matters. Default 5%.")] = None,
     gate: Annotated[

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 Place = Literal["auto", "cpu", "cuda", "tensorrt"]
 Device = Annotated[Place, typer.Option(help="auto takes CUDA where it works; tensorrt is for ONNX.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="For one operator; all cores if left out.")]
+# More than any machine has cores; runtimes make them all before the first call.
+MAX_THREADS = 1024
+Threads = Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="For one operator; all cores if left out.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run native or pickled code that was made elsewhere.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 

@@ -14,12 +14,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class _Output(Console):
-    """Where nobody reads any more, as in `dlops list | head`, the command has done what was wanted of it."""
+    """Where nobody reads any more, as in `dlops list | head`, the command goes on without saying it: what it has yet to
+    write, and its exit status, are not for who was reading."""
 
     def on_broken_pipe(self) -> None:
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Write no more: what Python still holds would fail once more when it ends."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0)
+
+    def write(self, text: str) -> None:
+        """As it is, to stdout. Raises OSError."""
+        if self.quiet:
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self.on_broken_pipe()
 
 
 log = Console(stderr=True, highlight=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -187,9 +188,9 @@ def _parse(directory: Path, kind: type[M]) -> M:
             raise CorruptError(f"{path}: {path.stat().st_size} bytes is too large for {_a(what)}")
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(
-            f"{directory}: no {kind.file_name} there", hint="dlops list shows the checkpoints and artifacts at hand"
-        ) from None
+        is_address = not directory.exists() and re.fullmatch(r"[\w.-]+:\d+(/.*)?", str(directory)) is not None
+        hint = f"a server is named http://{directory}" if is_address else f"dlops list shows each {what} at hand"
+        raise UsageError(f"{directory}: no {kind.file_name} there", hint=hint) from None
     except OSError as error:
         raise from_os_error(error, doing=f"reading {path}") from error
     try:

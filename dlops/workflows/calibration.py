@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,7 @@ def calibrate_alone(*, json: str | None, also_given: Sequence[str] = ()) -> int:
     # First what takes half a minute to measure again.
     say(f"kept: {keep(calibration)}")
     if json == "-":
-        sys.stdout.write(calibration.model_dump_json(indent=2) + "\n")
+        out.write(calibration.model_dump_json(indent=2) + "\n")
     else:
         out.print(_table(calibration))
         if json is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,7 +19,7 @@ from dlops.errors import MachineError, UsageError
 from dlops.report import Report, read_report
 from dlops.runtimes.session import Device
 from dlops.workflows.calibration import calibrated
-from dlops.workflows.publish import Outputs, save_or_rescue
+from dlops.workflows.publish import Outputs, printed, save_or_rescue
 
 DURATION_S = 5.0
 # Of each side. Between processes of one artifact the median differs by a per cent or two.
@@ -96,17 +95,18 @@ def compare(
                 say("interrupted: the report goes without a calibration")
             with signals.shielded():
                 comparison = compare_turns(measured, base=str(base), new=str(new), margin=fraction, gate=limits)
-                # First what no full disk can take along, then what cannot be measured again.
-                _show(comparison, markdown=markdown, json=json)
-                report = save_or_rescue(measured, out_dir)
-                say(f"report: {report.directory / HTML_NAME}")
-                _write_copies(comparison, markdown=markdown, json=json)
+                try:
+                    report = save_or_rescue(measured, out_dir)
+                except MachineError:
+                    if unprinted := _shown(comparison, markdown=markdown, json=json):
+                        say(unprinted.message)
+                    raise
+                _give_out(comparison, markdown=markdown, json=json, report=report)
         if status is None and measured.partial:
             say("incomplete: a target failed, and what it should have been measured on is not compared")
             return exit_status(comparison, failed=True)
         return exit_status(comparison) if status is None else status
-    _show(comparison, markdown=markdown, json=json)
-    _write_copies(comparison, markdown=markdown, json=json)
+    _give_out(comparison, markdown=markdown, json=json)
     return exit_status(comparison)
 
 
@@ -214,22 +214,29 @@ def _measure(
     return measured, None
 
 
-def _show(comparison: Comparison, *, markdown: str | None, json: str | None) -> None:
-    """Print the table, or the copy that is for stdout."""
-    if markdown == "-":
-        sys.stdout.write(comparison_markdown(comparison))
-    elif json == "-":
-        sys.stdout.write(_to_json(comparison))
-    else:
-        out.print(render_comparison(comparison))
+def _give_out(comparison: Comparison, *, markdown: str | None, json: str | None, report: Report | None = None) -> None:
+    """Print it, say where the report lies, and write the copies.
 
-
-def _write_copies(comparison: Comparison, *, markdown: str | None, json: str | None) -> None:
-    """Raises MachineError where one cannot be written."""
+    Raises MachineError where stdout or a copy cannot be written.
+    """
+    unprinted = _shown(comparison, markdown=markdown, json=json)
+    if report is not None:
+        say(f"report: {report.directory / HTML_NAME}")
     if markdown not in (None, "-"):
         write_copy(Path(markdown), comparison_markdown(comparison))
     if json not in (None, "-"):
         write_copy(Path(json), _to_json(comparison))
+    if unprinted is not None:
+        raise unprinted
+
+
+def _shown(comparison: Comparison, *, markdown: str | None, json: str | None) -> MachineError | None:
+    """Print the table, or the copy that is for stdout."""
+    if markdown == "-":
+        return printed(lambda: out.write(comparison_markdown(comparison)))
+    if json == "-":
+        return printed(lambda: out.write(_to_json(comparison)))
+    return printed(lambda: out.print(render_comparison(comparison)))
 
 
 def _to_json(comparison: Comparison) -> str:

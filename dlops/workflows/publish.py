@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +50,10 @@ class Outputs:
         """
         if report:
             check_writable(self.directory or Path("reports"), what="--out")
+        places: dict[Path, str] = {}
         for option, copy in self.copies.items():
+            if copy != "-" and (other := places.setdefault(Path(copy).resolve(), option)) != option:
+                raise UsageError(f"{other} and {option} both name {copy}", hint="give each a file of its own")
             if copy == "-" and option == "--html":
                 raise UsageError("--html -: a page is for a browser", hint="name a file; --markdown - prints a table")
             if copy != "-":
@@ -70,29 +72,43 @@ class Outputs:
 def publish(measured: Measured, outputs: Outputs) -> Report:
     """Write the report, print the table or the one copy that is for stdout, say where it lies, and write the copies.
 
-    Raises MachineError where the report or a copy cannot be written, the table printed all the same: see
-    save_or_rescue. Ctrl-C does nothing until the report is written: then there is nothing left to lose.
+    Raises MachineError where the report, stdout or a copy cannot be written, the table printed and the report written
+    all the same: see save_or_rescue. Ctrl-C does nothing until the report is written: then there is nothing left to
+    lose.
     """
     try:
         with signals.shielded():
             report = save_or_rescue(measured, outputs.directory)
         signals.listen_again()
     except MachineError:
-        out.print(render_table(measured.report))
+        if unprinted := printed(lambda: out.print(render_table(measured.report))):
+            say(unprinted.message)
         raise
     texts = ((outputs.json, Report.to_json), (outputs.markdown, to_markdown), (outputs.csv, to_csv))
-    printed = [write for name, write in texts if name == "-"]
-    if printed:
-        sys.stdout.write(printed[0](report))
-    else:
-        out.print(render_table(report))
+    wanted = [write for name, write in texts if name == "-"]
+    unprinted = printed(lambda: out.write(wanted[0](report)) if wanted else out.print(render_table(report)))
     say(f"report: {report.directory / HTML_NAME}")
     for name, write in texts:
         if name not in (None, "-"):
             write_copy(Path(name), write(report))
     if outputs.html is not None:
         write_copy(outputs.html, (report.directory / HTML_NAME).read_text(encoding="utf-8"))
+    if unprinted is not None:
+        raise unprinted
     return report
+
+
+def printed(show: Callable[[], None]) -> MachineError | None:
+    """Print to stdout. Where that takes nothing: the error, to be raised once all else is written."""
+    try:
+        show()
+    except OSError as error:
+        out.let_go()
+        return MachineError(
+            f"stdout: {(error.strerror or str(error)).lower()}, so what was to be printed is missing",
+            hint="files that were to be written are there",
+        )
+    return None
 
 
 def save_or_rescue(measured: Measured, directory: Path | None) -> Report:

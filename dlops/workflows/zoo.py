@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from dlops.console import progress_bar, say
+from dlops.console import out, progress_bar, say
 from dlops.manifest import Record
 from dlops.version import __version__
 
@@ -238,10 +238,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.one:
         rows: list[dict[str, Any]] = [one.model_dump(mode="json") for one in try_network(options.one)]
-        sys.stdout.write(json.dumps(rows) + "\n")
+        out.write(json.dumps(rows) + "\n")
         return 0
     tried = run_zoo(options.patterns, kept=options.kept, again=options.again)
-    sys.stdout.write(table(tried))
+    out.write(table(tried))
     return 1 if any(one.passed is False for one in tried) else 0
 
 

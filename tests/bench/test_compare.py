@@ -320,6 +320,16 @@ def test_rows_of_two_reports_are_matched_by_what_was_measured(measured: Callable
     assert "spread within each run" in " ".join(text.split())
 
 
+def test_a_row_that_new_lacks_has_passed_no_gate(measured: Callable[..., Measured]) -> None:
+    quiet = calls(np.random.default_rng(0).normal(0, 0.001, (TURNS, CALLS)), 1.0)
+    both, one = measured(("onnx-fp32", quiet), ("onnx-int8", quiet)), measured(("onnx-fp32", quiet))
+    gate = {"p50": 1.05}
+    assert compare_reports(both, both, gate=gate).verdict == "PASSED"
+    assert compare_reports(one, both, gate=gate).verdict == "PASSED"
+    assert compare_reports(both, one, gate=gate).verdict == "INCONCLUSIVE"
+    assert compare_reports(both, one).verdict == "SAME"
+
+
 @pytest.mark.parametrize(
     ("one", "other", "said"),
     [

@@ -6,14 +6,15 @@ import itertools
 import math
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import dlops
-from dlops.bench import sentences, service_rows, slo, stats
+from dlops.bench import reanalysis, sentences, service_rows, slo, stats
 from dlops.bench.arrivals import Offered, poisson
-from dlops.bench.run import measure, save_report
+from dlops.bench.run import MeasureInterrupted, measure, save_report
 from dlops.bench.slo import Found, Outcome, found_among, judge, parse_objective, search
 from dlops.bench.table import table_text
 from dlops.errors import UsageError
@@ -251,3 +252,44 @@ def test_a_search_that_a_server_ends_keeps_what_it_found(make_artifact, serve, m
     (found,) = measured.report.objectives.values()
     assert found.rate == max(row.load.rate for row in measured.measurements)
     assert len(found.tried) == 2
+
+
+def test_a_rate_that_ctrl_c_cut_short_is_not_judged_later_either(make_artifact, serve, monkeypatch, tmp_path) -> None:
+    artifact = make_artifact()
+    real, calls = service_rows.measure_rate, itertools.count(1)
+
+    def interrupted(*arguments: object, **options: object) -> object:
+        row, samples, loaded = real(*arguments, **options)
+        return row, samples, replace(loaded, interrupted=next(calls) == 2)
+
+    monkeypatch.setattr(service_rows, "measure_rate", interrupted)
+    for module in (service_rows, reanalysis):
+        monkeypatch.setattr(module, "judge", lambda *arguments: "met")
+    offered = Offered(objective=parse_objective("p50=500ms"))
+    with pytest.raises(MeasureInterrupted) as caught:
+        measure([serve(artifact).url], payload=artifact, offered=offered, duration_s=0.3)
+    (found,) = caught.value.measured.report.objectives.values()
+    assert len(caught.value.measured.measurements) == 2
+    assert len(found.tried) == 1
+    assert found.rate == min(row.load.rate for row in caught.value.measured.measurements)
+    report = save_report(caught.value.measured, tmp_path / "report")
+    assert dlops.reanalyse(report).report.objectives == report.objectives
+
+
+def test_what_stands_against_the_row_is_said_of_its_rate(make_artifact, serve, monkeypatch) -> None:
+    artifact, outcomes = make_artifact(), iter(["met", "missed"])
+    monkeypatch.setattr(service_rows, "judge", lambda *arguments: next(outcomes, "met"))
+    offered = Offered(objective=parse_objective("p50=500ms"))
+    measured = measure([serve(artifact).url], payload=artifact, offered=offered, duration_s=0.3)
+    (found,) = measured.report.objectives.values()
+
+    def said(*reasons: str) -> str:
+        rows = tuple(
+            row.model_copy(update={"verdict": row.verdict.model_copy(update={"reasons": reasons})})
+            if row.load.rate == found.rate else row
+            for row in measured.measurements
+        )  # fmt: skip
+        return " ".join(sentences.objectives(measured.report.model_copy(update={"measurements": rows})))
+
+    assert "not to be quoted" not in said()
+    assert said("client-bound: it was").endswith("; its row is not to be quoted: client-bound: it was")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,3 +79,15 @@ def test_a_file_that_is_no_model_is_told_as_such_wherever_it_would_run(
         onnxruntime.OnnxSession(
             b"no model", signature=digits_artifact.signature, precision="fp32", options=SessionOptions(), title="it"
         )
+
+
+@pytest.mark.parametrize("wanted", [None, "0"])
+def test_it_reports_its_use_to_nobody_unless_that_is_wanted(wanted: str | None, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"TMPDIR": str(tmp_path)} | ({} if wanted is None else {"ORT_DISABLE_TELEMETRY": wanted})
+    code = "import os, dlops.runtimes.onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == (wanted or "1")
+    if wanted is None:
+        # What its telemetry leaves as soon as it is loaded.
+        assert not list(tmp_path.iterdir())

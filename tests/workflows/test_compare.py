@@ -273,3 +273,29 @@ def test_all_that_is_wrong_with_a_gate_is_said_with_an_example(text: str, wrong:
 def test_a_margin_is_a_percentage(text: str) -> None:
     with pytest.raises(UsageError, match="percentage"):
         read_margin(text)
+
+
+def test_a_reader_that_has_gone_changes_neither_status_nor_files(times: Copy, tmp_path: Path) -> None:
+    words = ["compare", str(times(1.0)), str(times(1.5)), "--gate", "p50=+5%", "--markdown", str(tmp_path / "found.md")]
+    with subprocess.Popen([*DLOPS, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.close()
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1, errors
+    assert errors == b""
+    assert "REGRESSED" in (tmp_path / "found.md").read_text()
+
+
+def test_a_full_disk_behind_stdout_takes_nothing_along(working_folder: Path, tmp_path: Path) -> None:
+    words = ["compare", FP32, INT8, "--duration", "0.3", "--processes", "1", "--device", "cpu"]
+    words += ["--out", str(tmp_path / "report"), "--json", str(tmp_path / "found.json")]
+    with Path("/dev/full").open("w") as full:
+        child = subprocess.run(
+            [*DLOPS, *words], cwd=working_folder, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert child.returncode == 4, child.stderr
+    assert "dlops: stdout: no space left on device" in child.stderr
+    assert "Traceback" not in child.stderr
+    assert f"report: {tmp_path / 'report'}" in "".join(child.stderr.split("\n"))
+    assert len(dlops_api.read_report(tmp_path / "report").measurements) == 2
+    assert json.loads((tmp_path / "found.json").read_text())["rows"]
