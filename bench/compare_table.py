@@ -83,9 +83,14 @@ def _rule(comparison: Comparison) -> str:
         how += f", {comparison.processes} processes of each"
     if comparison.gate is not None:
         limits = ", ".join(f"{quantity} {100 * (limit - 1):+.3g} %" for quantity, limit in comparison.gate.items())
-        return f"{how}; gate: {limits}; intervals hold together with 95 %"
+        return f"{how}; gate: {limits}; {_trust(comparison)}"
     assert comparison.margin is not None
-    return f"{how}; margin {100 * comparison.margin:.3g} %; intervals hold together with 95 %"
+    return f"{how}; margin {100 * comparison.margin:.3g} %; {_trust(comparison)}"
+
+
+def _trust(comparison: Comparison) -> str:
+    """What the 95 % are of: of two runs no interval shows how another run would have differed."""
+    return "intervals hold together with 95 %" + ("" if comparison.paired else ", for what these two runs saw")
 
 
 def _title(row: Compared) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,13 @@ PAGES = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 WritePage = Callable[..., Path]
 
 
+def _commit() -> str:
+    """What was measured, "" outside of a git repository; "and changes" where files are not as in the commit."""
+    commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "--", ":(top)*.py"])
+    said = [subprocess.run(one, cwd=PAGES, capture_output=True, text=True, check=False).stdout for one in commands]
+    return said[0].strip() + (" and changes" if said[0] and said[1].strip() else "")
+
+
 @pytest.fixture(scope="session")
 def write_page() -> WritePage:
     """Writes docs/benchmarks/<name>.md: what was measured, where, with which command, and the table."""
@@ -23,6 +31,8 @@ def write_page() -> WritePage:
         where = describe_environment()
         system = where.system.partition("-")[0]
         versions = ", ".join(f"{package} {version}" for package, version in where.packages.items())
+        if commit := _commit():
+            versions = versions.replace("dlops ", f"dlops at {commit}, version ", 1)
         lines = [
             f"# {title}",
             "",
