@@ -8,6 +8,7 @@ there is taken, or gone on with, the next time.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,8 +240,8 @@ def _setting(settings: Sequence[str], name: str) -> str:
 
 def _why(message: str) -> str:
     """Of a refusal: how much was lost."""
-    _, _, lost = message.partition("'s ")
-    return lost.partition(";")[0] or message
+    found = re.search(r"[\d.]+ points lost \([^)]*\)", message)
+    return found[0] if found else message
 
 
 def _line(one: Shown) -> list[str]:
