@@ -228,11 +228,12 @@ def test_the_document_of_the_routes_has_each_task(client: httpx.Client) -> None:
     assert kinds <= set(schemas)
 
 
-def drawn(tab: Tab, server: ServerProcess, model: str) -> np.ndarray:
-    """The canvas after the model's first sample was asked about, (height, width, 3)."""
+def drawn(tab: Tab, server: ServerProcess, model: str, *, once: str = "true") -> np.ndarray:
+    """The canvas after the model's first sample was asked about, (height, width, 3). once: what is true of it then."""
     tab.visit(f"{server.url}/?model={model}&sample=0")
     tab.wait_for("document.querySelectorAll('#result .label, #result .generated').length > 0")
     tab.wait_for("document.getElementById('canvas').width > 10")
+    tab.wait_for(once)
     url = tab.tell("document.getElementById('canvas').toDataURL('image/png')")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
 
@@ -250,7 +251,9 @@ def test_the_page_draws_boxes_where_they_are(tab: Tab, server: ServerProcess) ->
 
 
 def test_the_page_lays_the_mask_over_the_picture(tab: Tab, server: ServerProcess) -> None:
-    canvas = drawn(tab, server, "segmentation")
+    # The mask is decoded, and comes after the picture and the labels.
+    pixel = "document.getElementById('canvas').getContext('2d').getImageData(60, 100, 1, 1).data.slice(0, 3)"
+    canvas = drawn(tab, server, "segmentation", once=f"{pixel}.some(Boolean)")
     # What the model saw is the middle of 90 × 60; what lies beside it was not judged and stays as it is.
     np.testing.assert_array_equal(canvas[100, 10], (0, 0, 0))
     assert canvas[100, 60].any()
