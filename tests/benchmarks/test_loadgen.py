@@ -12,14 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.benchmarks.awake import cores_awake
+
 pytest.importorskip("mlperf_loadgen", reason="mlcommons-loadgen is not installed: pip install 'dlops[loadgen]'")
 
 # Under server ours looks at the clock until a request is due, and LoadGen sleeps: so does the one asleep.
 GENERATORS = {"single_stream": ("dlops", "loadgen"), "server": ("dlops", "dlops asleep", "loadgen")}
-ROUNDS, SECONDS, RATE = 8, 2.0, 200.0
+ROUNDS, SECONDS = 8, 2.0
+# Of a target that takes no time all that is measured is the way to it and back, which after 5 ms without a request is
+# out of every cache and takes thirty times as long: it is called more often.
+RATES = {"null": 4000.0, "2 ms": 200.0, "2 ms asleep": 200.0}
 LENGTHS = {"null": 0, "2 ms": 2_000_000, "2 ms asleep": 2_000_000}
 # A sleeping target wakes up late, by another amount each time, and with its caches cold: it is shown, not judged.
-JUDGED = ("null", "2 ms")
+# Nor are 2 ms under server judged: between requests LoadGen's way into Python and back goes cold.
+JUDGED = (("single_stream", "null"), ("single_stream", "2 ms"), ("server", "null"))
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -27,7 +33,7 @@ def run(generator: str, scenario: str, name: str, due_ns: np.ndarray) -> np.ndar
     """One run in a process of its own: (3, n), latencies, when each call began or was due, and how late it was made."""
     order = {
         "generator": generator, "scenario": scenario, "length_ns": LENGTHS[name], "duration_s": SECONDS,
-        "asleep": name.endswith("asleep"), "rate": RATE if scenario == "server" else None,
+        "asleep": name.endswith("asleep"), "rate": RATES[name] if scenario == "server" else None,
     }  # fmt: skip
     child = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("loadgen_target.py")), json.dumps(order)],
@@ -71,7 +77,10 @@ def compare(scenario: str, name: str) -> tuple[list[list[str]], bool]:
 
 
 def test_quantiles_are_loadgens(write_page: Callable[..., Path]) -> None:
-    found = [compare(scenario, name) for scenario in ("single_stream", "server") for name in LENGTHS]
+    judged = {("single_stream", name): compare("single_stream", name) for name in LENGTHS}
+    with cores_awake():
+        judged |= {("server", name): compare("server", name) for name in LENGTHS}
+    found = list(judged.values())
     rows = [row for some, _ in found for row in some]
     write_page(
         "loadgen",
@@ -80,15 +89,19 @@ def test_quantiles_are_loadgens(write_page: Callable[..., Path]) -> None:
         "generator call the same function: one that returns at once, one that waits 2 ms with its eye on the clock, "
         "and one that sleeps 2 ms, which wakes up late and cold. "
         f"{ROUNDS} rounds; in each all run for {SECONDS:g} s or more, in an order drawn at random, in a fresh process "
-        f"each. Under server {RATE:g} requests a second come by Poisson arrivals; ours keeps the very schedule that "
-        "LoadGen made. Each is the median of the rounds' quantiles; wanted under single_stream is a difference of at "
-        "most 2 % or 50 µs, but for the sleeping target.\n\n"
+        f"each. Under server {RATES['2 ms']:g} requests a second come by Poisson arrivals, {RATES['null']:,.0f} to the "
+        "target that returns at once; ours keeps the very schedule that LoadGen made. Each is the median of the "
+        "rounds' quantiles; wanted is a difference of at most 2 % or 50 µs, but for the sleeping target and, under "
+        "server, for 2 ms.\n\n"
+        "**Under server the cores do not halt meanwhile.** Each has a loop of the lowest class (SCHED_IDLE) that gives "
+        "way to all else: what sleeps on a core that halts is late by what the host takes to run it again, here 50 to "
+        "150 µs, and the two do not sleep alike. Both have real-time priority (SCHED_RR).\n\n"
         "**Under server the two wait in different ways.** LoadGen sleeps until a query is due, and what it oversleeps "
         "is in its latencies. Ours looks at the clock for the last 0.2 ms. So ours is shown twice: as `dlops bench` "
         "has it, and with a clock that sleeps as LoadGen's does (*asleep*), and compared is that one. Both sleep with "
         "a timer slack of 1 ns, where the kernel's is 50 µs. Late: by how much later than it could the median call was "
         "made, by each of the three. What is still apart is what LoadGen takes from there through its Python binding "
-        "and back with caches that have gone cold; hot that is 3 µs, as under single_stream.\n\n"
+        "and back, with caches that have gone cold between requests; hot that is 3 µs, as under single_stream.\n\n"
         "Spread: between the quartiles of the rounds' quantiles, of the generator where that is wider, which is what "
         "other programs on the machine did.",
         header=[
@@ -105,5 +118,4 @@ def test_quantiles_are_loadgens(write_page: Callable[..., Path]) -> None:
         ],
         rows=rows,
     )
-    streams = zip(LENGTHS, found[: len(LENGTHS)], strict=True)
-    assert all(agree for name, (_, agree) in streams if name in JUDGED), rows
+    assert all(judged[one][1] for one in JUDGED), rows
