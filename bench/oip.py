@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from dlops.bench.server_time import Counts
 from dlops.bench.transport import Answer, Transport
+from dlops.datatypes import DTYPES
 from dlops.errors import UsageError
-from dlops.signature import DimRange, DType, Feed, Signature, TensorSpec
+from dlops.signature import DimRange, Feed, Signature, TensorSpec
 
-DTYPES: Mapping[str, DType] = {
-    "FP32": "float32", "FP16": "float16", "FP64": "float64", "INT64": "int64", "INT32": "int32", "INT16": "int16",
-    "BF16": "bfloat16", "INT8": "int8", "UINT64": "uint64", "UINT32": "uint32", "UINT16": "uint16", "UINT8": "uint8",
-    "BOOL": "bool",
-}  # fmt: skip
-DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in DTYPES.items()}
 ASK_TIMEOUT_S = 10.0
 MODEL_PATH = "/v2/models/"
 # Metadata gives a free dim as -1 and no range.

@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dlops.bench.grpc import GrpcTransport, open_channel
-from dlops.bench.oip import ASK_TIMEOUT_S, DATATYPES, DTYPES, Address, Described, only_model
+from dlops.bench.oip import ASK_TIMEOUT_S, Address, Described, only_model
 from dlops.bench.server_time import STATISTICS_TIMEOUT_S, Counts, NoStatisticsError
 from dlops.bench.transport import Answer
+from dlops.datatypes import DATATYPES, DTYPES
 from dlops.errors import MachineError, UsageError
 from dlops.grpc_messages import CONTENTS, DecodeError, grpc, service_pb2, service_pb2_grpc
 from dlops.signature import Array, Feed

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from dlops.bench.http import HttpTransport
-from dlops.bench.oip import ASK_TIMEOUT_S, DATATYPES, DTYPES, MODEL_PATH, Address, Described, only_model
+from dlops.bench.oip import ASK_TIMEOUT_S, MODEL_PATH, Address, Described, only_model
 from dlops.bench.server_time import STATISTICS_TIMEOUT_S, Counts, NoStatisticsError
 from dlops.bench.transport import Answer
+from dlops.datatypes import DATATYPES, DTYPES
 from dlops.errors import MachineError, UsageError, missing_package
 from dlops.signature import Array, Feed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dlops.serve.protocol import DATATYPES
+from dlops.datatypes import DATATYPES
 from dlops.signature import Signature, TensorSpec
 
 

@@ -16,18 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
 
+from dlops.datatypes import DATATYPES
 from dlops.errors import InputError
 from dlops.serve import classes
 from dlops.serve.raws import RawInput
 from dlops.signature import Array, Feed, Signature, TensorSpec, is_floating
 
-# From the protocol's names to numpy's, for the dtypes that a Signature may hold.
-_DTYPES: Mapping[str, str] = {
-    "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
-    "INT16": "int16", "INT32": "int32", "INT64": "int64", "FP16": "float16", "BF16": "bfloat16", "FP32": "float32",
-    "FP64": "float64",
-}  # fmt: skip
-DATATYPES: Mapping[str, str] = {dtype: name for name, dtype in _DTYPES.items()}
 SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 # A number in JSON with its comma, brackets and the white space of somebody who formats it, and what stands around them.
 _JSON_NUMBER_BYTES = 64

@@ -28,6 +28,7 @@ from dlops.bench.payload import artifact_feeds
 from dlops.bench.run import measure
 from dlops.bench.table import table_text
 from dlops.bench.transport import Answer
+from dlops.datatypes import DTYPES
 from dlops.errors import MachineError, UsageError
 from dlops.grpc_messages import CONTENTS
 
@@ -346,7 +347,7 @@ def test_an_answer_that_is_not_whole_is_refused(response, said: str) -> None:
 @pytest.mark.parametrize("datatype", sorted(CONTENTS))
 def test_typed_numbers_are_read_as_raw_ones_are(datatype: str) -> None:
     field = CONTENTS[datatype]
-    array = np.array([[0, 1], [1, 0]], oip_grpc.DTYPES[datatype])
+    array = np.array([[0, 1], [1, 0]], DTYPES[datatype])
     entry = {"name": "y", "datatype": datatype, "shape": array.shape}
     typed = service_pb2.ModelInferResponse(outputs=[entry | {"contents": {field: array.ravel().tolist()}}])
     raw = service_pb2.ModelInferResponse(outputs=[entry], raw_output_contents=[array.tobytes()])

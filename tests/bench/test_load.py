@@ -27,6 +27,8 @@ from dlops.bench.oip import encode_request, find_endpoint
 from dlops.bench.oip_rest import decode_outputs
 from dlops.bench.run import MeasureInterrupted, measure
 from dlops.bench.sender import _why_not_open
+from dlops.bench.transport import Answer
+from dlops.cli import run
 from dlops.errors import MachineError, UsageError
 from dlops.report import SERVICE, STARTS
 
@@ -440,3 +442,40 @@ def test_a_soft_limit_of_files_is_raised_to_what_is_allowed() -> None:
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "(2000, 2000)"
+
+
+def test_the_time_to_connect_anew_is_in_the_latency(make_artifact, serve, monkeypatch) -> None:
+    artifact = make_artifact()
+    endpoint = find_endpoint(serve(artifact).url, model=artifact.name)
+    payload, connect, send = prepare(endpoint, artifact, batch=1), HttpTransport.connect, Connection.send
+
+    async def slowly(self: HttpTransport, host: str, port: int) -> Connection:
+        await asyncio.sleep(0.05)
+        return await connect(self, host, port)
+
+    async def once(self: Connection, request: bytes, *, timeout_s: float) -> Answer:
+        answer = await send(self, request, timeout_s=timeout_s)
+        # As with a server that closes after each answer.
+        await self.aclose()
+        return answer
+
+    monkeypatch.setattr(HttpTransport, "connect", slowly)
+    monkeypatch.setattr(Connection, "send", once)
+    row, samples, _ = measure_endpoint(endpoint, payload, batch=1, concurrency=1, duration_s=0.5, key="row00")
+    assert row.latency.samples
+    assert samples["row00"].min() >= 50e6
+
+
+@pytest.mark.parametrize("options", [["--boundary", "device"], ["--trust"], ["--threads", "1"], ["--device", "cpu"]])
+def test_what_is_for_this_machine_is_refused_where_only_urls_are_named(options, make_artifact, serve, capsys) -> None:
+    server = serve(make_artifact())
+    assert run(["bench", server.url, *options, "--duration", "0.1"]) == 2
+    assert "are for targets on this machine, and only URLs are named" in capsys.readouterr().err
+
+
+def test_an_address_without_its_scheme_is_told_what_it_lacks(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["bench", "127.0.0.1:3000"]) == 2
+    assert "a server is named http://127.0.0.1:3000" in capsys.readouterr().err
+    assert run(["bench", "nothing/here"]) == 2
+    assert "dlops list" in capsys.readouterr().err

@@ -70,6 +70,13 @@ def test_a_page_has_no_place_on_stdout(make_artifact, capsys) -> None:
     assert "--html -" in capsys.readouterr().err
 
 
+def test_two_copies_of_one_name_are_refused(make_artifact, tmp_path, capsys) -> None:
+    options = ["--json", str(tmp_path / "f"), "--csv", str(tmp_path / "." / "f")]
+    assert run(["bench", str(make_artifact().directory), *options]) == 2
+    assert "--json and --csv both name" in capsys.readouterr().err
+    assert not (tmp_path / "f").exists()
+
+
 def test_a_copy_that_is_a_folder_is_refused_too(make_artifact, tmp_path, capsys) -> None:
     pair = [str(make_artifact(slug).directory) for slug in ("onnx-fp32", "onnx-int8")]
     assert run(["compare", *pair, "--json", str(tmp_path)]) == 2

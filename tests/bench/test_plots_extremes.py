@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dlops.bench import plots
 from dlops.bench.render import render_html
 from dlops.bench.results import Measured
 from dlops.report import Boundary, Interval, Load, Objective, ServerTime
@@ -71,3 +73,18 @@ def test_a_page_is_made_of_whatever_was_measured(example, drawn, limit_ns, kept)
     assert page.count("<svg") >= 2
     places = re.findall(r'\b(?:x|y|x1|x2|y1|y2|cx|cy|width|height|points)="([^"]*)"', page)
     assert not [place for place in places if "nan" in place or "inf" in place]
+
+
+def test_curves_of_latency_go_from_the_fastest_call_to_the_slowest(example) -> None:
+    measured = example()
+    row = measured.measurements[0]
+    latencies = np.full(10_000, 1_000_000)
+    latencies[0], latencies[-1] = 10_000, 100_000_000
+    page = plots.latency_curves([plots.Series(row=row, number=0, latencies_ns=latencies)], 640)
+    found = re.search(r'class="curve[^"]*" points="([^"]*)"', page)
+    assert found is not None
+    points = [tuple(float(one) for one in point.split(",")) for point in found[1].split(" ")]
+    fastest, usual, slowest = points[0], points[len(points) // 2], points[-1]
+    # Two decades to either side on a logarithmic axis.
+    assert slowest[0] - usual[0] == pytest.approx(usual[0] - fastest[0], rel=0.02)
+    assert fastest[1] > usual[1] > slowest[1]
