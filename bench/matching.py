@@ -45,6 +45,8 @@ def row_differences(base: Measurement, new: Measurement) -> list[str]:
     lines = []
     if base.threads != new.threads:
         lines.append(f"threads of {cells.name(base)}: {base.threads} in BASE, {new.threads} in NEW")
+    if base.served_by and new.served_by and base.served_by != new.served_by:
+        lines.append(f"{cells.name(base)} was served by {base.served_by} in BASE, by {new.served_by} in NEW")
     if base.target != new.target:
         lines.append(f"{cells.name(base)} is {base.target} in BASE, {new.target} in NEW")
     return lines

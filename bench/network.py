@@ -144,6 +144,7 @@ def served_fields(endpoint: Endpoint, payload: Payload) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "target": endpoint.url, "artifact": None, "runtime": endpoint.platform, "provider": _UNKNOWN,
         "device": _UNKNOWN, "precision": _UNKNOWN, "threads": None, "boundary": "network",
+        "served_by": endpoint.server or None,
     }  # fmt: skip
     if artifact is None:
         return fields

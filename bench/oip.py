@@ -54,7 +54,8 @@ class Client(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
-    """What a server says of itself. server: its name and version. metadata: the model's, as REST words it."""
+    """What a server says of itself. server: its name and version, "" without. metadata: the model's, as REST words
+    it."""
 
     client: Client
     model: str
@@ -64,7 +65,7 @@ class Described:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a model is served. signature: as its metadata gives it."""
+    """Where a model is served. server: its name and version, "" without. signature: as its metadata gives it."""
 
     url: str
     host: str

@@ -88,7 +88,7 @@ def describe(address: Address, *, model: str | None) -> Described:
     binary = isinstance(extensions, list) and _BINARY in extensions
     return Described(
         client=RestClient(base=base, model=name, binary=binary), model=name, metadata=metadata,
-        server=f"{server.get('name', 'unknown')} {server.get('version', '')}".strip(),
+        server=f"{server.get('name') or ''} {server.get('version') or ''}".strip(),
     )  # fmt: skip
 
 

@@ -171,7 +171,9 @@ def _sorted_out(targets: Sequence[Artifact | Path | str]) -> tuple[list[Artifact
     artifacts, urls = [], []
     for target in targets:
         if isinstance(target, str) and "://" in target:
-            urls.append(target)
+            # With a slash behind it a URL is the same target, in this run and in the report that is compared with it.
+            short = target.rstrip("/")
+            urls.append(short if "://" in short else target)
         else:
             artifacts.append(target if isinstance(target, Artifact) else open_artifact(target))
     return artifacts, urls

@@ -176,7 +176,7 @@ def placements(rows: Sequence[Measurement]) -> list[str]:
         threads = f", {row.threads} threads" if row.threads and row.threads > 1 else ", 1 thread" if row.threads else ""
         place = f"{row.runtime} on {row.provider}{threads}"
         if row.boundary == "network":
-            place = f"{row.target} ({row.runtime})"
+            place = f"{row.target} ({row.runtime}{f', served by {row.served_by}' if row.served_by else ''})"
         places.setdefault(place, []).append(name(row))
         if said := _elsewhere(row):
             elsewhere.setdefault(said, []).append(name(row))

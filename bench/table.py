@@ -121,7 +121,7 @@ def to_csv(report: Report) -> str:
             *clocks, "accuracy", "accuracy_samples", "drop_points", "drop_low", "drop_high", "flips", "other_load",
             "energy_j_per_item", "macs", "peak_share", "moved_bytes", "bandwidth_share", "steady", "reasons",
             "engine", "result_metric", "result", "result_low", "result_high", "processes", "arrivals", "busy_s",
-            "idle_s", "trace",
+            "idle_s", "trace", "served_by",
         ]
     )  # fmt: skip
     for row in report.measurements:
@@ -141,7 +141,7 @@ def to_csv(report: Report) -> str:
                 row.bandwidth_share, row.verdict.steady,
                 "; ".join(row.verdict.reasons),
                 row.engine, row.load.metric, *_ends(row.result), row.processes, row.load.arrivals,
-                *(row.load.pauses_s or (None, None)), row.load.trace,
+                *(row.load.pauses_s or (None, None)), row.load.trace, row.served_by,
             ]
         )  # fmt: skip
     return buffer.getvalue()

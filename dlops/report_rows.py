@@ -176,6 +176,9 @@ class Measurement(Record):
     """`cpu`, `cuda:0`; `unknown` likewise."""
     precision: str
     """What the kernels compute in, such as `fp32`, `int8`; `unknown` likewise."""
+    served_by: str | None = None
+    """The name and version that a server gives of itself, such as `triton 2.65.0`; null where it gives none, and in
+    process."""
     threads: int | None
     """[threads] For one call; null where a service does not say."""
     boundary: Boundary

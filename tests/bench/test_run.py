@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dlops.bench import cells, sentences
+from dlops.bench.compare import compare_reports
 from dlops.bench.processes import Process
 from dlops.bench.run import Measured, MeasureInterrupted, Offered, choose_fastest, measure, merge, save_report
 from dlops.bench.worker import Job
@@ -132,9 +133,26 @@ def test_a_wall_clock_that_steps_changes_no_duration(make_artifact, monkeypatch)
     assert 0 <= starts[-1] < 60e9
 
 
-def test_one_url_twice_is_refused(make_artifact) -> None:
+@pytest.mark.parametrize("behind", ["", "/"])
+def test_one_url_twice_is_refused(behind, make_artifact) -> None:
     with pytest.raises(UsageError, match=r"http://127\.0\.0\.1:1 is named twice"):
-        measure(["http://127.0.0.1:1", "http://127.0.0.1:1"], payload=make_artifact())
+        measure(["http://127.0.0.1:1", f"http://127.0.0.1:1{behind}"], payload=make_artifact())
+
+
+def test_a_row_says_which_server_answered(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    measured = measure([serve(artifact).url + "/"], payload=artifact, duration_s=0.1)
+    (row,) = measured.measurements
+    assert row.served_by == "toy-server 1"
+    assert not row.target.endswith("/")
+    assert ", served by toy-server 1)" in sentences.placements([row])[0]
+    other = row.model_copy(update={"served_by": "triton 2.65.0"})
+    compared = compare_reports(
+        measured, replace(measured, report=measured.report.model_copy(update={"measurements": (other,)}))
+    )
+    assert any(
+        text.endswith("was served by toy-server 1 in BASE, by triton 2.65.0 in NEW") for text in compared.warnings
+    )
 
 
 def test_reports_of_two_machines_do_not_become_one(example) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,10 +50,10 @@ def _save(module: nn.Module, shape: tuple[int, ...], name: str, folder: Path) ->
     return artifact
 
 
-def _convolutions(layers: int, folder: Path) -> Artifact:
+def convolutions(layers: int, folder: Path) -> Artifact:
     torch.manual_seed(0)
-    convolutions = (nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(layers))
-    module = nn.Sequential(*(part for layer in convolutions for part in (layer, nn.LeakyReLU())))
+    made = (nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(layers))
+    module = nn.Sequential(*(part for layer in made for part in (layer, nn.LeakyReLU())))
     return _save(module, (CHANNELS, SIDE, SIDE), f"layers{layers}", folder)
 
 
@@ -63,6 +64,18 @@ def _small(folder: Path) -> Artifact:
 
 def _keep_to_a_core(cores: multiprocessing.Queue[int]) -> None:
     os.sched_setaffinity(0, {cores.get()})
+
+
+@contextmanager
+def a_core_each() -> Iterator[ProcessPoolExecutor]:
+    """A process on each core, and on no other."""
+    cores = sorted(os.sched_getaffinity(0))
+    spawning = multiprocessing.get_context("spawn")
+    free: multiprocessing.Queue[int] = spawning.Queue()
+    for core in cores:
+        free.put(core)
+    with ProcessPoolExecutor(len(cores), spawning, initializer=_keep_to_a_core, initargs=(free,)) as pool:
+        yield pool
 
 
 def _one_run(folders: Sequence[Path]) -> list[list[Comparison]]:
@@ -81,12 +94,7 @@ def _one_run(folders: Sequence[Path]) -> list[list[Comparison]]:
 
 def _runs(artifacts: Sequence[Artifact], number: int) -> list[list[list[Comparison]]]:
     """What `_one_run` found, so many times."""
-    cores = sorted(os.sched_getaffinity(0))
-    spawning = multiprocessing.get_context("spawn")
-    free: multiprocessing.Queue[int] = spawning.Queue()
-    for core in cores:
-        free.put(core)
-    with ProcessPoolExecutor(len(cores), spawning, initializer=_keep_to_a_core, initargs=(free,)) as pool:
+    with a_core_each() as pool:
         waiting = [pool.submit(_one_run, [one.directory for one in artifacts]) for _ in range(number)]
         for done, _ in enumerate(as_completed(waiting), start=1):
             print(f"{done} of {number}", flush=True)
@@ -97,16 +105,16 @@ def _runs(artifacts: Sequence[Artifact], number: int) -> list[list[list[Comparis
 def test_two_of_one_artifact_are_the_same_and_five_per_cent_is_found(
     write_page: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base, same = (_convolutions(LAYERS, tmp_path / name) for name in ("base", "same"))
-    slower = _convolutions(LAYERS + 1, tmp_path / "slower")
+    base, same = (convolutions(LAYERS, tmp_path / name) for name in ("base", "same"))
+    slower = convolutions(LAYERS + 1, tmp_path / "slower")
     runs = _runs([base, same, slower], RUNS)
     usual, planted = ([run[place][0] for run in runs] for place in (0, 1))
     default = [run[0][1] for run in runs]
     small = [run[0] for run in _runs([_small(tmp_path / name) for name in ("small", "again")], RUNS_SMALL)]
-    alarms = [_regressed(judged) for judged in (default, usual)]
-    small_alarms = [_regressed([run[place] for run in small]) for place in (1, 0)]
+    alarms = [regressed(judged) for judged in (default, usual)]
+    small_alarms = [regressed([run[place] for run in small]) for place in (1, 0)]
     found = count(planted, "REGRESSED")
-    equal, slow, tiny = (_per_cents(judged) for judged in (usual, planted, [run[0] for run in small]))
+    equal, slow, tiny = (per_cents(judged) for judged in (usual, planted, [run[0] for run in small]))
     microseconds = np.median([run[0].rows[0].judged[0].base or np.nan for run in small]) / 1e3
     write_page(
         "compare-processes",
@@ -127,7 +135,7 @@ def test_two_of_one_artifact_are_the_same_and_five_per_cent_is_found(
             ["the same", f"{MARGIN:.0%}", "any quantity REGRESSED", f"{alarms[1]} of {RUNS}"],
             *_rows("the same", "REGRESSED or IMPROVED", count(usual, "REGRESSED", "IMPROVED")),
             *_rows("the same", "SAME", count(usual, "SAME")),
-            ["5 % more work", f"{MARGIN:.0%}", "any quantity REGRESSED", f"{_regressed(planted)} of {RUNS}"],
+            ["5 % more work", f"{MARGIN:.0%}", "any quantity REGRESSED", f"{regressed(planted)} of {RUNS}"],
             *_rows("5 % more work", "REGRESSED", found),
             [
                 "the same small model", f"{_DEFAULT_MARGIN:.0%} (default)", "any quantity REGRESSED",
@@ -136,17 +144,17 @@ def test_two_of_one_artifact_are_the_same_and_five_per_cent_is_found(
             ["the same small model", f"{MARGIN:.0%}", "any quantity REGRESSED", f"{small_alarms[1]} of {RUNS_SMALL}"],
         ],
     )  # fmt: skip
-    assert max(alarms) <= _allowed(RUNS)
-    assert max(small_alarms) <= _allowed(RUNS_SMALL)
+    assert max(alarms) <= allowed(RUNS)
+    assert max(small_alarms) <= allowed(RUNS_SMALL)
     assert found[0] >= 0.95 * RUNS
 
 
-def _allowed(runs: int) -> float:
+def allowed(runs: int) -> float:
     """The stated rate, and three standard errors of it in so many runs."""
     return runs * FALSE_ALARMS + 3 * math.sqrt(runs * FALSE_ALARMS * (1 - FALSE_ALARMS))
 
 
-def _regressed(comparisons: Sequence[Comparison]) -> int:
+def regressed(comparisons: Sequence[Comparison]) -> int:
     return sum(each.verdict == "REGRESSED" for each in comparisons)
 
 
@@ -157,7 +165,7 @@ def _rows(what: str, word: str, counts: list[int]) -> list[list[str]]:
     ]
 
 
-def _per_cents(comparisons: Sequence[Comparison]) -> tuple[float, float, float]:
+def per_cents(comparisons: Sequence[Comparison]) -> tuple[float, float, float]:
     """By how much the median was slower: the 5th, 50th and 95th percentile over the runs."""
     ratios = [each.rows[0].judged[0].ratio for each in comparisons]
     changes = [100 * (ratio.value - 1) for ratio in ratios if ratio is not None]
