@@ -1,0 +1,118 @@
+"""What `dlops compare` says of two reports, made one after the other: of the same, and of 5 % more work.
+
+No rate of false alarms is stated for those: what slows the machine in one of them looks like a change. Here it is
+measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlops.artifact import Artifact, open_artifact
+from dlops.bench.compare import Comparison, compare_reports
+from dlops.bench.results import Measured
+from dlops.bench.run import measure
+from dlops.serve.launch import ServerProcess
+from dlops.workflows.compare import DURATION_S, PROCESSES
+
+from .test_compare import MARGIN, QUANTITIES, count
+from .test_compare_processes import LAYERS, a_core_each, allowed, convolutions, per_cents, regressed
+
+PAIRS = 50
+_DEFAULT_MARGIN = 0.05
+Pair = tuple[Measured, Measured]
+
+
+def _in_process(folders: Sequence[Path]) -> list[Measured]:
+    return [
+        measure([open_artifact(folder)], duration_s=DURATION_S, processes=PROCESSES, threads=1) for folder in folders
+    ]
+
+
+def _judged(pairs: Sequence[Pair], margin: float) -> list[Comparison]:
+    return [compare_reports(base, new, margin=margin) for base, new in pairs]
+
+
+def _rows(what: str, pairs: Sequence[Pair]) -> list[list[str]]:
+    usual, strict = _judged(pairs, _DEFAULT_MARGIN), _judged(pairs, MARGIN)
+    low, middle, high = per_cents(strict)
+    spread = f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
+    rows = [[what, spread, f"{_DEFAULT_MARGIN:.0%} (default)", "any quantity REGRESSED", f"{regressed(usual)}"]]
+    rows += [
+        [what, spread, f"{MARGIN:.0%}", f"{quantity} {word}", f"{number}"]
+        for word in ("REGRESSED", "IMPROVED", "SAME")
+        for quantity, number in zip(QUANTITIES, count(strict, word), strict=True)
+        if number
+    ]
+    return [[*row[:-1], f"{row[-1]} of {len(pairs)}"] for row in rows]
+
+
+_HEADER = ["NEW is", "p50 NEW/BASE, nine of ten", "margin", "what was said", "of pairs"]
+
+
+@pytest.mark.timeout(3 * 3600)
+def test_reports_of_one_artifact_one_after_the_other(write_page: Callable[..., Path], tmp_path: Path) -> None:
+    base, slower = convolutions(LAYERS, tmp_path / "base"), convolutions(LAYERS + 1, tmp_path / "slower")
+    folders = [base.directory, base.directory, slower.directory]
+    runs = []
+    with a_core_each() as pool:
+        for made in as_completed([pool.submit(_in_process, folders) for _ in range(PAIRS)]):
+            runs.append(made.result())
+            print(f"{len(runs)} of {PAIRS}", flush=True)
+    same, planted = [(one, two) for one, two, _ in runs], [(one, three) for one, _, three in runs]
+    write_page(
+        "compare-reports",
+        title="`dlops compare` over two reports of artifacts",
+        says=(
+            f"{PAIRS} times three reports one after the other: of {LAYERS} convolutions as an ONNX artifact, of the "
+            f"same again, and of {LAYERS + 1}, which is 5 % more work; {PROCESSES} fresh processes and "
+            f"{DURATION_S:g} s each, one thread, batch 1. Between them passes half a minute in which the machine may "
+            "turn slower or faster, which no interval within a report can know; in turns within one run it cancels out."
+        ),
+        header=_HEADER,
+        rows=[*_rows("the same", same), *_rows("5 % more work", planted)],
+    )
+    assert regressed(_judged(same, _DEFAULT_MARGIN)) <= allowed(PAIRS)
+    assert count(_judged(planted, MARGIN), "IMPROVED")[0] == 0
+
+
+def _served(artifact: Artifact, times: int) -> list[Measured]:
+    """So many reports of one server's process."""
+    with ServerProcess(artifact, threads=1) as server:
+        return [measure([server.url], payload=artifact, duration_s=DURATION_S) for _ in range(times)]
+
+
+@pytest.mark.timeout(3 * 3600)
+def test_reports_of_one_service_one_after_the_other(write_page: Callable[..., Path], tmp_path: Path) -> None:
+    base, slower = convolutions(LAYERS, tmp_path / "base"), convolutions(LAYERS + 1, tmp_path / "slower")
+    runs = []
+    for _ in range(PAIRS):
+        runs.append([*_served(base, 2), *_served(slower, 1)])
+        print(f"{len(runs)} of {PAIRS}", flush=True)
+    same, planted = [(one, two) for one, two, _ in runs], [(one, three) for one, _, three in runs]
+    restarted = [(one[0], two[0]) for one, two in pairwise(runs)]
+    service_ms = np.median([one[0].measurements[0].latency.p50_ns.value for one in runs]) / 1e6
+    write_page(
+        "compare-services",
+        title="`dlops compare` over two reports of services",
+        says=(
+            f"{PAIRS} times: a server of {LAYERS} convolutions starts and is measured twice, then one of {LAYERS + 1}, "
+            f"which is 5 % more of the model's work; over the loopback, one request in flight ({service_ms:.1f} ms), "
+            f"{DURATION_S:g} s a report. Restarted: the first report of a server against that of the next one of the "
+            "same model, half a minute later. A report of a service is of one process; `dlops compare` says so "
+            "above its table."
+        ),
+        header=_HEADER,
+        rows=[
+            *_rows("the same server", same), *_rows("the same, restarted", restarted),
+            *_rows("5 % more work", planted),
+        ],
+    )  # fmt: skip
+    assert regressed(_judged(same, _DEFAULT_MARGIN)) <= allowed(len(same))
+    assert count(_judged(planted, MARGIN), "IMPROVED")[0] == 0
