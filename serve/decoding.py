@@ -20,6 +20,7 @@ from dlops.artifact import Artifact
 from dlops.environment import available_cores
 from dlops.errors import InputError
 from dlops.preprocess import IMAGE_FORMATS, Preprocess, Resize
+from dlops.serve.jpeg import JpegDecoder
 from dlops.serve.outcome import DeadlineError, OverloadedError
 from dlops.serve.predict import to_feed
 from dlops.signature import Feed
@@ -39,10 +40,12 @@ class _UnwantedError(Exception):
 
 
 class Decoder:
-    """One artifact's preprocessing. max_pixels: of all pictures of one request together."""
+    """One artifact's preprocessing. max_pixels: of all pictures of one request together. jpeg: decodes JPEGs; Pillow
+    where there is none."""
 
-    def __init__(self, artifact: Artifact, *, max_pixels: int) -> None:
+    def __init__(self, artifact: Artifact, *, max_pixels: int, jpeg: JpegDecoder | None = None) -> None:
         self._artifact = artifact
+        self._jpeg = jpeg
         self._max_pixels = max_pixels
         self._pending_pixels = 0
         self._lock = threading.Lock()
@@ -72,7 +75,7 @@ class Decoder:
             with self._lock:
                 self._pending_pixels -= pixels
 
-        job = self._threads.submit(to_feed, self._artifact, raws, check=check)
+        job = self._threads.submit(to_feed, self._artifact, raws, check=check, jpeg=self._jpeg)
         job.add_done_callback(release)
         left_s = None if deadline_ns is None else (deadline_ns - time.perf_counter_ns()) / 1e9
         try:

@@ -19,6 +19,7 @@ from dlops.runtimes.session import Session
 from dlops.serve.codec import Codec
 from dlops.serve.decoding import Decoder
 from dlops.serve.instance import Instance, Renew, bucket_sizes, zeros
+from dlops.serve.jpeg import JpegDecoder, jpeg_decoder
 from dlops.serve.metadata import model_config, model_metadata
 from dlops.serve.metrics import Metrics
 from dlops.serve.outcome import BatchDone
@@ -45,13 +46,13 @@ class ServedModel:
     """An artifact behind a queue. Made by `load_model`; `close` answers what waits and frees the sessions.
 
     sessions: of this artifact, one an instance. name, version: what it is called here, its own where they are left
-    out. inline: the one instance runs on the event loop. renew: as Instance has it.
+    out. inline: the one instance runs on the event loop. renew: as Instance has it. jpeg: as Decoder has it.
     """
 
     def __init__(
         self, artifact: Artifact, sessions: Sequence[Session], settings: Settings,
         metrics: Metrics, *, name: str | None = None, version: str | None = None, inline: bool = False,
-        renew: Renew | None = None,
+        renew: Renew | None = None, jpeg: JpegDecoder | None = None,
     ) -> None:  # fmt: skip
         self.artifact = artifact
         self.name = artifact.name if name is None else name
@@ -94,7 +95,7 @@ class ServedModel:
             self.signature, name=self.name, version=self.version, labels=artifact.labels,
             max_bytes=settings.max_response_bytes, raw_input=self.raw_input,
         )  # fmt: skip
-        self.decoder = Decoder(artifact, max_pixels=settings.max_pixels)
+        self.decoder = Decoder(artifact, max_pixels=settings.max_pixels, jpeg=jpeg)
 
     @property
     def title(self) -> str:
@@ -199,6 +200,9 @@ def load_model(entry: Entry, settings: Settings, metrics: Metrics) -> ServedMode
             metrics.show_gpus()
         while len(sessions) < count:
             sessions.append(_open(artifact, settings, count=count))
+        jpeg = None
+        if settings.jpeg_decoder == "nvjpeg":
+            jpeg = jpeg_decoder(artifact, device=sessions[0].placement.device)
         max_batch = min(settings.max_batch, artifact.signature.max_batch)
         for session in sessions:
             self_test(artifact, session)
@@ -207,7 +211,7 @@ def load_model(entry: Entry, settings: Settings, metrics: Metrics) -> ServedMode
         inline = count == 1 and settings.queue_delay_us == 0 and _is_quick(sessions[0], artifact.signature.max_batch)
         return ServedModel(
             artifact, sessions, settings, metrics, name=entry.name, version=entry.version, inline=inline,
-            renew=partial(_renewed, artifact, settings, count),
+            renew=partial(_renewed, artifact, settings, count), jpeg=jpeg,
         )  # fmt: skip
     except BaseException:
         for session in sessions:

@@ -19,6 +19,7 @@ from dlops.serve.protocol import json_limit, number_array, read_json
 from dlops.signature import Array, Feed
 
 if TYPE_CHECKING:
+    from dlops.serve.jpeg import JpegDecoder
     from dlops.serve.model import ServedModel
 
 # It warns of every malformed form, which is the client's affair and not the log's.
@@ -82,10 +83,12 @@ async def read_inputs(
     return raws
 
 
-def to_feed(artifact: Artifact, raws: list[Any], *, check: Callable[[], None] = lambda: None) -> Feed:
+def to_feed(
+    artifact: Artifact, raws: list[Any], *, check: Callable[[], None] = lambda: None, jpeg: JpegDecoder | None = None
+) -> Feed:
     """Raw inputs, preprocessed and stacked as the model's input. Raises InputError naming the input at fault.
 
-    check: called before each input; what it raises ends the work.
+    check: called before each input; what it raises ends the work. jpeg: decodes JPEGs, if given.
     """
     spec = artifact.signature.inputs[0]
     if artifact.preprocess is None:
@@ -96,7 +99,7 @@ def to_feed(artifact: Artifact, raws: list[Any], *, check: Callable[[], None] = 
         tensors = []
         for index, raw in enumerate(raws):
             check()
-            tensors.append(_preprocessed(artifact, raw, index))
+            tensors.append(_preprocessed(artifact, raw, index, jpeg))
     try:
         stacked = np.stack(tensors)
     except ValueError:
@@ -137,11 +140,14 @@ def framed(artifact: Artifact, raws: list[Any], predictions: list[dict[str, Any]
     return predictions
 
 
-def _preprocessed(artifact: Artifact, raw: Any, index: int) -> Array:
+def _preprocessed(artifact: Artifact, raw: Any, index: int, jpeg: JpegDecoder | None) -> Array:
     assert artifact.preprocess is not None
     try:
-        if artifact.preprocess.input == "image" and not isinstance(raw, bytes):
-            raw = _pixels(raw)
+        if artifact.preprocess.input == "image":
+            if not isinstance(raw, bytes):
+                raw = _pixels(raw)
+            elif jpeg is not None and (decoded := jpeg.pixels(raw)) is not None:
+                raw = decoded
         return artifact.preprocess.apply(raw)
     except InputError as error:
         raise InputError(f"inputs[{index}]: {error.message}", field=f"inputs[{index}]", hint=error.hint) from None

@@ -31,7 +31,8 @@ class Settings(Record):
     queue_delay_us: that an instance waits for more rows after the first. max_batch: rows in one run, cut to what the
     artifact allows. max_body_bytes: of one request, as sent and as decompressed. max_response_bytes: of one answer of
     /v2. max_pending_bytes: of all bodies held at once. max_pixels: of all pictures of one request together; four times
-    as many may wait to be decoded. drain_delay_s: between SIGTERM, when readiness ends, and no longer accepting. token:
+    as many may wait to be decoded. jpeg_decoder: nvjpeg decodes JPEGs on the GPU that the model runs on.
+    drain_delay_s: between SIGTERM, when readiness ends, and no longer accepting. token:
     that requests must bear, but for health; None where anybody may ask. receive_timeout_s: in which a request must have
     come whole, and the first on a new connection begun. send_timeout_s: in which a client must take some of what it is
     sent. tls_cert, tls_key: PEM files of a certificate and its key, with which both ports are encrypted. tls_client_ca:
@@ -59,6 +60,7 @@ class Settings(Record):
     max_response_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pixels: int = Field(MAX_PIXELS, ge=1)
+    jpeg_decoder: Literal["pillow", "nvjpeg"] = "pillow"
     receive_timeout_s: float = Field(30.0, gt=0)
     send_timeout_s: float = Field(30.0, gt=0)
     grpc_port: int | None = Field(None, ge=0, le=65535)

@@ -114,10 +114,10 @@ def test_reports_of_one_service_one_after_the_other(write_page: Callable[..., Pa
         title="`dlops compare` over two reports of services",
         says=(
             f"{_SERVERS} times: a server of {LAYERS} convolutions starts and is measured twice, then one of "
-            f"{LAYERS + 1}, which is 5 % more of the model's work; over the loopback, one request in flight ({mean_ms:.1f} ms), "
-            f"{_SERVICE_S:g} s a report. Restarted: the first report of a server against that of the next one of the "
-            "same model, a minute later. A report of a service is of one process; `dlops compare` says so "
-            "above its table."
+            f"{LAYERS + 1}, which is 5 % more of the model's work; over the loopback, one request in flight "
+            f"({mean_ms:.1f} ms), {_SERVICE_S:g} s a report. Restarted: the first report of a server against that of "
+            "the next one of the same model, a minute later. A report of a service is of one process; `dlops compare` "
+            "says so above its table."
         ),
         header=_HEADER,
         rows=[
