@@ -24,7 +24,7 @@ from dlops.workflows.compare import DURATION_S, PROCESSES
 from .test_compare import MARGIN, QUANTITIES, count
 from .test_compare_processes import LAYERS, a_core_each, allowed, convolutions, regressed
 
-PAIRS = 50
+PAIRS = 40
 # A service is one process, and its row has to outlast the spells in which the machine is faster or slower.
 _SERVERS, _SERVICE_S = 20, 20.0
 _DEFAULT_MARGIN = 0.05
