@@ -139,14 +139,15 @@ def compare_turns(
     margin: float | None = None,
     gate: Mapping[Quantity, float] | None = None,
 ) -> Comparison:
-    """The second of two artifacts against the first, measured in turns in one run, at every batch.
+    """The second of two artifacts or services against the first, measured in turns in one run, under every load.
 
     base, new: what to call them. margin, gate: as in `compare_reports`. Raises ValueError where the rows are not those
     of two targets.
     """
     rows = measured.measurements
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
-    if any(one.load != other.load or one.boundary != "host" or other.boundary != "host" for one, other in pairs):
+    in_turns = all(row.samples + TURNS in measured.samples for row in rows)
+    if not in_turns or any(one.load != other.load or one.boundary != other.boundary for one, other in pairs):
         raise ValueError("not two targets measured in turns")
     found = [_Pair(one, other, _calls(one, measured), _calls(other, measured)) for one, other in pairs]
     compared = _judge(found, paired=True, margin=margin, gate=gate)
@@ -291,10 +292,12 @@ def _with_word(found: Judged, ratio: Ratio, *, p_value: float, divisor: int, fam
 
 
 def _cell(pair: _Pair, index: int, quantity: Quantity, *, paired: bool) -> _Cell:
+    # In turns a ratio of medians is known where neither median is: a slow spell moves both, and cancels.
+    in_need = not (paired and quantity == "p50")
     reasons = [
         f"{side}: {_uncertified(row, quantity)}"
         for side, row in (("BASE", pair.base), ("NEW", pair.new))
-        if _value(row, quantity) is None
+        if in_need and _value(row, quantity) is None
     ]
     if quantity == "p50":
         reasons += [

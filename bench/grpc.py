@@ -80,6 +80,25 @@ class GrpcWire:
         self._listener.answered(self, answer.arrived_ns, answer.status, keep=True)
 
 
+class GrpcLine:
+    """A blocking channel with a connection of its own."""
+
+    def __init__(self, host: str, port: int, *, timeout_s: float) -> None:
+        self._channel, self._timeout_s = open_channel(host, port), timeout_s
+        self._call = self._channel.unary_unary(_METHOD)
+
+    def ask(self, request: bytes) -> Answer:
+        """Never raises for what the server did: that is in the status."""
+        try:
+            body = self._call(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            return _failed(error)
+        return Answer(status=pacing.ANSWERED, headers={}, body=body, arrived_ns=time.perf_counter_ns())
+
+    def close(self) -> None:
+        self._channel.close()
+
+
 class GrpcTransport:
     """rate_a_sender: see docs/bench.md; a call costs this client several times what one over HTTP does."""
 
@@ -89,13 +108,8 @@ class GrpcTransport:
     def __init__(self) -> None:
         self._channels: list[Any] = []
 
-    def ask(self, host: str, port: int, request: bytes, *, timeout_s: float) -> Answer:
-        with open_channel(host, port) as channel:
-            try:
-                body = channel.unary_unary(_METHOD)(request, timeout=timeout_s)
-            except grpc.RpcError as error:
-                return _failed(error)
-        return Answer(status=pacing.ANSWERED, headers={}, body=body, arrived_ns=time.perf_counter_ns())
+    def dial(self, host: str, port: int, *, timeout_s: float) -> GrpcLine:
+        return GrpcLine(host, port, timeout_s=timeout_s)
 
     async def connect(self, host: str, port: int) -> GrpcConnection:
         channel = grpc.aio.insecure_channel(address(host, port), options=[*_OPTIONS, *_RECONNECT])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import time
 
 from dlops.bench import pacing
@@ -14,6 +15,7 @@ from dlops.bench.transport import Answer, Listener, TransportName
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 1024 * 1024 * 1024
+_READ_BYTES = 256 * 1024
 _HEX = re.compile(rb"[0-9A-Fa-f]{1,16}")
 
 
@@ -162,14 +164,52 @@ class HttpWire(asyncio.Protocol):
         self._listener.lost(self, pacing.LOST)
 
 
+class HttpLine:
+    """A blocking connection, for one thread."""
+
+    def __init__(self, host: str, port: int, *, timeout_s: float) -> None:
+        self._place, self._timeout_s = (host, port), timeout_s
+        self._socket: socket.socket | None = self._connected()
+
+    def ask(self, request: bytes) -> Answer:
+        """Raises OSError or, for an answer that is not HTTP, ValueError; the connection is given up then."""
+        answer = None
+        try:
+            self._socket = self._socket or self._connected()
+            until = time.perf_counter() + self._timeout_s
+            parser = AnswerParser()
+            self._socket.sendall(request)
+            while answer is None:
+                self._socket.settimeout(max(1e-3, until - time.perf_counter()))
+                data = self._socket.recv(_READ_BYTES)
+                if not data:
+                    raise ConnectionResetError("the server closed the connection")
+                answer = parser.feed(data)
+            return answer
+        finally:
+            # After a failure an answer may still come, which must not be taken for the next call's.
+            if answer is None or parser.closes:
+                self.close()
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connected(self) -> socket.socket:
+        made = socket.create_connection(self._place, timeout=self._timeout_s)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
+
+
 class HttpTransport:
     """rate_a_sender: see docs/benchmarks/sender.md."""
 
     name: TransportName = "HTTP"
     rate_a_sender = 4000.0
 
-    def ask(self, host: str, port: int, request: bytes, *, timeout_s: float) -> Answer:
-        return asyncio.run(self._ask(host, port, request, timeout_s))
+    def dial(self, host: str, port: int, *, timeout_s: float) -> HttpLine:
+        return HttpLine(host, port, timeout_s=timeout_s)
 
     async def connect(self, host: str, port: int) -> Connection:
         return await Connection.open(host, port)
@@ -181,13 +221,6 @@ class HttpTransport:
 
     async def aclose(self) -> None:
         pass  # its wires share nothing
-
-    async def _ask(self, host: str, port: int, request: bytes, timeout_s: float) -> Answer:
-        connection = await Connection.open(host, port)
-        try:
-            return await connection.send(request, timeout_s=timeout_s)
-        finally:
-            connection.close()
 
 
 def _unchunked(buffer: bytearray, start: int) -> bytes | None:

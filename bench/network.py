@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +166,8 @@ def _ask(endpoint: Endpoint, feed: Feed) -> Feed:
     """The decoded answer to one request."""
     client = endpoint.client
     try:
-        answer = client.transport.ask(endpoint.host, endpoint.port, client.encode(feed), timeout_s=TIMEOUT_S)
+        with closing(client.transport.dial(endpoint.host, endpoint.port, timeout_s=TIMEOUT_S)) as line:
+            answer = line.ask(client.encode(feed))
     except (OSError, ValueError) as error:
         raise MachineError(f"{endpoint.url}: the first request failed: {error or type(error).__name__}") from None
     if answer.status != pacing.ANSWERED:

@@ -21,6 +21,7 @@ from dlops.bench.rows import Rows
 from dlops.bench.scenarios import Asked, Step, numbers, steps
 from dlops.bench.session_rows import time_alone, time_in_turns
 from dlops.bench.telemetry import Recorder
+from dlops.bench.transport import without_slash
 from dlops.checkpoint import Checkpoint
 from dlops.errors import MachineError, UsageError
 from dlops.report import Boundary, Engine, Scenario
@@ -81,6 +82,7 @@ def measure(
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
     """
     artifacts, urls = _sorted_out(targets)
+    urls = [without_slash(url) for url in urls]
     if twice := next((url for place, url in enumerate(urls) if url in urls[:place]), None):
         raise UsageError(f"{twice} is named twice", hint="two runs and dlops compare tell what chance alone does")
     lasting = length(duration_s, max_duration_s)
@@ -171,9 +173,7 @@ def _sorted_out(targets: Sequence[Artifact | Path | str]) -> tuple[list[Artifact
     artifacts, urls = [], []
     for target in targets:
         if isinstance(target, str) and "://" in target:
-            # With a slash behind it a URL is the same target, in this run and in the report that is compared with it.
-            short = target.rstrip("/")
-            urls.append(short if "://" in short else target)
+            urls.append(target)
         else:
             artifacts.append(target if isinstance(target, Artifact) else open_artifact(target))
     return artifacts, urls

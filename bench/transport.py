@@ -20,6 +20,12 @@ class Answer:
     arrived_ns: int
 
 
+def without_slash(url: str) -> str:
+    """With a slash behind it a URL names the same target, in one run and in the report that it is compared with."""
+    short = url.rstrip("/")
+    return short if "://" in short else url
+
+
 class Connection(Protocol):
     """For a fixed number of calls in flight: one at a time on each."""
 
@@ -31,6 +37,16 @@ class Connection(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+class Line(Protocol):
+    """For calls that are waited for, one at a time; a connection that the server closed is made anew by the next."""
+
+    def ask(self, request: bytes) -> Answer:
+        """Send one request and wait. Raises OSError (TimeoutError among them) or ValueError."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Listener(Protocol):
@@ -71,8 +87,8 @@ class Transport(Protocol):
     @property
     def rate_a_sender(self) -> float: ...
 
-    def ask(self, host: str, port: int, request: bytes, *, timeout_s: float) -> Answer:
-        """Send one request and wait. Raises OSError (TimeoutError among them) or ValueError."""
+    def dial(self, host: str, port: int, *, timeout_s: float) -> Line:
+        """timeout_s: of a call. Raises OSError."""
         ...
 
     async def connect(self, host: str, port: int) -> Connection:

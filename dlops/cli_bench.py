@@ -168,10 +168,20 @@ def bench(
 
 
 def compare(
-    base: Annotated[Path, typer.Argument(help="An artifact's folder or a report.")],
-    new: Annotated[Path, typer.Argument(help="What is compared with it; of the same kind.")],
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Artifacts: items a call; repeatable.")] = None,
-    duration: Annotated[float | None, typer.Option(min=0.1, help="Artifacts: seconds a row. Default 5.")] = None,
+    base: Annotated[str, typer.Argument(help="An artifact's folder, a service's URL or a report.")],
+    new: Annotated[str, typer.Argument(help="What is compared with it; of the same kind.")],
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Artifacts and URLs: items a call; repeatable.")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0.1, help="Artifacts and URLs: seconds a row. Default 5, for URLs 20.")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="URLs: calls kept in flight; repeatable. Default 1.")
+    ] = None,
+    payload: Annotated[
+        Path | None, typer.Option(metavar="ARTIFACT", help="URLs: whose samples are sent; else random numbers.")
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Artifacts: fresh processes of each; their differences count. Default 8.")
     ] = None,
@@ -187,7 +197,9 @@ def compare(
     gate: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="Judge only these: p99=+5%,throughput=-3%.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Artifacts: report folder. Default: reports/<time>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Artifacts and URLs: report folder. Default: reports/<time>.")
+    ] = None,
     markdown: Annotated[
         str | None, typer.Option("--markdown", metavar="FILE", help="A table for a pull request; - for stdout.")
     ] = None,
@@ -195,8 +207,8 @@ def compare(
 ) -> None:
     """Say whether NEW is slower or faster than BASE.
 
-    Two artifacts are measured in turns in one run; of two reports the rows that match are compared. Exits with 1 where
-    anything regressed, else with 3 where anything is inconclusive.
+    Two artifacts, or two services, are measured in turns in one run; of two reports the rows that match are compared.
+    Exits with 1 where anything regressed, else with 3 where anything is inconclusive.
     """
     from dlops.workflows.compare import compare as run
 
@@ -204,6 +216,8 @@ def compare(
         base,
         new,
         batch=batch,
+        concurrency=concurrency,
+        payload=find_artifact(payload) if payload else None,
         duration_s=duration,
         processes=processes,
         threads=threads,

@@ -1,9 +1,10 @@
-"""`dlops compare`: measure two artifacts or read two reports, print what changed, and say it with the exit status."""
+"""`dlops compare`: measure two artifacts or two services, or read two reports, print what changed, and say it with the
+exit status."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,7 +22,12 @@ from dlops.runtimes.session import Device
 from dlops.workflows.calibration import calibrated
 from dlops.workflows.publish import Outputs, printed, save_or_rescue
 
+Kind = Literal["artifact", "service", "report"]
 DURATION_S = 5.0
+# Of each side: a service has one process, and its calls more to vary by.
+SERVICE_S = 20.0
+_OF_SERVICES = frozenset(("--concurrency", "--payload"))
+_OF_ARTIFACTS = frozenset(("--processes", "--threads", "--device", "--trust"))
 # Of each side. Between processes of one artifact the median differs by a per cent or two.
 PROCESSES = 8
 _SAME, _REGRESSED, _NO_VERDICT, _INTERRUPTED = 0, 1, 3, 130
@@ -33,10 +39,12 @@ _FLOOR = 0.01
 
 
 def compare(
-    base: Path,
-    new: Path,
+    base: str | Path,
+    new: str | Path,
     *,
     batch: Sequence[int] | None,
+    concurrency: Sequence[int] | None = None,
+    payload: Artifact | None = None,
     duration_s: float | None,
     processes: int | None,
     threads: int | None,
@@ -51,7 +59,8 @@ def compare(
 ) -> int:
     """Print NEW against BASE; markdown, json: where copies go ("-" prints that instead of the table).
 
-    Two artifacts are measured now and their report is written; of two reports the samples are compared. Returns 1 where
+    Two artifacts, or two URLs of services, are measured now in turns and their report is written; of two reports the
+    samples are compared. concurrency, payload: of services, calls in flight and whose samples are sent. Returns 1 where
     anything regressed, else 4 where a target failed after others were measured, else 3 where anything is inconclusive,
     else 0; 130 after Ctrl-C, with what was measured until then compared and marked partial. Raises UsageError before
     anything is measured where the arguments are wrong.
@@ -62,32 +71,41 @@ def compare(
     if limits is not None and margin is not None:
         raise UsageError("--gate has limits of its own, and --margin is one more", hint="leave one of them out")
     fraction = read_margin(margin) if margin is not None else None
-    kind = _one_kind(base, new)
+    kind = _one_kind(str(base), str(new))
+    given = {
+        "--batch": batch, "--concurrency": concurrency, "--payload": payload, "--duration": duration_s,
+        "--processes": processes, "--threads": threads, "--device": device, "--out": out_dir, "--trust": trust,
+    }  # fmt: skip
+    _check_options(kind, [name for name, value in given.items() if value])
     if kind == "artifact" and processes == 1:
         _check_floor(fraction, limits)
+    paths = [] if kind == "service" else [Path(base), Path(new)]
     Outputs(directory=out_dir, markdown=markdown, json=json).check(
-        report=kind == "artifact", inputs=[path if path.is_dir() else path.parent for path in (base, new)]
+        report=kind != "report", inputs=[path if path.is_dir() else path.parent for path in paths]
     )
     status = None
     if kind == "report":
-        given = {
-            "--batch": batch, "--duration": duration_s, "--processes": processes, "--threads": threads,
-            "--device": device, "--out": out_dir, "--trust": trust,
-        }  # fmt: skip
-        if wrong := [name for name, value in given.items() if value]:
-            raise UsageError(
-                f"{', '.join(wrong)}: for artifacts, which are measured", hint="reports were measured before"
-            )
-        comparison = compare_reports(_read(base), _read(new), margin=fraction, gate=limits)
+        comparison = compare_reports(_read(paths[0]), _read(paths[1]), margin=fraction, gate=limits)
         # Reports of one model bear the same title.
         comparison = comparison.model_copy(update={"base": str(base), "new": str(new)})
     else:
-        artifacts = [open_artifact(base), open_artifact(new)]
         with signals.heard_once():
-            measured, status = _measure(
-                artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S, processes=processes or PROCESSES,
-                threads=threads, device=device or "auto", trust=trust, command=command,
-            )  # fmt: skip
+            if kind == "artifact":
+                artifacts = [open_artifact(path) for path in paths]
+                measured, status = _measured(
+                    lambda: measure(
+                        artifacts, batch=batch or [1], duration_s=duration_s or DURATION_S,
+                        processes=processes or PROCESSES, threads=threads, device=device or "auto", trust=trust,
+                        command=command,
+                    )
+                )  # fmt: skip
+            else:
+                measured, status = _measured(
+                    lambda: _measure_services(
+                        [str(base), str(new)], payload=payload, batch=batch, concurrency=concurrency,
+                        duration_s=duration_s, command=command,
+                    )
+                )  # fmt: skip
             try:
                 measured = calibrated(measured, may_measure=status is None)
             except KeyboardInterrupt:
@@ -170,18 +188,31 @@ def _check_floor(margin: float | None, gate: Mapping[Quantity, float] | None) ->
         )
 
 
-def _one_kind(base: Path, new: Path) -> Literal["artifact", "report"]:
-    kinds = [_kind(path, side) for path, side in ((base, "BASE"), (new, "NEW"))]
+def _check_options(kind: Kind, given: Sequence[str]) -> None:
+    """Raise UsageError for options that are for another kind."""
+    if kind == "report" and given:
+        raise UsageError(f"{', '.join(given)}: for what is measured", hint="reports were measured before")
+    others = _OF_SERVICES if kind == "artifact" else _OF_ARTIFACTS if kind == "service" else frozenset()
+    if wrong := [name for name in given if name in others]:
+        which = "URLs" if kind == "artifact" else "artifacts, which run on this machine"
+        raise UsageError(f"{', '.join(wrong)}: for {which}", hint="leave it out")
+
+
+def _one_kind(base: str, new: str) -> Kind:
+    kinds = [_kind(target, side) for target, side in ((base, "BASE"), (new, "NEW"))]
     if kinds[0] != kinds[1]:
+        (one, other) = (f"an {kind}" if kind == "artifact" else f"a {kind}" for kind in kinds)
         raise UsageError(
-            f"BASE ({base}) is an {kinds[0]} and NEW ({new}) a {kinds[1]}"
-            if kinds[0] == "artifact" else f"BASE ({base}) is a {kinds[0]} and NEW ({new}) an {kinds[1]}",
-            hint="two artifacts or two reports are wanted; dlops bench ARTIFACT makes a report",
-        )  # fmt: skip
+            f"BASE ({base}) is {one} and NEW ({new}) {other}",
+            hint="two artifacts, two services or two reports are wanted; dlops bench makes a report of anything",
+        )
     return kinds[0]
 
 
-def _kind(path: Path, side: str) -> Literal["artifact", "report"]:
+def _kind(target: str, side: str) -> Kind:
+    if "://" in target:
+        return "service"
+    path = Path(target)
     for kind in ("artifact", "report"):
         named = Artifact.file_name if kind == "artifact" else Report.file_name
         if (path / named).is_file() or (path.name == named and path.is_file()):
@@ -189,7 +220,7 @@ def _kind(path: Path, side: str) -> Literal["artifact", "report"]:
     what = "neither an artifact nor a report" if path.exists() else "no such file or directory"
     raise UsageError(
         f"{side} {path}: {what}",
-        hint="two artifact folders or two reports are wanted; dlops list shows them, dlops bench URL makes a report",
+        hint="two artifact folders, two URLs or two reports are wanted; dlops list shows the folders",
     )
 
 
@@ -198,20 +229,26 @@ def _read(path: Path) -> Measured:
     return Measured(report=report, samples=report.raw_samples())
 
 
-def _measure(
-    artifacts: Sequence[Artifact], *, batch: Sequence[int], duration_s: float, processes: int, threads: int | None,
-    device: Device, trust: bool, command: Sequence[str],
-) -> tuple[Measured, int | None]:  # fmt: skip
+def _measured(run: Callable[[], Measured]) -> tuple[Measured, int | None]:
     """What was measured, and the exit status where Ctrl-C decides it."""
     try:
-        measured = measure(
-            artifacts, batch=batch, duration_s=duration_s, processes=processes, threads=threads, device=device,
-            trust=trust, command=command,
-        )  # fmt: skip
+        return run(), None
     except MeasureInterrupted as interruption:
         say("interrupted: comparing what was measured so far, marked partial")
         return interruption.measured, _INTERRUPTED
-    return measured, None
+
+
+def _measure_services(
+    urls: Sequence[str], *, payload: Artifact | None, batch: Sequence[int] | None, concurrency: Sequence[int] | None,
+    duration_s: float | None, command: Sequence[str],
+) -> Measured:  # fmt: skip
+    # Imported here: what sends requests takes packages that artifacts in process do not.
+    from dlops.bench.service_turns import measure_in_turns
+
+    return measure_in_turns(
+        urls, payload=payload, batch=batch or [1], concurrency=concurrency or [1],
+        duration_s=duration_s or SERVICE_S, command=command,
+    )  # fmt: skip
 
 
 def _give_out(comparison: Comparison, *, markdown: str | None, json: str | None, report: Report | None = None) -> None:

@@ -193,7 +193,7 @@ def test_another_clients_requests_are_noticed(digits_artifact, serve_grpc) -> No
     def other() -> None:
         # Without pause it would be the measuring itself that waits: the server is of this process.
         while not over.wait(0.005):
-            GrpcTransport().ask("127.0.0.1", server.port, requests[0], timeout_s=10)
+            GrpcTransport().dial("127.0.0.1", server.port, timeout_s=10).ask(requests[0])
 
     thread = threading.Thread(target=other)
     thread.start()

@@ -6,8 +6,10 @@ measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +17,10 @@ import numpy as np
 import pytest
 
 from dlops.artifact import Artifact, open_artifact
-from dlops.bench.compare import Comparison, compare_reports
+from dlops.bench.compare import Comparison, compare_reports, compare_turns
 from dlops.bench.results import Measured
 from dlops.bench.run import measure
+from dlops.bench.service_turns import measure_in_turns
 from dlops.serve.launch import ServerProcess
 from dlops.workflows.compare import DURATION_S, PROCESSES
 
@@ -42,10 +45,13 @@ def _judged(pairs: Sequence[Pair], margin: float) -> list[Comparison]:
 
 
 def _rows(what: str, pairs: Sequence[Pair]) -> list[list[str]]:
+    return _table(what, {margin: _judged(pairs, margin) for margin in (_DEFAULT_MARGIN, MARGIN)})
+
+
+def _table(what: str, judged_at: Mapping[float, Sequence[Comparison]]) -> list[list[str]]:
     """A line for each margin and quantity."""
     rows = []
-    for margin in (_DEFAULT_MARGIN, MARGIN):
-        judged = _judged(pairs, margin)
+    for margin, judged in judged_at.items():
         counts = [count(judged, word) for word in _WORDS]
         for place, quantity in enumerate(QUANTITIES):
             said = [f"{number[place]}" for number in counts]
@@ -97,6 +103,39 @@ def _served(artifact: Artifact, times: int) -> list[Measured]:
     """So many reports of one server's process."""
     with ServerProcess(artifact, threads=1) as server:
         return [measure([server.url], payload=artifact, duration_s=_SERVICE_S) for _ in range(times)]
+
+
+@pytest.mark.timeout(3 * 3600)
+def test_services_in_turns(write_page: Callable[..., Path], tmp_path: Path) -> None:
+    base, slower = convolutions(LAYERS, tmp_path / "base"), convolutions(LAYERS + 1, tmp_path / "slower")
+    judged: dict[str, dict[float, list[Comparison]]] = {"the same": {}, "5 % more work": {}}
+    for done in range(1, _SERVERS + 1):
+        with ExitStack() as stack:
+            servers = [stack.enter_context(ServerProcess(one, threads=1)) for one in (base, base, slower)]
+            measured = measure_in_turns(
+                [server.url for server in servers], payload=None, batch=[1], concurrency=[1], duration_s=_SERVICE_S
+            )
+        first, *others = measured.measurements
+        for (_, found), other in zip(judged.items(), others, strict=True):
+            pair = replace(measured, report=measured.report.model_copy(update={"measurements": (first, other)}))
+            for margin in (_DEFAULT_MARGIN, MARGIN):
+                found.setdefault(margin, []).append(compare_turns(pair, base="base", new="new", margin=margin))
+        print(f"{done} of {_SERVERS}", flush=True)
+    mean_ms = first.latency.mean_ns / 1e6
+    write_page(
+        "compare-services-in-turns",
+        title="`dlops compare` of two services in turns",
+        says=(
+            f"{_SERVERS} times three fresh servers: of {LAYERS} convolutions, of the same again, and of {LAYERS + 1}, "
+            "which is 5 % more of the model's work; over the loopback, one request in flight in turns within one run "
+            f"({mean_ms:.1f} ms in the last), {_SERVICE_S:g} s a server. The same servers by reports made one after "
+            "the other are in [compare-services](compare-services.md)."
+        ),
+        header=_HEADER,
+        rows=[row for what, found in judged.items() for row in _table(what, found)],
+    )
+    assert max(regressed(found) for found in judged["the same"].values()) <= allowed(_SERVERS)
+    assert count(judged["5 % more work"][MARGIN], "IMPROVED")[0] == 0
 
 
 @pytest.mark.timeout(3 * 3600)

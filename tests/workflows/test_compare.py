@@ -190,13 +190,14 @@ def test_what_cannot_be_compared_is_said_in_one_line(
     for arguments, words in (
         ([artifact, measured], ["artifact", "report", "two of", "hint"]),
         ([working_folder / "runs/cnn/short", artifact], ["BASE", "neither an artifact nor a report"]),
-        ([artifact, "http://127.0.0.1:1"], ["NEW", "no such file", "dlops bench URL"]),
-        ([measured, measured, "--batch", "4", "--out", "x"], ["--batch, --out", "for artifacts"]),
+        ([artifact, "http://127.0.0.1:1"], ["is an artifact and NEW (http://127.0.0.1:1) a service"]),
+        ([artifact, "nowhere"], ["NEW", "no such file", "two URLs"]),
+        ([measured, measured, "--batch", "4", "--out", "x"], ["--batch, --out", "for what is measured"]),
         ([one, one, "--gate", "p99=+5%", "--margin", "1%"], ["--gate", "--margin"]),
         ([artifact, artifact, "--margin", "0.5%", "--processes", 1], ["0.50%", "two processes", "1% or more"]),
         ([artifact, artifact, "--gate", "p99=+0.2%,throughput=-9%", "--processes", 1], ["0.20%", "1% or more"]),
         ([artifact, artifact, "--processes", 5], ["5 processes", "from 6", "or 1"]),
-        ([measured, measured, "--processes", 6], ["--processes", "for artifacts"]),
+        ([measured, measured, "--processes", 6], ["--processes", "for what is measured"]),
         ([one, one, "--json", "-", "--markdown", "-"], ["stdout"]),
     ):
         answer = dlops("compare", *arguments, cwd=tmp_path)
