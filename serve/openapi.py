@@ -86,10 +86,12 @@ _SCHEMAS: dict[str, Any] = {
     },
     "Label": {
         "type": "object",
+        "required": ["label", "probability"],
         "properties": {"label": {"type": "string"}, "probability": {"type": "number"}},
     },
     "Classification": {
         "type": "object",
+        "required": ["label", "probability", "top"],
         "properties": {
             "label": {"type": "string"},
             "probability": {"type": "number"},
@@ -98,11 +100,13 @@ _SCHEMAS: dict[str, Any] = {
     },
     "Detection": {
         "type": "object",
+        "required": ["detections"],
         "properties": {
             "detections": {
                 "type": "array",
                 "items": {
                     "type": "object",
+                    "required": ["label", "score", "box"],
                     "properties": {"label": {"type": "string"}, "score": {"type": "number"}, "box": _BOX},
                 },
             },
@@ -110,12 +114,14 @@ _SCHEMAS: dict[str, Any] = {
     },
     "Segmentation": {
         "type": "object",
+        "required": ["size", "classes", "mask"],
         "properties": {
             "size": {"type": "array", "items": {"type": "integer"}, "description": "Height and width of the mask."},
             "classes": {
                 "type": "array",
                 "items": {
                     "type": "object",
+                    "required": ["label", "class", "share"],
                     "properties": {
                         "label": {"type": "string"},
                         "class": {"type": "integer"},
@@ -129,15 +135,18 @@ _SCHEMAS: dict[str, Any] = {
     },
     "Generation": {
         "type": "object",
+        "required": ["size", "image"],
         "properties": {
             "size": {"type": "array", "items": {"type": "integer"}, "description": "Height and width."},
             "image": {"type": "string", "format": "byte", "description": "A PNG in base64."},
         },
     },
-    "Regression": {"type": "object", "properties": {"values": {}}},
+    "Regression": {"type": "object", "required": ["values"], "properties": {"values": {}}},
+    # What each requires tells them apart: an answer is one of them.
     "Prediction": {"oneOf": [{"$ref": f"#/components/schemas/{task.capitalize()}"} for task in catalog.TASKS]},
     "Predictions": {
         "type": "object",
+        "required": ["model", "version", "predictions"],
         "properties": {
             "model": {"type": "string"},
             "version": {"type": "string"},

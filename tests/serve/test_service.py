@@ -349,12 +349,18 @@ def test_metrics_have_bounded_labels(client, digit_pngs) -> None:
     assert 'variant="onnx-fp32"' in text
 
 
-def test_the_api_page_describes_predict_and_loads_nothing_from_elsewhere(client) -> None:
+def test_the_api_page_describes_predict_and_loads_nothing_from_elsewhere(client, digit_pngs) -> None:
     document = client.get("/docs.json").json()
     assert set(document["paths"]["/predict"]["post"]["requestBody"]["content"]) == {
         "image/*", "application/octet-stream", "multipart/form-data", "application/json",
     }  # fmt: skip
     assert "/v2/models/{name}/infer" in document["paths"]
+    schemas = document["components"]["schemas"]
+    answer = client.post("/predict", content=digit_pngs[0], headers=PNG).json()
+    assert set(schemas["Predictions"]["required"]) <= set(answer)
+    kinds = [one["$ref"].rpartition("/")[2] for one in schemas["Prediction"]["oneOf"]]
+    found = set(answer["predictions"][0])
+    assert [kind for kind in kinds if set(schemas[kind]["required"]) <= found] == ["Classification"]
     page = client.get("/docs").text
     assert "http" not in page
     assert client.get("/static_content/swagger-ui-bundle.js").status_code == 200

@@ -226,6 +226,10 @@ def test_the_document_of_the_routes_has_each_task(client: httpx.Client) -> None:
     kinds = {one["$ref"].rpartition("/")[2] for one in schemas["Prediction"]["oneOf"]}
     assert kinds == {"Classification", "Detection", "Generation", "Regression", "Segmentation"}
     assert kinds <= set(schemas)
+    # "oneOf": what one task answers must not pass for another's.
+    for task in ("detection", "segmentation", "generation"):
+        (found,) = ask(client, task, as_png(square(96, 64, (0, 0, 96, 64), (0, 255, 0)))).json()["predictions"]
+        assert [kind for kind in kinds if set(schemas[kind]["required"]) <= set(found)] == [task.capitalize()]
 
 
 def drawn(tab: Tab, server: ServerProcess, model: str, *, once: str = "true") -> np.ndarray:
