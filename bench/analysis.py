@@ -242,13 +242,25 @@ def _verdict(
     against: Sequence[str], observed: Sequence[str], samples: Integers, turns: Integers, remarks: Sequence[str] = (),
     said: Sequence[str] = (), apart: bool = False,
 ) -> Verdict:  # fmt: skip
-    """Steady where nothing stands against it; quantiles that are not certified, and remarks, are said and do not count.
+    """Steady where nothing stands against it. A median that is not known does; other quantiles that are not certified,
+    and remarks, are said and do not.
 
     remarks: what no sample shows and does not stand against the row; said: what samples show and does not either.
     apart: as in `stats.summarize`.
     """
-    reasons = (*against, *undersampled(samples, turns, apart=apart), *said, *remarks)
-    return Verdict(steady=not against, reasons=reasons, observed=tuple(observed), remarks=tuple(remarks))
+    lacking = undersampled(samples, turns, apart=apart)
+    reasons = (*against, *lacking, *said, *remarks)
+    return Verdict(
+        steady=_knows_median(samples, turns, apart=apart) and not against,
+        reasons=reasons,
+        observed=tuple(observed),
+        remarks=tuple(remarks),
+    )
+
+
+def _knows_median(samples: Integers, turns: Integers, *, apart: bool) -> bool:
+    have = len(np.unique(turns)) if apart else stats.effective_samples(samples, 0.5, turns=turns)
+    return have >= stats.fewest_samples(0.5)
 
 
 def undersampled(samples: Integers, turns: Integers, *, apart: bool = False) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from dlops import errors
 from dlops.bench.channel import Channel
@@ -31,7 +32,7 @@ class Child:
     def __init__(self, who: str, module: str, argument: str) -> None:
         """who: what an error calls it ("toy: the process that ran it")."""
         self._who = who
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        self._stderr = _last_words_file()
         # -P: a file of the working folder that is named like a library is not imported for it.
         command = [sys.executable, "-P", "-m", module, argument]
         self._child = subprocess.Popen(
@@ -125,6 +126,16 @@ class Child:
     def _last_words(self) -> list[str]:
         self._stderr.seek(0)
         return self._stderr.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
+
+
+def _last_words_file() -> IO[bytes]:
+    """In memory where the system has that: a full disk must not keep anything from being measured."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("dlops-last-words"), "w+b")
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise MachineError(f"no folder for temporary files can be written ({error})", hint="set TMPDIR") from None
 
 
 def _raised(header: dict[str, Any]) -> DlopsError:

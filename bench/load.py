@@ -79,6 +79,8 @@ class Loaded:
 class _Recorder:
     """Written by the workers. began_ns is None during the warm-up."""
 
+    # Calls that began in the run, whatever became of them.
+    begun: int = 0
     # When each began, and its latency: one append, which no Ctrl-C can fall into.
     calls: list[tuple[int, int]] = field(default_factory=list)
     earlier: list[int] = field(default_factory=list)
@@ -133,8 +135,9 @@ def closed_loop(
 
     requests: whole, as `transport` sends them (HTTP where it is None), in turn. on_warm: called in a thread when the
     warm-up has ended; the calls meanwhile still belong to it. It goes on to twice the time where there are fewer than
-    368 answers. Any status but success, a broken connection and a time-out are errors; the call is not repeated.
-    Ctrl-C ends it and keeps what was measured. Raises MachineError where this process may not open so many connections.
+    368 answers, and in any case until one of its own calls is sent. Any status but success, a broken connection and a
+    time-out are errors; the call is not repeated. Ctrl-C ends it and keeps what was measured. Raises MachineError where
+    this process may not open so many connections.
     """
     open_more_files(concurrency)
     recorder = _Recorder()
@@ -221,7 +224,11 @@ async def _drive(
         if on_warm is not None:
             await asyncio.to_thread(on_warm)
         recorder.began_ns = time.perf_counter_ns()
-        while recorder.stopped is None and not _enough(recorder, duration_s):
+        # Where calls take longer than the run, its first begins when the last of the warm-up is answered.
+        latest_ns = recorder.began_ns + (duration_s + caller.timeout_s) * 1e9
+        while recorder.stopped is None and not (
+            _enough(recorder, duration_s) and (recorder.begun or time.perf_counter_ns() > latest_ns)
+        ):
             await asyncio.sleep(min(_WINDOW_S, duration_s / 10))
             _notice_death(recorder)
     finally:
@@ -260,6 +267,7 @@ async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorde
                 # What is sent now would be no call of the run.
                 if connection is None or stop.is_set():
                     break
+            recorder.begun += recorder.began_ns is not None
             # The time to connect anew is in the latency: where the server closes, every client has to.
             answer = await connection.send(request, timeout_s=caller.timeout_s)
         except asyncio.CancelledError:

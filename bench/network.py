@@ -177,7 +177,7 @@ def _ask(endpoint: Endpoint, feed: Feed) -> Feed:
         raise kind(f"{endpoint.url}: the first request was answered {name}: {text}")
     try:
         return client.decode(answer)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{endpoint.url}: the first answer is not the Open Inference Protocol's ({error})") from None
 
 

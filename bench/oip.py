@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -17,17 +18,19 @@ MODEL_PATH = "/v2/models/"
 # Metadata gives a free dim as -1 and no range.
 _UNKNOWN_MAX = 1_000_000
 _SCHEMES = {"http": "REST", "oip+http": "REST", "oip+grpc": "gRPC"}
+_VERSION = re.compile("versions/([^/]+)")
 _FORMS = "http://HOST:PORT, oip+http://HOST:PORT or oip+grpc://HOST:PORT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """A target's URL in parts. model: None where the URL names none."""
+    """A target's URL in parts. model, version: None where the URL names none."""
 
     url: str
     host: str
     port: int
     model: str | None
+    version: str | None
 
 
 class Client(Protocol):
@@ -82,9 +85,9 @@ def find_endpoint(url: str, *, model: str | None) -> Endpoint:
     """Ask the server at `url` what it serves.
 
     url: `http://HOST:PORT` or `oip+http://HOST:PORT`, or with `/v2/models/NAME` behind it; `oip+grpc://HOST:PORT`, or
-    with `/NAME`. model: the name where the URL has none; without either, the server's repository index decides. Raises
-    UsageError for a URL that is none or a server that does not speak the protocol, MachineError where nothing answers
-    or a package is missing.
+    with `/NAME`; behind NAME may stand `/versions/VERSION`. model: the name where the URL has none; without either, the
+    server's repository index decides. Raises UsageError for a URL that is none or a server that does not speak the
+    protocol, MachineError where nothing answers or a package is missing.
     """
     try:
         scheme = urlsplit(url).scheme
@@ -110,7 +113,8 @@ def find_endpoint(url: str, *, model: str | None) -> Endpoint:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{url}: metadata of model {name!r} is not the Open Inference Protocol's ({error})") from None
     return Endpoint(
-        url=url, host=address.host, port=address.port, model=name, version=versions[-1], platform=platform,
+        url=url, host=address.host, port=address.port, model=name, version=address.version or versions[-1],
+        platform=platform,
         server=described.server, signature=signature, client=described.client,
     )  # fmt: skip
 
@@ -147,14 +151,19 @@ def _parse(url: str, *, prefix: str, default_port: int | None) -> Address:
         raise UsageError(f"target {url!r}: the port is no number from 1 to 65535")
     if port is None:
         raise UsageError(f"target {url!r} has no port", hint="Triton's port for gRPC is 8001")
-    model = None
+    try:
+        parts.hostname.encode("idna")
+    except UnicodeError as error:
+        raise UsageError(f"target {url!r}: {parts.hostname!r} is no host name ({error})") from None
+    model = version = None
     if parts.path not in ("", "/"):
-        model, _, rest = parts.path.removeprefix(prefix).partition("/")
-        # Behind NAME, REST has /versions/VERSION, /infer and the like.
-        if not parts.path.startswith(prefix) or not model or (rest and prefix == "/"):
-            form = f"{parts.scheme}://HOST:PORT[{prefix}NAME]"
+        model, _, rest = parts.path.rstrip("/").removeprefix(prefix).partition("/")
+        named = _VERSION.fullmatch(rest)
+        if not parts.path.startswith(prefix) or not model or (rest and not named):
+            form = f"{parts.scheme}://HOST:PORT[{prefix}NAME[/versions/VERSION]]"
             raise UsageError(f"target {url!r}: unknown path {parts.path}", hint=form)
-    return Address(url=url, host=parts.hostname, port=port, model=model)
+        version = named[1] if named else None
+    return Address(url=url, host=parts.hostname, port=port, model=model, version=version)
 
 
 def _signature(metadata: dict[str, Any]) -> Signature:

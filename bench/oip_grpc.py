@@ -27,10 +27,11 @@ _PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute
 class GrpcClient:
     def __init__(self, address: Address, *, model: str) -> None:
         self._address, self._model, self.binary = address, model, True
+        self._version = address.version or ""
         self.transport = GrpcTransport()
 
     def encode(self, feed: Feed) -> bytes:
-        request = service_pb2.ModelInferRequest(model_name=self._model)
+        request = service_pb2.ModelInferRequest(model_name=self._model, model_version=self._version)
         for name, array in feed.items():
             request.inputs.add(name=name, datatype=DATATYPES[array.dtype.name], shape=array.shape)
             request.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
@@ -44,7 +45,8 @@ class GrpcClient:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             try:
                 answer = stub.ModelStatistics(
-                    service_pb2.ModelStatisticsRequest(name=self._model), timeout=STATISTICS_TIMEOUT_S
+                    service_pb2.ModelStatisticsRequest(name=self._model, version=self._version),
+                    timeout=STATISTICS_TIMEOUT_S,
                 )
             except grpc.RpcError as error:
                 raise NoStatisticsError(f"ModelStatistics answered {_said(error)}") from None
@@ -67,8 +69,9 @@ def describe(address: Address, *, model: str | None) -> Described:
 
         server = ask("ServerMetadata", service_pb2.ServerMetadataRequest())
         name = model or _only_model(stub, address.url)
-        metadata = ask("ModelMetadata", service_pb2.ModelMetadataRequest(name=name))
-        if not ask("ModelReady", service_pb2.ModelReadyRequest(name=name)).ready:
+        which = {"name": name, "version": address.version or ""}
+        metadata = ask("ModelMetadata", service_pb2.ModelMetadataRequest(**which))
+        if not ask("ModelReady", service_pb2.ModelReadyRequest(**which)).ready:
             raise MachineError(f"{address.url}: model {name!r} is not ready", hint="the server's log says why")
     return Described(
         client=GrpcClient(address, model=name), model=name, server=f"{server.name} {server.version}".strip(),

@@ -29,10 +29,11 @@ _BINARY = "binary_tensor_data"
 
 
 class RestClient:
-    """base: scheme, host and port. binary: whether tensors go, and come, as bytes and not as numbers in JSON."""
+    """base: scheme, host and port. path: of the model, or of one version of it. binary: whether tensors go, and come,
+    as bytes and not as numbers in JSON."""
 
-    def __init__(self, *, base: str, model: str, binary: bool = True) -> None:
-        self._base, self._path, self.binary = base, f"{MODEL_PATH}{model}", binary
+    def __init__(self, *, base: str, path: str, binary: bool = True) -> None:
+        self._base, self._path, self.binary = base, path, binary
         self.transport = HttpTransport()
 
     def encode(self, feed: Feed) -> bytes:
@@ -83,11 +84,12 @@ def describe(address: Address, *, model: str | None) -> Described:
     with _client(base, timeout_s=ASK_TIMEOUT_S) as client:
         server = _get(client, "/v2", address.url)
         name = model or _only_model(client, address.url)
-        metadata = _get(client, f"{MODEL_PATH}{name}", address.url)
+        path = f"{MODEL_PATH}{name}" + (f"/versions/{address.version}" if address.version else "")
+        metadata = _get(client, path, address.url)
     extensions = server.get("extensions")
     binary = isinstance(extensions, list) and _BINARY in extensions
     return Described(
-        client=RestClient(base=base, model=name, binary=binary), model=name, metadata=metadata,
+        client=RestClient(base=base, path=path, binary=binary), model=name, metadata=metadata,
         server=f"{server.get('name') or ''} {server.get('version') or ''}".strip(),
     )  # fmt: skip
 
@@ -98,7 +100,7 @@ def decode_outputs(body: bytes, header_length: int | None) -> dict[str, Array]:
     offset, outputs = header_length or 0, {}
     for entry in document["outputs"]:
         dtype, shape = np.dtype(DTYPES[entry["datatype"]]), [int(size) for size in entry["shape"]]
-        size = entry.get("parameters", {}).get("binary_data_size")
+        size = (entry.get("parameters") or {}).get("binary_data_size")
         if size is None:
             outputs[entry["name"]] = np.array(entry["data"], dtype).reshape(shape)
             continue

@@ -19,7 +19,7 @@ from dlops.bench.sensors import Rapl
 from dlops.bench.telemetry import Recorder
 from dlops.console import say
 from dlops.environment import describe_environment
-from dlops.errors import MachineError, UsageError
+from dlops.errors import DlopsError, MachineError, UsageError
 from dlops.report import STARTS, Measurement, Objective, Report
 
 # How many independent calls a queue is worth comes out differently from run to run.
@@ -42,7 +42,7 @@ class Rows:
     rows: list[Measurement] = field(default_factory=list)
     samples: Samples = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    failures: list[DlopsError] = field(default_factory=list)
     objectives: dict[str, Objective] = field(default_factory=dict)
 
     @property
@@ -52,6 +52,9 @@ class Rows:
     def add(self, row: Measurement, samples: Samples, seen: Seen) -> None:
         """seen: when it was measured. Of a row with a time of its own, how well its quantiles are known is judged here;
         rows that took turns bring that along."""
+        if not self.rows:
+            for failure in self.failures:
+                say(str(failure))
         if row.duration_ns is not None:
             row = remarked(row, shortfalls(row.latency, spent_s=row.duration_ns / 1e9))
         self.rows.append(row)
@@ -112,8 +115,10 @@ class Rows:
         except (MachineError, UsageError) as error:
             if not self.rows and not (even_of_none and isinstance(error, MachineError)):
                 raise
-            say(str(error))
-            self.failures.append(error.message)
+            # Of none that was measured it may yet be what the whole run ends with.
+            if self.rows:
+                say(str(error))
+            self.failures.append(error)
 
     def result(self, *, partial: bool) -> Measured:
         report = Report(
@@ -124,7 +129,7 @@ class Rows:
             measurements=tuple(self.rows),
             objectives=self.objectives,
             baseline=self.baseline,
-            notes=(*self.notes, *self.failures),
+            notes=(*self.notes, *(failure.message for failure in self.failures)),
             partial=partial,
         )
         return attach(Measured(report=report, samples=self.samples), self.recorder.end(), self.seen)

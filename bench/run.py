@@ -21,9 +21,10 @@ from dlops.bench.rows import Rows
 from dlops.bench.scenarios import Asked, Step, numbers, steps
 from dlops.bench.session_rows import time_alone, time_in_turns
 from dlops.bench.telemetry import Recorder
-from dlops.bench.transport import without_slash
+from dlops.bench.transport import canonical
 from dlops.checkpoint import Checkpoint
-from dlops.errors import MachineError, UsageError
+from dlops.console import say
+from dlops.errors import UsageError
 from dlops.report import Boundary, Engine, Scenario
 from dlops.runtimes import SessionOptions
 from dlops.runtimes.session import Device
@@ -82,7 +83,7 @@ def measure(
     asked, and MeasureInterrupted, which holds the rows made so far, on Ctrl-C.
     """
     artifacts, urls = _sorted_out(targets)
-    urls = [without_slash(url) for url in urls]
+    urls = [canonical(url) for url in urls]
     if twice := next((url for place, url in enumerate(urls) if url in urls[:place]), None):
         raise UsageError(f"{twice} is named twice", hint="two runs and dlops compare tell what chance alone does")
     lasting = length(duration_s, max_duration_s)
@@ -147,7 +148,10 @@ def measure(
                     time_in_turns(rows, chosen, condition)
             _load_services(rows, endpoints, sent, planned, engine=engine)
             if not rows.rows:
-                raise MachineError(rows.failures[0], hint="the server's log says why")
+                first, *others = rows.failures
+                for failure in others:
+                    say(str(failure))
+                raise first
             return rows.result(partial=bool(rows.failures))
         except KeyboardInterrupt:
             if not rows.rows:

@@ -146,7 +146,7 @@ class _Offering:
             if not outcomes:
                 raise
             say(str(error))
-            rows.failures.append(error.message)
+            rows.failures.append(error)
             found = found_among(outcomes)
         except KeyboardInterrupt:
             if outcomes:

@@ -28,7 +28,7 @@ from dlops.bench.rows import Rows
 from dlops.bench.scenarios import load_of
 from dlops.bench.telemetry import Recorder
 from dlops.bench.together import Together
-from dlops.bench.transport import Line, without_slash
+from dlops.bench.transport import Line, canonical
 from dlops.console import progress_bar, say
 from dlops.errors import MachineError
 from dlops.report import STARTS, TURNS, Measurement
@@ -57,7 +57,7 @@ def measure_in_turns(
     whole round, marked. Raises as `dlops.bench.run.measure` does.
     """
     lasting = length(duration_s)
-    urls = [without_slash(url) for url in urls]
+    urls = [canonical(url) for url in urls]
     endpoints = [find_endpoint(url, model=payload.name if payload else None) for url in urls]
     targets = distinct([one.url for one in endpoints])
     with signals.heard_once(), Recorder() as recorder:

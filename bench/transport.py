@@ -20,10 +20,12 @@ class Answer:
     arrived_ns: int
 
 
-def without_slash(url: str) -> str:
-    """With a slash behind it a URL names the same target, in one run and in the report that it is compared with."""
-    short = url.rstrip("/")
-    return short if "://" in short else url
+def canonical(url: str) -> str:
+    """The same for all that name one target: neither case nor a slash at the end makes another, in one run and in the
+    report that it is compared with."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.rstrip("/").partition("/")
+    return f"{scheme.lower()}://{host.lower()}{slash}{path}"
 
 
 class Connection(Protocol):

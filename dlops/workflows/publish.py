@@ -16,7 +16,7 @@ from dlops.directory import check_writable, write_copy
 from dlops.errors import MachineError, UsageError
 from dlops.report import Report
 
-_DONE, _MISSED, _NO_VERDICT = 0, 1, 3
+_DONE, _MISSED, NO_VERDICT = 0, 1, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +125,11 @@ def save_or_rescue(measured: Measured, directory: Path | None) -> Report:
 
 def _rescued(measured: Measured, error: MachineError) -> MachineError:
     """The error, saying where else the report lies now, if anywhere."""
-    folder = Path(tempfile.mkdtemp(prefix="dlops-report-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="dlops-report-"))
+    except OSError:
+        # As full as the other, or there is none.
+        return error
     try:
         save_report(measured, folder)
     except MachineError:
@@ -141,5 +145,5 @@ def exit_status(report: Report) -> int:
         return _MISSED
     if not any(row.verdict.steady for row in report.measurements):
         say("no verdict: no row is steady enough to quote; its reasons are in the report")
-        return _NO_VERDICT
+        return NO_VERDICT
     return _DONE

@@ -9,11 +9,12 @@ from dlops.bench.reanalysis import reanalyse
 from dlops.console import say
 from dlops.errors import UsageError
 from dlops.report import read_report
-from dlops.workflows.publish import Outputs, exit_status, publish
+from dlops.workflows.publish import NO_VERDICT, Outputs, exit_status, publish
 
 
 def reanalyse_report(path: Path, outputs: Outputs, *, also_given: Sequence[str] = ()) -> int:
-    """Write and print it anew; the report at `path` stays as it is. Returns what `dlops bench` would.
+    """Write and print it anew; the report at `path` stays as it is. Returns what `dlops bench` would of these rows, and
+    3 instead of 0 where the report is partial.
 
     also_given: the arguments that say what to measure, refused in one line. Raises UsageError for them and where the
     new report would replace the old one, CorruptError where the report or its samples were altered.
@@ -30,4 +31,8 @@ def reanalyse_report(path: Path, outputs: Outputs, *, also_given: Sequence[str] 
         if copy != "-" and Path(copy).resolve().parent == report.directory.resolve():
             raise UsageError(f"{option} {copy}: the report itself is there", hint="name another folder")
     say(f"working out {report.directory} again: {len(report.measurements)} rows, nothing is measured")
-    return exit_status(publish(reanalyse(report), outputs))
+    status = exit_status(publish(reanalyse(report), outputs))
+    if report.partial and not status:
+        say("no verdict on the whole: the report is partial")
+        return NO_VERDICT
+    return status

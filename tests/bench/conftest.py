@@ -153,6 +153,9 @@ class OipServer:
         self.artifact = artifact
         # Without it tensors come and go as numbers in JSON, and anything else is refused.
         self.binary = True
+        # Whether it has its model under a version, too; extra: fields of each tensor that it answers in JSON.
+        self.versioned = False
+        self.extra: dict[str, object] = {}
         self.requests = 0
         self.connections: list[socket.socket] = []
         self.behave: Callable[[int], tuple[int, bytes] | None] = lambda count: None
@@ -187,7 +190,7 @@ class OipServer:
                     known = ["binary_tensor_data"] if outer.binary else []
                     server = {"name": "toy-server", "version": "1", "extensions": known}
                     self.answer(200, json.dumps(server).encode())
-                elif self.path == f"/v2/models/{artifact.name}":
+                elif self.path in outer.paths():
                     self.answer(200, json.dumps(metadata(artifact)).encode())
                 elif self.path == f"/v2/models/{artifact.name}/stats" and outer.statistics is not None:
                     self.answer(200, json.dumps(outer.statistics()).encode())
@@ -196,7 +199,7 @@ class OipServer:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.path != f"/v2/models/{artifact.name}/infer":
+                if self.path.removesuffix("/infer") not in outer.paths():
                     self.answer(404, b'{"error": "no such path"}')
                     return
                 with lock:
@@ -237,7 +240,7 @@ class OipServer:
                 (logits,) = session.run(None, {"input": array})
                 output = {
                     "name": "logits", "datatype": "FP32", "shape": list(logits.shape), "data": logits.ravel().tolist()
-                }  # fmt: skip
+                } | outer.extra  # fmt: skip
                 self.answer(200, json.dumps({"model_name": artifact.name, "outputs": [output]}).encode())
 
         self._server = QuietServer(("127.0.0.1", 0), Handler)
@@ -246,6 +249,10 @@ class OipServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
+
+    def paths(self) -> list[str]:
+        path = f"/v2/models/{self.artifact.name}"
+        return [path, f"{path}/versions/1"] if self.versioned else [path]
 
     def close(self) -> None:
         self._server.shutdown()

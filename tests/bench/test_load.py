@@ -25,7 +25,7 @@ from dlops.bench.load import TIMEOUT_S, closed_loop, failure_kind
 from dlops.bench.network import encoded, measure_endpoint, prepare
 from dlops.bench.oip import encode_request, find_endpoint
 from dlops.bench.oip_rest import decode_outputs
-from dlops.bench.run import MeasureInterrupted, measure
+from dlops.bench.run import MeasureInterrupted, Offered, measure
 from dlops.bench.sender import _why_not_open
 from dlops.bench.transport import Answer
 from dlops.cli import run
@@ -479,3 +479,26 @@ def test_an_address_without_its_scheme_is_told_what_it_lacks(tmp_path, monkeypat
     assert "a server is named http://127.0.0.1:3000" in capsys.readouterr().err
     assert run(["bench", "nothing/here"]) == 2
     assert "dlops list" in capsys.readouterr().err
+
+
+def test_calls_longer_than_the_run_are_measured_all_the_same(make_artifact, serve, monkeypatch) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    monkeypatch.setattr("dlops.bench.load._WINDOW_S", 0.05)
+    server.behave = lambda count: time.sleep(1.0)
+    requests = [encode_request(find_endpoint(server.url, model=artifact.name), artifact.samples().inputs)]
+    loaded = closed_loop("127.0.0.1", server.port, requests, concurrency=2, duration_s=0.2, max_warmup_s=0.2)
+    assert loaded.errors == {}
+    assert len(loaded.latencies_ns) == 2
+    assert (loaded.latencies_ns > 0.9e9).all()
+    assert len(loaded.earlier_ns) == 2
+
+
+def test_a_slow_service_is_measured_at_a_rate(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    server.behave = lambda count: time.sleep(0.4)
+    measured = measure([server.url], payload=artifact, offered=Offered(rates=(2.0,)), duration_s=2.0)
+    (row,) = measured.measurements
+    assert row.error_count == 0
+    assert row.latency.min_ns > 0.35e9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -93,6 +94,16 @@ def test_a_folder_that_may_not_be_written_to_is_refused(monkeypatch, tmp_path: P
 def test_a_folder_that_could_be_made_is_not_made_yet(tmp_path: Path) -> None:
     Outputs(directory=tmp_path / "a" / "b", json=str(tmp_path / "c" / "d.json"), csv="-").check()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_any_folder_for_temporary_files_the_table_is_printed(example, tmp_path, monkeypatch, capsys) -> None:
+    def none(*arguments: object, **options: object) -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", none)
+    with no_room_beyond(4_000), pytest.raises(MachineError, match="File too large"):
+        publish(example(), Outputs(directory=tmp_path / "r"))
+    assert "onnx-int8-pruned50" in capsys.readouterr().out
 
 
 def test_a_full_disk_still_prints_the_table_and_leaves_nothing(example, tmp_path, monkeypatch, capsys) -> None:
@@ -189,7 +200,7 @@ def test_options_that_would_be_passed_over_are_refused(example, tmp_path, capsys
     save_report(example(), tmp_path / "report")
     folder = str(tmp_path / "report")
     assert run(["compare", folder, folder, "--trust"]) == 2
-    assert "--trust: for artifacts" in capsys.readouterr().err
+    assert "--trust: for what is measured" in capsys.readouterr().err
     (tmp_path / "trace").write_text("0.1\n0.2\n")
     trace = ["bench", "http://127.0.0.1:9", "--trace", str(tmp_path / "trace")]
     assert run([*trace, "--duration", "9"]) == 2

@@ -342,3 +342,58 @@ def test_the_command_does_not_end_well_where_a_target_failed(make_artifact, serv
     assert run(["bench", str(artifact.directory), serve(artifact).url, *load]) == 4
     assert "incomplete: a target failed" in capsys.readouterr().err
     assert read_report(tmp_path / "r").partial
+
+
+def test_a_version_in_the_url_is_asked_for(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    url = f"{server.url}/v2/models/{artifact.name}/versions"
+    with pytest.raises(UsageError, match=r"GET /v2/models/toy/versions/7 answered 404"):
+        measure([f"{url}/7"], payload=artifact, duration_s=0.1)
+    with pytest.raises(UsageError, match="unknown path /v2/models/toy/infer"):
+        measure([f"{server.url}/v2/models/toy/infer"], payload=artifact)
+    server.versioned = True
+    (row,) = measure([f"{url}/1/"], payload=artifact, duration_s=0.1).measurements
+    assert row.target == f"{url}/1"
+    assert row.error_count == 0
+
+
+@pytest.mark.parametrize("host", ["my..host:3000", ".:1", f"{'a' * 300}.b:3000", "ä..b:3000"])
+@pytest.mark.parametrize("scheme", ["http", "oip+grpc"])
+def test_a_host_that_can_be_none_is_one_line(host, scheme) -> None:
+    with pytest.raises(UsageError, match="is no host name"):
+        measure([f"{scheme}://{host}"])
+
+
+def test_case_and_slashes_name_no_other_target(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    url = serve(artifact).url
+    measured = measure([url.replace("http", "HTTP") + "/"], payload=artifact, duration_s=0.1)
+    assert measured.measurements[0].target == url
+    assert "over HTTP" in cells.groups(measured.report)[0].title
+
+
+def test_optional_fields_that_are_null_are_as_good_as_missing(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    server.binary, server.extra = False, {"parameters": None}
+    (row,) = measure([server.url], payload=artifact, duration_s=0.1).measurements
+    assert row.error_count == 0
+
+
+def test_an_error_is_said_once_and_with_its_own_hint(make_artifact, serve, capsys) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    server.behave = lambda count: (400, b"wrong") if count > 20 else None
+    assert run(["bench", server.url, "--payload", str(artifact.directory), "--concurrency", "100000"]) == 4
+    said = capsys.readouterr().err
+    assert said.count("may have") == 1
+    assert "the server's log" not in said
+
+
+def test_a_row_of_one_request_cannot_be_quoted(make_artifact, serve, tmp_path) -> None:
+    artifact = make_artifact()
+    measured = measure([serve(artifact).url], payload=artifact, offered=Offered(trace=np.array([200_000_000])))
+    (row,) = measured.measurements
+    assert row.latency.p50_ns is None
+    assert not row.verdict.steady

@@ -216,7 +216,7 @@ def check_answers(server: Server, artifact: Artifact) -> None:
 
 
 def _binary(artifact: Artifact, name: str, port: int, pid: int | None, *, model: str) -> Server:
-    client = RestClient(base=f"http://{HOST}:{port}", model=model)
+    client = RestClient(base=f"http://{HOST}:{port}", path=f"/v2/models/{model}")
     rows = artifact.samples().inputs["x"]
     return Server(
         name=name, form="binary, V2", port=port, pid=pid, requests=[client.encode({"x": row[None]}) for row in rows],

@@ -89,7 +89,7 @@ def driven(
     server: ServerProcess, artifact_input, happens: Callable[[Told], Coroutine[Any, Any, None]], *,
     after: int = REQUESTS // 3,
 ) -> Told:  # fmt: skip
-    client = RestClient(base=server.url, model=NAME)
+    client = RestClient(base=server.url, path=f"/v2/models/{NAME}")
     request = client.encode({"x": artifact_input})
     told = Told()
 
