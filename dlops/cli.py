@@ -12,6 +12,7 @@ from dlops.cli_bench import bench, compare
 from dlops.cli_common import (
     Device,
     Json,
+    Place,
     Threads,
     Trust,
     command_line,
@@ -113,19 +114,21 @@ def serve(
     grpc_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Speak the protocol over gRPC too; 0 takes a free one.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Processes. Default 1.")] = None,
     versions: Annotated[
-        int, typer.Option(min=0, help="How many of a model's newest numbered ones in a folder; 0 for all.")
-    ] = 1,
+        int | None,
+        typer.Option(min=0, help="How many of a model's newest numbered ones in a folder; 0 for all. Default 1."),
+    ] = None,
     model_control: Annotated[
-        Literal["none", "explicit"], typer.Option(help="explicit: clients may load and unload models.")
-    ] = "none",
+        Literal["none", "explicit"] | None,
+        typer.Option(help="explicit: clients may load and unload models. Default none."),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file: encrypt both ports, with --tls-key.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
     tls_client_ca: Annotated[
         Path | None, typer.Option(help="PEM file: clients must have a certificate that is signed by one in it.")
     ] = None,
-    device: Device = "auto",
+    device: Annotated[Place | None, typer.Option(help="auto, which takes CUDA where it works, is the default.")] = None,
     threads: Threads = None,
     trust: Trust = False,
 ) -> None:

@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveInt, model_validator
 
 from dlops.errors import InputError
+from dlops.jpeg_scans import MOST as MOST_SCANS
+from dlops.jpeg_scans import count_scans
 from dlops.manifest import Record
 from dlops.signature import Array
 
@@ -235,6 +237,8 @@ def _decoded(content: bytes, mode: Literal["RGB", "L"], max_pixels: int) -> Imag
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             if math.prod(image.size) > max_pixels:
                 raise InputError(f"{image.width}×{image.height} pixels, at most {max_pixels} allowed", field="input")
+            if image.format in ("JPEG", "MPO") and count_scans(content).scans > MOST_SCANS:
+                raise InputError(f"a JPEG of over {MOST_SCANS} scans: no photo has so many", field="input")
             if _is_deep(image):
                 raise InputError(f"image of mode {image.mode}: more than 8 bits a channel", field="input")
             image.load()

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from dlops.errors import DlopsError, InputError, MachineError
 from dlops.serve.body import BodyTooLargeError
-from dlops.serve.guard import UnauthorizedError
+from dlops.serve.guard import CrossSiteError, UnauthorizedError
 from dlops.serve.outcome import BrokenError, ClosedError, DeadlineError, OverloadedError
 from dlops.serve.predict import MediaTypeError
 from dlops.serve.protocol import Encoded, SharedMemoryError
@@ -59,6 +59,7 @@ _STATUSES: Sequence[tuple[type[DlopsError], int, str]] = (
     (ReceiveTimeoutError, 408, "DEADLINE_EXCEEDED"),
     (HeadTooLargeError, 431, "RESOURCE_EXHAUSTED"),
     (UnauthorizedError, 401, "UNAUTHENTICATED"),
+    (CrossSiteError, 403, "PERMISSION_DENIED"),
     (UnknownModelError, 404, "NOT_FOUND"),
     (UnsupportedError, 501, "UNIMPLEMENTED"),
     (SharedMemoryError, 501, "UNIMPLEMENTED"),
@@ -90,7 +91,8 @@ def error_response(error: DlopsError) -> Response:
         retry_s = math.ceil(error.retry_after_s) if isinstance(error, OverloadedError) else 1
         headers["Retry-After"] = str(min(max(1, retry_s), _MOST_RETRY_AFTER_S))
     if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
+        # The second is for people: a browser asks for name and password.
+        headers["WWW-Authenticate"] = 'Bearer, Basic realm="dlops: the token as password"'
     return json_response(document, status=status, headers=headers)
 
 

@@ -15,10 +15,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlops.errors import from_os_error
+
 _BYTES = 8
 _SUFFIX = ".cells"
 # Of one worker: a model needs hundreds, each version that it gets about a hundred more. What is not used takes no room.
 _CELLS = 1024 * 1024
+_KEY_BYTES = 8 * 1024 * 1024
 
 Key = tuple[str, tuple[str, ...]]
 """A name and the values of its labels."""
@@ -45,10 +48,13 @@ class Cells:
         descriptor = -1
         if self._folder is not None:
             descriptor, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=_SUFFIX, dir=self._folder)
-            os.ftruncate(descriptor, _CELLS * _BYTES)
+            # Now, and not page by page: adding to a page that a full disk has no room for would end the process.
+            _take_room(descriptor, _CELLS * _BYTES)
             # Never closed, so held for as long as this process lives: by it the others see that it does.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            self._keys = os.open(Path(name).with_suffix(".keys"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            keys = os.open(Path(name).with_suffix(".keys"), os.O_RDWR | os.O_CREAT)
+            _take_room(keys, _KEY_BYTES)
+            self._keys, self._keys_end = mmap.mmap(keys, _KEY_BYTES), 0
         self.values = memoryview(mmap.mmap(descriptor, _CELLS * _BYTES)).cast("q")
         """Add to them at the index that `index` gave."""
 
@@ -61,9 +67,18 @@ class Cells:
         if self._used > _CELLS:
             raise RuntimeError(f"no cell is left for {name}: do its labels come from a bounded set?")
         if self._folder is not None:
-            os.write(self._keys, json.dumps([name, labels, first, count]).encode() + b"\n")
+            self._write_key(json.dumps([name, labels, first, count]).encode())
         self._places[name, labels] = first, count
         return first
+
+    def _write_key(self, line: bytes) -> None:
+        end = self._keys_end + len(line) + 1
+        if end > _KEY_BYTES:
+            raise RuntimeError("no room is left for names of cells: do their labels come from a bounded set?")
+        self._keys[self._keys_end : end - 1] = line
+        # Last: until then a reader takes it for a line that is being written.
+        self._keys[end - 1] = ord("\n")
+        self._keys_end = end
 
     def living(self) -> list[int]:
         """The process ids of the server's workers that live, this one's among them."""
@@ -93,6 +108,19 @@ class Cells:
                 yield _read(values, dict(_keys(path.with_suffix(".keys"))), lives=_is_locked(file.fileno()))
 
 
+def _take_room(descriptor: int, size: int) -> None:
+    """Raises MachineError where the disk is full."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.ftruncate(descriptor, size)
+    except OSError as error:
+        raise from_os_error(
+            error, doing="making room for the server's counts in the folder for temporary files"
+        ) from None
+
+
 def _read(values: memoryview[int], places: Mapping[Key, tuple[int, int]], *, lives: bool) -> Worker:
     return Worker(
         lives=lives, values={key: values[first : first + count].tolist() for key, (first, count) in places.items()}
@@ -102,8 +130,9 @@ def _read(values: memoryview[int], places: Mapping[Key, tuple[int, int]], *, liv
 def _keys(path: Path) -> Iterator[tuple[Key, tuple[int, int]]]:
     if not path.exists():  # between a worker's two files
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):  # else it is being written
+    written, _, _ = path.read_bytes().partition(b"\0")
+    for line in written.splitlines(keepends=True):
+        if line.endswith(b"\n"):  # else it is being written
             name, labels, first, count = json.loads(line)
             yield (name, tuple(labels)), (first, count)
 

@@ -33,6 +33,7 @@ _PIXELS_A_PICTURE = 4096
 # Headers of so little are read on the event loop: a thread would cost more.
 _INLINE_BYTES = 16 * 1024
 _INLINE_PICTURES = 4
+_START_S = 60.0
 
 
 class _UnwantedError(Exception):
@@ -50,6 +51,11 @@ class Decoder:
         self._pending_pixels = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_workers=available_cores(), thread_name_prefix="dlops-decode")
+        if jpeg is not None:
+            # Before the first request, all at once so that each takes a thread of its own.
+            together = threading.Barrier(available_cores())
+            for opened in [self._threads.submit(_open, jpeg, together) for _ in range(available_cores())]:
+                opened.result()
 
     async def offload(self, call: Callable[[], T]) -> T:
         """The result of a call that takes too long for the event loop, made in one of the decoding threads."""
@@ -109,6 +115,11 @@ class Decoder:
             if self._pending_pixels and self._pending_pixels + pixels > _PENDING_REQUESTS * self._max_pixels:
                 raise OverloadedError("too many pictures wait to be decoded", hint="try again")
             self._pending_pixels += pixels
+
+
+def _open(jpeg: JpegDecoder, together: threading.Barrier) -> None:
+    together.wait(_START_S)
+    jpeg.open_here()
 
 
 def _late() -> DeadlineError:

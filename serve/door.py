@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from dlops.serve.model import ServedModel
 
 # What a header of this name asks for is done on the usual way.
-_UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"))
+_UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"sec-fetch-site"))
 _REQUEST_ID = REQUEST_ID.encode()
 _PARENT = PARENT.encode()
 _TIMING = TIMING_HEADER.lower().encode()
@@ -80,6 +80,8 @@ class Door(HttpToolsProtocol):
         self._waiting_since: float | None = self.loop.time()
         self._in_head, self._head_bytes = False, 0
         self._completed = False
+        # No request has begun to come.
+        self._between = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -130,6 +132,9 @@ class Door(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
+        # The parser ends a request with an upgrade at its head, and uvicorn then drops the body.
+        if self._between and (b"\r\nUpgrade:" in data or b"\r\nupgrade:" in data):
+            data = _without_upgrade(data)
         self._completed = False
         super().data_received(data)
         # The parser keeps what is not complete yet to itself, however long it grows. Of a chunk that ends a request and
@@ -153,6 +158,7 @@ class Door(HttpToolsProtocol):
         )  # fmt: skip
 
     def on_message_begin(self) -> None:
+        self._between = False
         self._receiving = None
         self._in_head, self._head_bytes = True, 0
         self._waiting_since = self.loop.time()
@@ -180,7 +186,7 @@ class Door(HttpToolsProtocol):
             self._receiving.receive(body)
 
     def on_message_complete(self) -> None:
-        self._waiting_since, self._completed = None, True
+        self._waiting_since, self._completed, self._between = None, True, True
         if self._receiving is None:
             super().on_message_complete()
         else:
@@ -428,6 +434,32 @@ class _Call:
         application.accounts.count(
             INFER, "POST", status, self._model, self._started_ns, failed=status >= 400, caller=self._caller()
         )
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A request whose head is whole, without the wish for another protocol, HTTP/2 say: whoever does not have it passes
+    that over (RFC 9110, 7.8). Websockets are uvicorn's to refuse."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    if not end:
+        return data
+    kept = []
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        match name.strip().lower():
+            case b"upgrade":
+                if b"websocket" in value.lower():
+                    return data
+                continue
+            case b"http2-settings":
+                continue
+            case b"connection":
+                wishes = [one.strip() for one in value.split(b",")]
+                wishes = [one for one in wishes if one.lower() not in (b"upgrade", b"http2-settings")]
+                if not wishes:
+                    continue
+                line = b"Connection: " + b", ".join(wishes)
+        kept.append(line)
+    return b"\r\n".join(kept) + end + rest
 
 
 def _text(value: bytes | None) -> str | None:

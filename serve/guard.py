@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 from collections.abc import Mapping
 
@@ -21,7 +22,10 @@ PAGE_HEADERS: Mapping[str, str] = {
 }
 # Whoever starts the server again or sends it requests must be able to ask how it does without a secret.
 _OPEN = frozenset(("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"))
-_SCHEME = "bearer"
+# What a browser asks a person for, and then sends: any name, and the token as password.
+_SCHEME, _BROWSERS = "bearer", "basic"
+# By which no page of another site can change anything: browsers say so of every request of theirs.
+_HARMLESS = frozenset(("GET", "HEAD", "OPTIONS"))
 REQUEST_ID = "x-request-id"
 
 
@@ -32,6 +36,10 @@ def request_id(text: str | None) -> str | None:
 
 class UnauthorizedError(DlopsError):
     """The request has no token, or a wrong one: status 401."""
+
+
+class CrossSiteError(DlopsError):
+    """A browser sent it for a page of another site: status 403."""
 
 
 class Guard:
@@ -47,16 +55,25 @@ class Guard:
         if authorization is None:
             raise UnauthorizedError("no token", hint="send Authorization: Bearer TOKEN")
         scheme, _, given = authorization.partition(" ")
+        token = given.strip().encode() if scheme.lower() == _SCHEME else _password(given)
         # Compared in a time that does not say how much of it was right.
-        if scheme.lower() != _SCHEME or not hmac.compare_digest(given.strip().encode(), self._token):
+        if scheme.lower() not in (_SCHEME, _BROWSERS) or not hmac.compare_digest(token, self._token):
             raise UnauthorizedError("wrong token", hint="send Authorization: Bearer TOKEN")
+
+
+def _password(given: str) -> bytes:
+    """Of what follows "Basic"; empty where it is none."""
+    try:
+        return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 class GuardMiddleware:
     """Around the whole ASGI application, BentoML's own routes too."""
 
     def __init__(self, app: ASGIApp, guard: Guard, refuse: ASGIApp) -> None:
-        """refuse: answers a request whose scope has the UnauthorizedError under "dlops.error"."""
+        """refuse: answers a request whose scope has the error under "dlops.error"."""
         self._app = app
         self._guard = guard
         self._refuse = refuse
@@ -69,8 +86,12 @@ class GuardMiddleware:
         asked = Headers(scope=scope)
         identity = request_id(asked.get(REQUEST_ID))
 
+        has_begun = False
+
         async def secured(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 headers = MutableHeaders(scope=message)
                 headers.update(SECURITY_HEADERS)
                 if headers.get("content-type", "").startswith("text/html"):
@@ -81,9 +102,17 @@ class GuardMiddleware:
             await send(message)
 
         try:
+            if asked.get("sec-fetch-site") == "cross-site" and scope["method"] not in _HARMLESS:
+                raise CrossSiteError("a page of another site may not ask this server to do anything")
             if scope["path"] not in _OPEN:
                 self._guard.check(asked.get("authorization"))
-        except UnauthorizedError as error:
+        except (CrossSiteError, UnauthorizedError) as error:
             await self._refuse({**scope, "dlops.error": error}, receive, secured)
             return
-        await self._app(scope, receive, secured)
+        try:
+            await self._app(scope, receive, secured)
+        except Exception as error:
+            # Raised outside of all that handles a route's errors: without an answer the client would wait for nothing.
+            if has_begun:
+                raise
+            await self._refuse({**scope, "dlops.error": error}, receive, secured)

@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 from dlops.artifact import Artifact
 from dlops.console import say
 from dlops.errors import GateError, InputError, MachineError, UsageError
+from dlops.jpeg_scans import MOST as MOST_SCANS
+from dlops.jpeg_scans import count_scans
 from dlops.preprocess import MAX_PIXELS, Raw, open_image
 
 Pixels = NDArray[np.uint8]
@@ -28,7 +30,7 @@ Pixels = NDArray[np.uint8]
 _MEAN_LEVELS, _MOST_LEVELS, _SHARE_WITHIN = 1.0, 8, 0.99
 _CHECKED_SAMPLES = 8
 # Colours at full and at quarter resolution, and in several passes.
-_KINDS: tuple[dict[str, Any], ...] = ({"subsampling": 0}, {"subsampling": 2}, {"progressive": True})
+_KINDS: tuple[dict[str, Any], ...] = ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True})
 
 
 class JpegDecoder:
@@ -52,7 +54,7 @@ class JpegDecoder:
         # A decoder is one thread's.
         self._threads = threading.local()
         self._has_said = False
-        self._own()
+        self.open_here()
 
     def pixels(self, content: bytes) -> Pixels | None:
         """(height, width, 3), turned as its EXIF tag says; None for what Pillow is to decode or to refuse."""
@@ -66,6 +68,10 @@ class JpegDecoder:
                 }
         except Exception:  # noqa: BLE001 - Pillow's readers raise OSError, SyntaxError, struct.error and others
             return None
+        scans = count_scans(content)
+        if scans.scans > MOST_SCANS or not scans.ended:
+            # A decoder may fill up what is missing, where Pillow refuses.
+            return None
         found = self._decoded(content)
         if found is None or found.shape != (size[1], size[0], 3):
             self._tell_once(content)
@@ -75,6 +81,10 @@ class JpegDecoder:
         picture = Image.fromarray(found)
         picture.info |= about
         return np.asarray(ImageOps.exif_transpose(picture))
+
+    def open_here(self) -> None:
+        """Open this thread's decoder, which takes time and memory of the GPU. Raises MachineError."""
+        self._own()
 
     def check(self, raws: Iterable[Raw]) -> None:
         """Compare it with Pillow on the first of these pictures as JPEGs, and on one that is made here.
@@ -86,19 +96,20 @@ class JpegDecoder:
             pictures.append(open_image(raw, mode="RGB"))
         for picture in pictures:
             for kind in _KINDS:
-                buffer = io.BytesIO()
-                picture.save(buffer, "JPEG", quality=90, **kind)
-                with Image.open(buffer) as opened:
-                    expected = np.asarray(opened.convert("RGB"), np.int16)
-                found = self._decoded(buffer.getvalue())
-                _compare(found, expected, kind)
+                for mode in ("RGB", "L"):
+                    buffer = io.BytesIO()
+                    picture.convert(mode).save(buffer, "JPEG", quality=90, **kind)
+                    with Image.open(buffer) as opened:
+                        expected = np.asarray(opened.convert("RGB"), np.int16)
+                    _compare(self._decoded(buffer.getvalue()), expected, {"mode": mode, **kind})
 
     def _decoded(self, content: bytes) -> Pixels | None:
         try:
             image = self._own().decode(content, params=self._parameters)
-        except RuntimeError:
+            return None if image is None else np.asarray(image.cpu())
+        except Exception as error:  # noqa: BLE001 - whatever the GPU or its library raises: Pillow answers, and it is said
+            self._tell(f"nvJPEG failed ({type(error).__name__}: {error})")
             return None
-        return None if image is None else np.asarray(image.cpu())
 
     def _own(self) -> Any:
         """This thread's decoder."""
@@ -131,8 +142,12 @@ class JpegDecoder:
             open_image(content, mode="RGB")
         except InputError:
             return
-        self._has_said = True
-        say("nvJPEG does not decode a JPEG that Pillow does; Pillow answers for such files (this is said once)")
+        self._tell("nvJPEG does not decode a JPEG that Pillow does")
+
+    def _tell(self, what: str) -> None:
+        if not self._has_said:
+            self._has_said = True
+            say(f"{what}; Pillow answers in its place (this is said once)")
 
 
 def jpeg_decoder(artifact: Artifact, *, device: str) -> JpegDecoder | None:

@@ -17,7 +17,7 @@ from typing import Self
 
 from dlops.artifact import Artifact
 from dlops.console import say
-from dlops.errors import MachineError, missing_package
+from dlops.errors import MachineError, UsageError, missing_package
 from dlops.runtimes.session import Device
 from dlops.serve.log import Log
 from dlops.serve.ports import authority, numeric_host, reachable, usable_port
@@ -30,6 +30,7 @@ _SERVICE = "dlops.serve.service:Service"
 _POLL_S = 0.05
 _LOG_TAIL_LINES = 30
 _TITLES = 5
+_LOOPBACK = "127.0.0.1"
 
 
 def check_installed() -> None:
@@ -48,16 +49,16 @@ def begin_log() -> None:
 
 
 def serve_artifacts(
-    sources: Sequence[Path | str], *, host: str = "127.0.0.1", port: int = 3000, device: Device = "auto",
-    threads: int | None = None, workers: int = 1, trust: bool = False, grpc_port: int | None = None,
-    model_control: ModelControl = "none", versions: int = 1, tls_cert: Path | None = None, tls_key: Path | None = None,
-    tls_client_ca: Path | None = None,
+    sources: Sequence[Path | str], *, host: str = _LOOPBACK, port: int = 3000, device: Device | None = None,
+    threads: int | None = None, workers: int | None = None, trust: bool | None = None, grpc_port: int | None = None,
+    model_control: ModelControl | None = None, versions: int | None = None, tls_cert: Path | None = None,
+    tls_key: Path | None = None, tls_client_ca: Path | None = None,
 ) -> int:  # fmt: skip
     """Serve in the foreground until a signal ends it.
 
     sources: artifacts and folders of artifacts, as `Repository` takes them. port: 0 takes a free one. trust: as in
     SessionOptions. grpc_port: on which gRPC is spoken too; None for not at all. model_control, versions and
-    what begins with tls: as in Settings.
+    what begins with tls: as in Settings. What is None is as its variable says, or the default.
 
     Returns the exit status once what was accepted is answered: 0 after SIGTERM, 130 after Ctrl-C; 143 where SIGTERM was
     followed by another signal, which ends the server at once, or where it did not end in order. Raises
@@ -66,9 +67,14 @@ def serve_artifacts(
     """
     address = numeric_host(host)
     port = usable_port(address, port)
-    given = Settings(
-        artifact=absolute(sources), device=device, threads=threads, workers=workers, trust=trust,
-        grpc_host=address, grpc_port=None if grpc_port is None else usable_port(address, grpc_port),
+    if grpc_port == port:
+        raise UsageError(
+            f"--port and --grpc-port are both {port}", hint="gRPC has a port of its own; 0 takes a free one"
+        )
+    given = Settings.of(
+        artifact=absolute(sources), device=device, threads=threads, workers=workers, trust=trust or None,
+        grpc_host=address if grpc_port is not None or host != _LOOPBACK else None,
+        grpc_port=None if grpc_port is None else usable_port(address, grpc_port),
         model_control=model_control, versions=versions, tls_cert=tls_cert, tls_key=tls_key,
         tls_client_ca=tls_client_ca,
     )  # fmt: skip
@@ -112,10 +118,11 @@ class ServerProcess:
 
     def __init__(
         self, *sources: Artifact | Path, host: str = "127.0.0.1", port: int = 0, env: Mapping[str, str] | None = None,
-        device: Device = "auto", threads: int | None = None, workers: int = 1, start_timeout_s: float = 120.0,
+        device: Device | None = None, threads: int | None = None, workers: int | None = None,
+        start_timeout_s: float = 120.0,
         stop_timeout_s: float = 20.0, grpc_port: int | None = None, isolated: bool = False,
     ) -> None:  # fmt: skip
-        self._settings = Settings(
+        self._settings = Settings.of(
             artifact=absolute([one.directory if isinstance(one, Artifact) else one for one in sources]),
             device=device, threads=threads, workers=workers,
         )  # fmt: skip

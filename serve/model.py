@@ -34,6 +34,8 @@ from dlops.tasks import open_task
 # A run of so little holds up the other requests for no longer than handing it to a thread and back would.
 _INLINE_NS = 300_000
 _TIMED = 7
+# That may wait where no setting says how many.
+_QUEUE_ROWS, _QUEUE_REQUESTS = 1024, 64
 # ONNX's control flow, and what gives outputs of a size that its input decides.
 _DATA_DEPENDENT = frozenset(
     ("Loop", "Scan", "If", "NonZero", "Unique", "NonMaxSuppression", "Compress", "Range", "Expand")
@@ -80,7 +82,7 @@ class ServedModel:
 
         self.queue = InferenceQueue(
             self.instances,
-            max_rows=settings.max_queue_rows,
+            max_rows=settings.max_queue_rows or max(_QUEUE_ROWS, _QUEUE_REQUESTS * artifact.signature.max_batch),
             max_bytes=settings.max_queue_bytes,
             max_wait_ns=round(settings.max_wait_s * 1e9),
             max_batch=self.max_batch,

@@ -31,6 +31,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # Of those that travel with an artifact: enough to see that it works.
 _SAMPLES = 8
+_DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class Pages:
             ("GET", "/ui/page.js", self._file),
             ("GET", "/ui/model.json", self._model),
             ("GET", "/ui/live.json", self._live),
-            ("GET", "/ui/samples/{number:int}", self._sample),
+            ("GET", "/ui/samples/{number}", self._sample),
         ]
 
     async def _openapi(self, request: Request) -> Response:
@@ -82,7 +83,11 @@ class Pages:
         return json_response(live_document(self._metrics))
 
     async def _sample(self, request: Request) -> Response:
-        found = await asyncio.to_thread(sample, self._shown(request).artifact, request.path_params["number"])
+        number = request.path_params["number"]
+        # Starlette's own "int" takes any number of digits, and Python then refuses to read them.
+        if not (number.isascii() and number.isdigit() and len(number) <= _DIGITS):
+            raise HTTPException(404, "no such sample")
+        found = await asyncio.to_thread(sample, self._shown(request).artifact, int(number))
         if found is None:
             raise HTTPException(404, "no such sample")
         return Response(found.content, media_type=found.kind)

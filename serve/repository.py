@@ -7,6 +7,7 @@ one that is named      its own name and version; `<name>-<variant>` where anothe
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,7 +101,7 @@ class Repository:
         entries: list[Entry] = []
         damaged: list[Damaged] = []
         by_model: dict[str, list[tuple[int, Path]]] = {}
-        for folder in sorted(path.parent for path in root.rglob(Artifact.file_name)):
+        for folder in _folders_with(Artifact.file_name, root):
             numbered = _numbered(folder)
             if numbered is not None:
                 by_model.setdefault(numbered[0], []).append((int(numbered[1]), folder))
@@ -148,11 +149,29 @@ def entry_of(artifact: Artifact, name: str | None = None, version: str | None = 
 
 
 def _numbered(folder: Path) -> tuple[str, str] | None:
-    """Model and version of models/digits/2."""
-    folder = folder.resolve()
+    """Model and version of models/digits/2, which may be links: what they are called counts."""
+    folder = Path(_unresolved(folder))
     if _VERSION.fullmatch(folder.name) and re.fullmatch(NAME_PATTERN, folder.parent.name):
         return folder.parent.name, folder.name
     return None
+
+
+def _unresolved(path: str | Path) -> str:
+    """From the root, its links as they are: a folder is called what its link is."""
+    return os.path.abspath(path)  # noqa: PTH100 - Path.resolve follows links, Path.absolute leaves ".." in
+
+
+def _folders_with(name: str, root: Path) -> list[Path]:
+    """Sorted; links to folders are followed, each folder on the way down once."""
+    found = []
+    for folder, below, files in os.walk(root, followlinks=True):
+        here = Path(folder)
+        if name in files:
+            found.append(here)
+        # A link to a folder above would lead round and round.
+        above = {os.path.realpath(one) for one in (here, *here.parents)}
+        below[:] = [one for one in below if os.path.realpath(here / one) not in above]
+    return sorted(found)
 
 
 def _is_repository(folder: Path) -> bool:
@@ -161,7 +180,7 @@ def _is_repository(folder: Path) -> bool:
 
 def absolute(sources: Iterable[str | Path]) -> tuple[str, ...]:
     """The same, whatever folder they are read in."""
-    return tuple(str(one) if _is_tag(one) else str(Path(one).resolve()) for one in sources)
+    return tuple(str(one) if _is_tag(one) else _unresolved(one) for one in sources)
 
 
 def _is_tag(source: str | Path) -> bool:

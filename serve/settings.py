@@ -26,8 +26,9 @@ class Settings(Record):
     trust: run native code that was made elsewhere. threads: for one operator; None for this worker's share of the
     cores. workers: processes. instances: sessions a worker, each with a thread of its own; None for two on a GPU and
     one on a CPU. cuda_graphs: batches are padded to sizes whose graphs were captured at the start; needs a GPU.
-    max_queue_rows, max_queue_bytes: that may wait before requests are turned away. max_wait_s: likewise, for requests
-    without a deadline, as the pace of the last runs says; those with one are turned away where they would miss it.
+    max_queue_rows, max_queue_bytes: that may wait before requests are turned away; of rows None stands for as many as
+    64 of the largest requests have, and 1024 at least. max_wait_s: likewise, for requests without a deadline, as the
+    pace of the last runs says; those with one are turned away where they would miss it.
     queue_delay_us: that an instance waits for more rows after the first. max_batch: rows in one run, cut to what the
     artifact allows. max_body_bytes: of one request, as sent and as decompressed. max_response_bytes: of one answer of
     /v2. max_pending_bytes: of all bodies held at once. max_pixels: of all pictures of one request together; four times
@@ -51,9 +52,9 @@ class Settings(Record):
     workers: int = Field(1, ge=1, le=256)
     instances: int | None = Field(None, ge=1, le=64)
     cuda_graphs: bool = False
-    max_queue_rows: int = Field(1024, ge=1)
+    max_queue_rows: int | None = Field(None, ge=1)
     max_queue_bytes: int = Field(256 * 1024 * 1024, ge=1)
-    max_wait_s: float = Field(30.0, gt=0)
+    max_wait_s: float = Field(30.0, gt=0, allow_inf_nan=False)
     queue_delay_us: int = Field(0, ge=0, le=10_000_000)
     max_batch: int = Field(32, ge=1)
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)
@@ -61,8 +62,8 @@ class Settings(Record):
     max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     jpeg_decoder: Literal["pillow", "nvjpeg"] = "pillow"
-    receive_timeout_s: float = Field(30.0, gt=0)
-    send_timeout_s: float = Field(30.0, gt=0)
+    receive_timeout_s: float = Field(30.0, gt=0, allow_inf_nan=False)
+    send_timeout_s: float = Field(30.0, gt=0, allow_inf_nan=False)
     grpc_port: int | None = Field(None, ge=0, le=65535)
     grpc_host: str = "127.0.0.1"
     tls_cert: Path | None = None
@@ -105,6 +106,14 @@ class Settings(Record):
             raise ValueError(f"must be a folder or a JSON list of them: {error}") from None
 
     @classmethod
+    def of(cls, **given: object) -> Self:
+        """From arguments; None stands for one that was not given. Raises UsageError naming every one that is wrong."""
+        try:
+            return cls.model_validate({name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            raise UsageError(explain_validation(error)) from None
+
+    @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Read `DLOPS_ARTIFACT`, `DLOPS_DEVICE`, ... Raises UsageError naming every variable with a bad value."""
         environment = os.environ if environment is None else environment
@@ -117,8 +126,9 @@ class Settings(Record):
             raise UsageError(f"{_PREFIX}* environment variables: {explain_validation(error)}") from None
 
     def to_environment(self) -> dict[str, str]:
-        """The variables that `from_environment` reads, for a child process; defaults leave what is set there alone."""
-        values = self.model_dump(exclude_defaults=True)
+        """The variables that `from_environment` reads, for a child process; what was not given leaves what is set there
+        alone."""
+        values = self.model_dump(exclude_unset=True)
         return {variable(name): _text(value) for name, value in values.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dlops.errors import MachineError
 from dlops.serve.cells import Cells
 from dlops.serve.metrics import Metrics
 from dlops.serve.outcome import BatchDone
@@ -102,8 +104,10 @@ def test_a_line_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
     cells = Cells(tmp_path)
     cells.values[cells.index("n")] = 3
     (keys,) = tmp_path.glob("*.keys")
-    with keys.open("a") as file:
-        file.write('["half", [], 1')
+    written = keys.read_bytes().index(b"\0")
+    with keys.open("r+b") as file:
+        file.seek(written)
+        file.write(b'["half", [], 1')
     (worker,) = cells.workers()
     assert worker.values == {("n", ()): [3]}
 
@@ -121,3 +125,21 @@ def test_a_gauge_is_that_of_the_living(other_worker, tmp_path: Path) -> None:
     other_worker.kill()
     other_worker.wait(10)
     assert metrics.ready.sums() == {(): [1]}
+
+
+def test_room_is_taken_at_once_so_that_a_full_disk_ends_nothing_later(tmp_path: Path, monkeypatch) -> None:
+    cells = Cells(tmp_path)
+    cells.values[cells.index("a", ("b",))] += 1
+    for path in tmp_path.iterdir():
+        assert path.stat().st_blocks * 512 >= path.stat().st_size > 1_000_000
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MachineError, match=r"room for the server's counts.*: the disk is full"):
+        Cells(tmp_path)
+    # What a full disk says later changes nothing any more: nothing is written to a file.
+    monkeypatch.setattr(os, "write", full)
+    cells.values[cells.index("c")] += 1
+    assert next(iter(Cells.workers(cells))).values == {("a", ("b",)): [1], ("c", ()): [1]}

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dlops.environment import available_cores
 from dlops.errors import InputError
+from dlops.jpeg_scans import count_scans
 from dlops.preprocess import Decode, Preprocess, Resize, Scale
 from dlops.serve.decoding import count_pixels
 from dlops.serve.model import ServedModel
@@ -208,3 +209,31 @@ def test_what_was_given_up_before_a_thread_came_by_is_not_kept(application, held
         await asyncio.gather(*busy)
 
     asyncio.run(scenario())
+
+
+def progressive(scans: int) -> bytes:
+    """A picture with one of its scans so often."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * (scans - content.count(b"\xff\xda") + 1) + content[-2:]
+
+
+def test_a_jpeg_whose_scans_go_on_and_on_is_refused_unread(client) -> None:
+    for scans, status in ((10, 200), (100, 200), (101, 400), (150, 400)):
+        began = time.monotonic()
+        answer = client.post("/predict", content=progressive(scans), headers={"Content-Type": "image/jpeg"})
+        assert answer.status_code == status, answer.text
+        assert time.monotonic() - began < 5
+    assert "over 100 scans" in answer.text
+
+
+def test_scans_are_counted_as_the_decoder_meets_them() -> None:
+    plain = progressive(10)
+    assert count_scans(plain) == (10, True)
+    # A preview in the metadata, and what follows the picture's end, are no scans of it.
+    preview = b"\xff\xe1" + (2 + len(plain)).to_bytes(2, "big") + plain
+    assert count_scans(plain[:2] + preview + plain[2:] + plain) == (10, True)
+    assert count_scans(plain[:-2]) == (10, False)
+    assert count_scans(b"\xff\xd8") == (0, False)

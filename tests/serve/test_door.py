@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 
 from dlops.artifact import Artifact
-from dlops.serve.door import Door, install
+from dlops.serve.door import Door, _without_upgrade, install
 from dlops.serve.guard import GuardMiddleware
 from dlops.serve.launch import ServerProcess
 from dlops.serve.model import ServedModel
@@ -612,3 +612,25 @@ def test_an_answer_that_is_too_large_is_an_error_and_the_next_one_comes(
             if rows == 3:
                 assert json.loads(body)["field"] == "outputs"
                 assert "120 bytes, at most 100 are sent" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("header", ["Upgrade", "upgrade"])
+def test_a_wish_for_http_2_is_passed_over_and_the_body_read(port, header: str) -> None:
+    wish = f"Connection: {header}, HTTP2-Settings\r\n{header}: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+    pixels = images(1)
+    with connected(port) as client:
+        for headers in (wish, "", wish):
+            client.send(request_of(pixels, headers=headers))
+            response, body = client.answer()
+            assert response.status == 200
+            assert len(logits_in(response, body)) == 1
+
+
+def test_of_an_upgrade_only_the_wish_is_taken_away() -> None:
+    head = b"POST /x HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: h2c\r\nX: y\r\n\r\n"
+    assert _without_upgrade(head + b"\r\nUpgrade: body") == (
+        b"POST /x HTTP/1.1\r\nHost: a\r\nConnection: keep-alive\r\nX: y\r\n\r\n\r\nUpgrade: body"
+    )
+    websocket = head.replace(b"h2c", b"websocket")
+    assert _without_upgrade(websocket) == websocket
+    assert _without_upgrade(head[:40]) == head[:40]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import time
@@ -61,9 +62,37 @@ PATHS = [
 def test_nobody_is_answered_without_the_token(guarded, binary, method: str, path: str, given: dict[str, str]) -> None:
     response = ask(guarded, method, path, binary, given)
     assert response.status_code == 401
-    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert response.headers["WWW-Authenticate"].split(" ")[:2] == ["Bearer,", "Basic"]
     assert "token" in response.json()["error"]
     assert TOKEN not in response.text
+
+
+@pytest.mark.parametrize("path", ["/", "/docs.json", "binary"])
+def test_a_browser_sends_the_token_as_a_password(guarded, binary, path: str) -> None:
+    method = "POST" if path == "binary" else "GET"
+    for user, password, status in (("anybody", TOKEN, 200), ("", TOKEN, 200), (TOKEN, "", 401), ("a", "wrong", 401)):
+        given = base64.b64encode(f"{user}:{password}".encode()).decode()
+        assert ask(guarded, method, path, binary, {"Authorization": f"Basic {given}"}).status_code == status
+
+
+def test_a_page_of_another_site_changes_nothing(guarded, binary) -> None:
+    for path in ("binary", "/predict", "/v2/repository/models/digits/unload"):
+        refused = ask(guarded, "POST", path, binary, {**BEARER, "Sec-Fetch-Site": "cross-site"})
+        assert refused.status_code == 403, path
+        assert "another site" in refused.json()["error"]
+    for site in ("same-origin", "none"):
+        assert ask(guarded, "POST", "binary", binary, {**BEARER, "Sec-Fetch-Site": site}).status_code == 200
+    # A link to the page may be followed.
+    assert ask(guarded, "GET", "/", binary, {**BEARER, "Sec-Fetch-Site": "cross-site"}).status_code == 200
+
+
+def test_a_number_without_end_is_answered_at_once(guarded) -> None:
+    began = time.monotonic()
+    for number in ("9" * 5000, "-1", "1e3", "x", "٣"):
+        answer = guarded.get(f"/ui/samples/{number}", headers=BEARER)
+        assert answer.status_code == 404
+        assert answer.json()["error"]
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)

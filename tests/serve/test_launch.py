@@ -356,15 +356,35 @@ def test_a_variable_counts_where_no_argument_says_otherwise(digits_artifact, tmp
         raise MachineError("far enough")
 
     monkeypatch.setattr(launch, "_start", start)
-    for variable, versions, said in (("0", 1, "2, digits version 1"), ("0", 2, "2, digits version 1"), ("", 1, "2")):
+    both = "2, digits version 1"
+    for variable, versions, said in (("0", None, both), ("0", 2, both), ("0", 1, "2"), ("", None, "2")):
         monkeypatch.setenv("DLOPS_VERSIONS", variable)
         with pytest.raises(MachineError, match="far enough"):
             serve_artifacts([tmp_path], port=0, versions=versions)
         assert f"starting digits version {said} on http" in capfd.readouterr().err
-    assert started == [0, 2, 1]
+    assert started == [0, 2, 1, 1]
     monkeypatch.setenv("DLOPS_VERSIONS", "many")
     with pytest.raises(UsageError, match=r"DLOPS_.* versions"):
         serve_artifacts([tmp_path], port=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"workers": 300}, "workers: input should be less than or equal to 256"),
+        ({"tls_cert": Path("x")}, "tls_cert and tls_key go together"),
+        ({"port": 4571, "grpc_port": 4571}, "--port and --grpc-port are both 4571"),
+    ],
+)
+def test_arguments_that_cannot_be_are_one_line(arguments, said: str, digits_artifact) -> None:
+    with pytest.raises(UsageError, match=said):
+        serve_artifacts([digits_artifact.directory], **{"port": 0, **arguments})
+
+
+def test_no_limit_is_no_limit_that_can_be_set() -> None:
+    for name in ("MAX_WAIT_S", "SEND_TIMEOUT_S", "RECEIVE_TIMEOUT_S"):
+        with pytest.raises(UsageError, match="finite"):
+            Settings.from_environment({f"DLOPS_{name}": "inf"})
 
 
 def test_a_host_that_is_none_is_refused(digits_artifact) -> None:

@@ -124,3 +124,16 @@ def test_an_entry_survives_its_json(digits_artifact: Artifact) -> None:
 
 def test_versions_are_ordered_as_numbers() -> None:
     assert newest_first(["2", "10", "1", "next"]) == ["10", "2", "1", "next"]
+
+
+def test_a_version_may_be_a_link_and_is_called_as_it(copy, tmp_path: Path) -> None:
+    copy(tmp_path / "store" / "8a1f")
+    copy(tmp_path / "models" / "digits" / "1")
+    (tmp_path / "models" / "digits" / "2").symlink_to(tmp_path / "store" / "8a1f")
+    # Round and round.
+    (tmp_path / "models" / "digits" / "above").symlink_to(tmp_path / "models")
+    found = Repository([tmp_path / "models"], versions=None).entries()
+    assert [(entry.name, entry.version) for entry in found] == [("digits", "2"), ("digits", "1")]
+    (one,) = Repository([tmp_path / "models" / "digits" / "2"]).entries()
+    assert (one.name, one.version) == ("digits", "2")
+    open_entry(found[0])
