@@ -54,7 +54,7 @@ class Codec:
         self, signature: Signature, *, name: str, version: str, labels: Sequence[str] = (),
         max_bytes: int = 2**62, raw_input: RawInput | None = None,
     ) -> None:  # fmt: skip
-        """labels: of classes, where they are asked for. max_bytes: of an answer. raw_input: what may come as BYTES."""
+        """labels: of classes, where they are asked for. max_bytes: of an answer. raw_input: what may come as BYTES or pixels."""
         self._raw_input = raw_input
         self._signature = signature
         self._max_bytes = max_bytes

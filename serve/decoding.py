@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from dlops.artifact import Artifact
@@ -161,6 +162,8 @@ def _size(raw: Any) -> tuple[int, int]:
                 return image.size
         except Exception:  # noqa: BLE001 - Pillow's readers raise OSError, SyntaxError, struct.error and others
             return 0, 0
+    if isinstance(raw, np.ndarray):
+        return raw.shape[1], raw.shape[0]
     if isinstance(raw, list) and raw and isinstance(raw[0], list):
         return len(raw[0]), len(raw)
     return 0, 0

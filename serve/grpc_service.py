@@ -31,7 +31,7 @@ from dlops.serve.classes import check_classes
 from dlops.serve.guard import REQUEST_ID
 from dlops.serve.model import ServedModel
 from dlops.serve.protocol import Wanted
-from dlops.serve.raws import RawInput
+from dlops.serve.raws import PIXELS, RawInput
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
 from dlops.serve.tls import Tls
@@ -356,7 +356,7 @@ async def _until(closing: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncI
         end.cancel()
 
 
-def _raws(request: Any, raw_input: RawInput | None) -> list[bytes]:
+def _raws(request: Any, raw_input: RawInput | None) -> list[Any]:
     """The pictures or texts that came as BYTES, none where tensors did. Raises InputError."""
     if raw_input is None or len(request.inputs) != 1:
         return []
@@ -366,10 +366,12 @@ def _raws(request: Any, raw_input: RawInput | None) -> list[bytes]:
     if any(key in tensor.parameters for key in protocol.SHARED_MEMORY):
         raise protocol.SharedMemoryError(f"{tensor.name}: shared memory is not supported", field=tensor.name)
     if not raw:
+        if tensor.datatype == PIXELS:
+            return raw_input.from_numbers(list(tensor.contents.uint_contents), tuple(tensor.shape))
         return raw_input.from_contents(list(tensor.contents.bytes_contents), tuple(tensor.shape))
     if len(raw) != 1 or tensor.HasField("contents"):
         raise InputError(f"{tensor.name}: one raw tensor is expected, and nothing beside it", field=tensor.name)
-    return raw_input.from_binary(memoryview(raw[0]), tuple(tensor.shape))
+    return raw_input.from_binary(memoryview(raw[0]), tuple(tensor.shape), tensor.datatype)
 
 
 def _feed(request: Any, signature: Signature) -> Feed:

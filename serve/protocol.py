@@ -73,7 +73,7 @@ def decode_request(
     body: bytes, *, json_bytes: int | None, signature: Signature, raw_input: RawInput | None = None
 ) -> InferRequest:
     """An infer request. json_bytes: what Inference-Header-Content-Length said, None where it was absent. raw_input:
-    what may come as BYTES.
+    what may come as BYTES or pixels.
 
     Raises InputError naming the field for whatever does not fit.
     """
@@ -222,9 +222,9 @@ def _decode_inputs(
                 raise InputError(f"input {raw_input.name!r} is given twice", field=raw_input.name)
             shape, size = _shape(entry, raw_input.name), _binary_size(entry, raw_input.name)
             if size is None:
-                return feed, raw_input.from_json(entry.get("data"), shape), 0
+                return feed, raw_input.from_json(entry.get("data"), shape, entry["datatype"]), 0
             _check_left(raw_input.name, size, len(binary))
-            return feed, raw_input.from_binary(binary[:size], shape), size
+            return feed, raw_input.from_binary(binary[:size], shape, entry["datatype"]), size
         spec = spec_of(entry, specs, f"inputs[{index}]")
         if spec.name in feed:
             raise InputError(f"input {spec.name!r} is given twice", field=spec.name)

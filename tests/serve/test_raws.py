@@ -86,6 +86,48 @@ def test_pictures_are_decoded_and_prepared(triton, digit_pngs, digits_artifact, 
     np.testing.assert_allclose(found, digits_artifact.samples().outputs["logits"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_pixels_are_prepared_as_the_pictures_they_are_of(triton, digit_pngs, digits_artifact, channels) -> None:
+    module, client = triton
+    pictures = [Image.open(io.BytesIO(png)) for png in digit_pngs[:8]]
+    pixels = np.stack([np.asarray(one.convert("RGB" if channels == 3 else "L")) for one in pictures])
+    pixels = pixels[..., None] if channels == 1 else pixels
+    tensor = module.InferInput("image", list(pixels.shape), "UINT8")
+    tensor.set_data_from_numpy(pixels)
+    found = client.infer("digits", [tensor]).as_numpy("logits")
+    np.testing.assert_allclose(found, digits_artifact.samples().outputs["logits"][:8], rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_come_in_json(server: ServerProcess, digit_pngs, digits_artifact) -> None:
+    pixels = np.asarray(Image.open(io.BytesIO(digit_pngs[0])).convert("L"))
+    expected = digits_artifact.samples().outputs["logits"][0]
+    for data in (pixels.ravel().tolist(), [pixels.tolist()]):
+        tensor = {"name": "image", "datatype": "UINT8", "shape": [1, *pixels.shape], "data": data}
+        answer = httpx.post(f"{server.url}/v2/models/digits/infer", json={"inputs": [tensor]}).json()
+        np.testing.assert_allclose(answer["outputs"][0]["data"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "said"),
+    [
+        ([1, 8], [0] * 8, "expected [n, height, width]"),
+        ([1, 2, 2, 2], [0] * 8, "expected [n, height, width]"),
+        ([0, 2, 2], [], "0 to 255"),
+        ([1, 2, 2], [0] * 5, "5 values, shape [1, 2, 2] takes 4"),
+        ([1, 2, 2], [0, 1, 2, 256], "0 to 255"),
+        ([1, 2, 2], [0, 1, 2, 0.5], "0 to 255"),
+        ([1, 2, 2], "text", "0 to 255"),
+        ([9999, 1, 1], [0] * 9999, "rows, one to"),
+        ([1, 101, 100], [0] * 10100, "10100 pixels up to here, at most 10000"),
+    ],
+)
+def test_pixels_that_cannot_be_are_said(server: ServerProcess, shape, data, said: str) -> None:
+    document = {"inputs": [{"name": "image", "datatype": "UINT8", "shape": shape, "data": data}]}
+    answer = httpx.post(f"{server.url}/v2/models/digits/infer", json=document)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+
+
 def test_texts_are_too(triton, letters: Artifact) -> None:
     module, client = triton
     (output,) = letters.signature.outputs
@@ -175,5 +217,5 @@ def test_json_holds_texts_and_no_pictures() -> None:
 
 
 def test_a_model_without_preprocessing_takes_no_bytes(digits_artifact: Artifact) -> None:
-    assert RawInput.of(digits_artifact) == RawInput(name="image", kind="image", most=64)
+    assert RawInput.of(digits_artifact) == RawInput(name="image", kind="image", most=64, takes_pixels=True)
     assert RawInput.of(digits_artifact.model_copy(update={"preprocess": None})) is None
