@@ -41,14 +41,18 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 20}, {"progressive": True}, {"optimize": True},
-        *({"exif": turned(orientation)} for orientation in range(1, 9)),
-    ],
-    ids=str,
-)  # fmt: skip
+HOW: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "all colours": {"subsampling": 0},
+    "half the colours": {"subsampling": 1},
+    "poor": {"quality": 20},
+    "progressive": {"progressive": True},
+    "optimized": {"optimize": True},
+    **{f"orientation {number}": {"exif": turned(number)} for number in range(1, 9)},
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=list(HOW))
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_the_pixels_are_pillows(mode: str, how: dict[str, Any], decoder: JpegDecoder) -> None:
     content = encoded(jpeg._made().convert(mode), **how)
