@@ -91,8 +91,8 @@ class Signature(Record):
             self.dims[dim].min if isinstance(dim, str) and not self.is_free(dim) else dim for dim in spec.shape
         )
 
-    def check(self, feed: Feed) -> None:
-        """Raise InputError, naming the tensor, unless `feed` fits the inputs exactly and every float is finite."""
+    def check(self, feed: Feed, *, finite: bool = True) -> None:
+        """Raise InputError, naming the tensor, unless `feed` fits the inputs exactly. finite: and every float is so."""
         wanted = {spec.name for spec in self.inputs}
         for name in sorted(set(feed) - wanted):
             raise InputError(f"unknown input {name!r}", field=name, hint=f"the model takes {', '.join(sorted(wanted))}")
@@ -101,6 +101,8 @@ class Signature(Record):
             if spec.name not in feed:
                 raise InputError(f"input {spec.name!r} is missing", field=spec.name)
             self._check_tensor(spec, feed[spec.name], sizes)
+            if finite and is_floating(feed[spec.name].dtype) and not np.isfinite(feed[spec.name]).all():
+                raise InputError(f"{spec.name}: NaN or infinity in it", field=spec.name)
 
     def check_shape(self, spec: TensorSpec, shape: Sequence[int]) -> None:
         """Raise InputError unless the shape fits one of the inputs; sizes may be any whole numbers."""
@@ -133,5 +135,3 @@ class Signature(Record):
                 earlier, where = sizes.setdefault(dim, (size, spec.name))
                 if earlier != size:
                     raise InputError(f"{spec.name}: {dim} is {size}, but {earlier} in {where}", field=spec.name)
-        if is_floating(array.dtype) and not np.isfinite(array).all():
-            raise InputError(f"{spec.name}: NaN or infinity in it", field=spec.name)

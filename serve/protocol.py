@@ -97,7 +97,8 @@ def decode_request(
     if used != len(binary):
         raise InputError(f"{len(binary) - used} bytes follow the last input", field="inputs")
     if not raws:
-        signature.check(feed)
+        # Masks have infinities in them: what a model makes of such numbers is its affair.
+        signature.check(feed, finite=False)
     return InferRequest(
         id=identity,
         feed=feed,
@@ -124,7 +125,7 @@ def _raw_request(body: bytes, signature: Signature) -> InferRequest:
     shape = tuple(len(body) // fixed if isinstance(dim, str) else dim for dim in spec.shape)
     signature.check_shape(spec, shape)
     feed = {spec.name: from_binary(memoryview(body), spec, shape)}
-    signature.check(feed)
+    signature.check(feed, finite=False)
     return InferRequest(
         id=None, feed=feed, rows=rows_of(feed, signature), timeout_us=None,
         outputs=tuple(Wanted(name=one.name, binary=True) for one in signature.outputs),
@@ -332,8 +333,11 @@ def number_array(data: object, dtype: str, *, field: str) -> Array:
         limits = np.iinfo(target)
         if int(array.min()) < limits.min or int(array.max()) > limits.max:
             raise InputError(f"{field}: values outside of {limits.min} to {limits.max}", field=field)
-    with np.errstate(over="ignore"):  # too large for the dtype becomes infinity, which the signature's check refuses
-        return array.astype(target)
+    with np.errstate(over="ignore"):
+        found = array.astype(target)
+    if is_floating(target) and (np.isinf(found) & np.isfinite(array)).any():
+        raise InputError(f"{field}: values too large for {DATATYPES[dtype]}", field=field)
+    return found
 
 
 def _whole(values: NDArray[np.object_], otherwise: Array) -> Array:
