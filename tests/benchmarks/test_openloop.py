@@ -48,7 +48,7 @@ def test_a_stall_of_one_second_in_thirty(write_page: Callable[..., Path]) -> Non
     with running("frozen", "0.001", "10", "1") as port:
         closed = closed_loop("127.0.0.1", port, [REQUEST], concurrency=1, duration_s=30, max_warmup_s=0.5)
     with running("frozen", "0.001", "10", "1") as port:
-        few = open_loop("127.0.0.1", port, [REQUEST], poisson(100, duration_s=30), connections=1)
+        few = open_loop("127.0.0.1", port, [REQUEST], poisson(50, duration_s=30), connections=1)
     response = quantile_ms(loaded.response_ns, 0.99)
     # A thousand calls a second, of which the stall is one: it is not among the slowest hundredth.
     hidden = quantile_ms(closed.latencies_ns, 0.99)
@@ -67,7 +67,7 @@ def test_a_stall_of_one_second_in_thirty(write_page: Callable[..., Path]) -> Non
              f"{quantile_ms(loaded.response_ns, 0.5):.2f} ms", f"{response:.0f} ms"],
             ["the same requests, service time", f"{len(loaded.due_ns):,}",
              f"{quantile_ms(loaded.service_ns, 0.5):.2f} ms", f"{quantile_ms(loaded.service_ns, 0.99):.0f} ms"],
-            ["the same rate over one connection, response time", f"{len(few.due_ns):,}",
+            ["`--rate 50` over one connection, response time", f"{len(few.due_ns):,}",
              f"{quantile_ms(few.response_ns, 0.5):.2f} ms", f"{one_response:.0f} ms"],
             ["the same requests, service time", f"{len(few.due_ns):,}",
              f"{quantile_ms(few.service_ns, 0.5):.2f} ms", f"{one_service:.2f} ms"],
@@ -78,9 +78,9 @@ def test_a_stall_of_one_second_in_thirty(write_page: Callable[..., Path]) -> Non
     assert loaded.errors == {}
     assert abs(response - 700) < 70
     assert hidden < 20
-    # The backlog drains at a millisecond each, which makes the tail a little longer.
+    # Where the client waits, service time hides the stall.
     assert few.errors == {}
-    assert 630 < one_response < 900
+    assert abs(one_response - 700) < 70
     assert one_service < 20
 
 
