@@ -115,7 +115,10 @@ def deadline_ns(started_ns: int, *, header: str | None, timeout_us: int | None =
     ends = [] if timeout_us is None else [started_ns + timeout_us * 1000]
     if header is not None:
         if not (header.isascii() and header.isdigit() and len(header) <= 9 and int(header) > 0):
-            raise InputError(f"{TIMEOUT_HEADER} must be a whole number of milliseconds above 0", field=TIMEOUT_HEADER)
+            raise InputError(
+                f"{TIMEOUT_HEADER} must be a whole number of milliseconds above 0, of nine digits at most",
+                field=TIMEOUT_HEADER,
+            )
         ends.append(started_ns + int(header) * 1_000_000)
     return min(ends, default=None)
 

@@ -339,7 +339,8 @@ class Application:
         raise request.scope["dlops.error"]
 
     async def unsupported(self, request: Request) -> Response:
-        what = request.url.path.split("/")[2]
+        parts = request.url.path.split("/")
+        what = "trace" if parts[2] == "models" else parts[2]
         raise UnsupportedError(f"{what} is not supported", hint="send and ask for tensors in the body")
 
     async def not_allowed(self, request: Request) -> Response:
