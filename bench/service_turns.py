@@ -6,7 +6,7 @@ process do. Rows of `dlops bench`, one URL after the other, are in `dlops.bench.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -67,20 +67,25 @@ def measure_in_turns(
             recorder.watch(one.url, one.host, one.port)
         try:
             for items in dict.fromkeys(batch):
-                served = []
-                for target, endpoint in zip(targets, endpoints, strict=True):
-                    sent = prepare(endpoint, payload, batch=items)
-                    for note in sent.notes:
-                        rows.note(note)
-                    served.append(_Served(target=target, endpoint=endpoint, payload=sent))
-                for calls in dict.fromkeys(concurrency):
-                    with rows.keeping_what_there_is():
+                with rows.keeping_what_there_is():
+                    served = _prepared(rows, dict(zip(targets, endpoints, strict=True)), payload, batch=items)
+                    for calls in dict.fromkeys(concurrency):
                         _time(rows, served, batch=items, concurrency=calls)
         except KeyboardInterrupt:
             if not rows.rows:
                 raise
             raise MeasureInterrupted(rows.result(partial=True)) from None
         return rows.result(partial=bool(rows.failures))
+
+
+def _prepared(rows: Rows, endpoints: Mapping[str, Endpoint], payload: Artifact | None, *, batch: int) -> list[_Served]:
+    served = []
+    for target, endpoint in endpoints.items():
+        sent = prepare(endpoint, payload, batch=batch)
+        for note in sent.notes:
+            rows.note(note)
+        served.append(_Served(target=target, endpoint=endpoint, payload=sent))
+    return served
 
 
 def _time(rows: Rows, served: Sequence[_Served], *, batch: int, concurrency: int) -> None:

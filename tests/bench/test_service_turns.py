@@ -229,6 +229,10 @@ def test_a_batch_that_the_service_does_not_take_is_refused(make_artifact, serve)
     url = serve(artifact).url
     with pytest.raises(UsageError):
         measure_in_turns([url, url], payload=artifact, batch=[10_000], concurrency=[1], duration_s=1)
+    # What was measured before is kept.
+    measured = measure_in_turns([url, url], payload=artifact, batch=[1, 10_000], concurrency=[1], duration_s=0.2)
+    assert [row.load.batch for row in measured.measurements] == [1, 1]
+    assert measured.partial
 
 
 def test_the_rows_share_their_rounds(make_artifact, serve) -> None:
