@@ -59,7 +59,7 @@ def test_findings_survive_json_and_all_of_them_are_shown(findings: Findings) -> 
 
 def test_extras_are_those_of_the_package_and_either_onnxruntime_counts(findings: Findings) -> None:
     extras = {extra.name: extra for extra in findings.extras}
-    formats = {"openvino", "executorch", "tensorrt"}
+    formats = {"openvino", "executorch", "tensorrt", "nvjpeg"}
     others = {"cpu", "gpu", "train", "export", "serve", "bench", "triton", "loadgen", "timm", "optimize", "tracing"}
     assert set(extras) == others | formats
     assert extras["cpu"].is_complete
