@@ -397,3 +397,22 @@ def test_a_row_of_one_request_cannot_be_quoted(make_artifact, serve, tmp_path) -
     (row,) = measured.measurements
     assert row.latency.p50_ns is None
     assert not row.verdict.steady
+
+
+def test_a_process_is_started_where_no_folder_for_temporary_files_is(make_artifact, monkeypatch) -> None:
+    def none(*arguments: object, **options: object) -> object:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("dlops.bench.child.tempfile.TemporaryFile", none)
+    (row,) = measure([make_artifact()], duration_s=0.1, threads=1).measurements
+    assert row.error_count == 0
+
+
+def test_a_partial_report_worked_out_again_is_no_verdict_on_the_whole(make_artifact, tmp_path, monkeypatch) -> None:
+    # Whatever else the machine does meanwhile.
+    monkeypatch.setattr("dlops.workflows.reanalyse.exit_status", lambda report: 0)
+    whole = measure([make_artifact()], duration_s=0.1, threads=1)
+    for partial, status in ((False, 0), (True, 3)):
+        kept = tmp_path / f"kept{status}"
+        save_report(replace(whole, report=whole.report.model_copy(update={"partial": partial})), kept)
+        assert run(["bench", "--from", str(kept), "--out", str(tmp_path / f"again{status}")]) == status

@@ -8,18 +8,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 
+from dlops.bench.analysis import analyse_turns
 from dlops.bench.compare import compare_turns
 from dlops.bench.http import HttpTransport
 from dlops.bench.reanalysis import reanalyse
-from dlops.bench.run import MeasureInterrupted, save_report
+from dlops.bench.run import Measured, MeasureInterrupted, save_report
 from dlops.bench.service_turns import measure_in_turns
 from dlops.cli import run
+from dlops.environment import describe_environment
 from dlops.errors import MachineError, UsageError
-from dlops.report import read_report
+from dlops.report import Load, Measurement, Report, read_report
 from dlops.timing import interleave
 
 from .test_grpc import serve_grpc
@@ -243,3 +246,32 @@ def test_the_rows_share_their_rounds(make_artifact, serve) -> None:
     first, second = (np.unique(measured.samples[f"{row.samples}.turns"]) for row in measured.measurements)
     np.testing.assert_array_equal(first, second)
     assert len(first) >= 6
+
+
+def test_a_spell_that_slows_both_hides_no_difference() -> None:
+    """Neither median is certified where the pace wanders; in turns their ratio is."""
+    draw = np.random.default_rng(3)
+    rounds, calls = 120, 20
+    turns = np.repeat(np.arange(rounds), calls)
+    pace = np.repeat(np.cumsum(draw.normal(0, 0.08, rounds)), calls)
+    rows, samples = [], {}
+    for key, slower_by in (("row00", 1.0), ("row01", 1.2)):
+        latencies = (1e6 * slower_by * np.exp(pace + draw.normal(0, 0.05, len(turns)))).astype(np.int64)
+        figures = analyse_turns(latencies, turns, {}, batch=1, baseline=None, observed=())
+        assert figures.latency.p50_ns is None
+        assert not figures.verdict.steady
+        rows.append(
+            Measurement(
+                target=key, artifact=None, runtime="r", provider="p", device="d", precision="fp32", threads=None,
+                boundary="network", load=Load(), samples=key, warmup_calls=0, **figures.as_fields(),
+            )
+        )  # fmt: skip
+        samples |= {key: latencies, f"{key}.turns": turns}
+    report = Report(
+        title="t", created=datetime.now(UTC), command=(), environment=describe_environment(), measurements=tuple(rows)
+    )
+    (compared,) = compare_turns(Measured(report=report, samples=samples), base="a", new="b").rows
+    p50 = compared.judged[0]
+    assert (p50.quantity, p50.base, p50.new, p50.word) == ("p50", None, None, "REGRESSED")
+    assert p50.ratio is not None
+    assert p50.ratio.value == pytest.approx(1.2, rel=0.03)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from dlops.errors import UsageError
-from dlops.serve.guard import request_id
+from dlops.serve.guard import Guard, GuardMiddleware, request_id
 from dlops.serve.launch import ServerProcess
 from dlops.serve.settings import Settings
 
@@ -208,3 +209,22 @@ def test_tensors_in_shared_memory_answer_501(client, where: str) -> None:
     response = client.post("/v2/models/digits/infer", json=document)
     assert response.status_code == 501
     assert "shared" in response.json()["error"]
+
+
+def test_what_no_route_handles_is_answered_in_json_and_not_left_waiting() -> None:
+    async def broken(scope: object, receive: object, send: object) -> None:
+        raise ValueError("while routes are matched")
+
+    async def refuse(scope, receive, send) -> None:
+        assert isinstance(scope["dlops.error"], ValueError)
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+    asyncio.run(GuardMiddleware(broken, Guard(None), refuse)(scope, None, send))
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dlops.environment import available_cores
 from dlops.errors import GateError, InputError, MachineError, UsageError
 from dlops.preprocess import open_image
 from dlops.serve import jpeg
+from dlops.serve.decoding import Decoder
 from dlops.serve.jpeg import JpegDecoder, jpeg_decoder
 from dlops.serve.predict import to_feed
 from dlops.serve.settings import Settings
@@ -204,3 +206,33 @@ def test_the_setting_is_one_of_two() -> None:
     assert Settings.from_environment({"DLOPS_JPEG_DECODER": "nvjpeg"}).jpeg_decoder == "nvjpeg"
     with pytest.raises(UsageError, match="jpeg_decoder: input should be"):
         Settings.from_environment({"DLOPS_JPEG_DECODER": "turbo"})
+
+
+def test_whatever_the_library_raises_pillow_answers_and_it_is_said(monkeypatch, capsys) -> None:
+    decoder, content = JpegDecoder(None), encoded(jpeg._made())
+
+    def fail() -> Any:
+        raise MachineError("no memory is left on the GPU")
+
+    monkeypatch.setattr(decoder, "_own", fail)
+    assert [decoder.pixels(content) for _ in range(2)] == [None, None]
+    assert capsys.readouterr().err.count("no memory is left on the GPU") == 1
+
+
+def test_a_decoder_that_fills_up_what_is_missing_is_not_asked(monkeypatch) -> None:
+    decoder, content = JpegDecoder(None), encoded(jpeg._made())
+    whole = decoder.pixels(content)
+    monkeypatch.setattr(decoder, "_decoded", lambda content: whole)
+    assert decoder.pixels(content) is not None
+    assert decoder.pixels(content[:-2000]) is None
+
+
+def test_every_decoding_thread_has_opened_its_decoder_before_the_first_request(digits_artifact, monkeypatch) -> None:
+    opened = set()
+    monkeypatch.setattr(JpegDecoder, "open_here", lambda self: opened.add(threading.get_ident()))
+    decoder = Decoder(digits_artifact, max_pixels=1_000_000, jpeg=JpegDecoder(None))
+    try:
+        # One is this thread's, when the decoder was made.
+        assert len(opened - {threading.get_ident()}) == available_cores()
+    finally:
+        decoder.close()
