@@ -39,6 +39,7 @@ from dlops.serve.protocol import InferRequest
 from dlops.serve.routes import INFER, Application
 from dlops.serve.ticket import Ticket
 from dlops.serve.tracing import PARENT
+from dlops.serve.upgrade import without_upgrade
 from dlops.signature import Feed
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ class Door(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         # The parser ends a request with an upgrade at its head, and uvicorn then drops the body.
-        if self._between and (b"\r\nUpgrade:" in data or b"\r\nupgrade:" in data):
-            data = _without_upgrade(data)
+        if self._between:
+            data = without_upgrade(data)
         self._completed = False
         super().data_received(data)
         # The parser keeps what is not complete yet to itself, however long it grows. Of a chunk that ends a request and
@@ -434,32 +435,6 @@ class _Call:
         application.accounts.count(
             INFER, "POST", status, self._model, self._started_ns, failed=status >= 400, caller=self._caller()
         )
-
-
-def _without_upgrade(data: bytes) -> bytes:
-    """A request whose head is whole, without the wish for another protocol, HTTP/2 say: whoever does not have it passes
-    that over (RFC 9110, 7.8). Websockets are uvicorn's to refuse."""
-    head, end, rest = data.partition(b"\r\n\r\n")
-    if not end:
-        return data
-    kept = []
-    for line in head.split(b"\r\n"):
-        name, _, value = line.partition(b":")
-        match name.strip().lower():
-            case b"upgrade":
-                if b"websocket" in value.lower():
-                    return data
-                continue
-            case b"http2-settings":
-                continue
-            case b"connection":
-                wishes = [one.strip() for one in value.split(b",")]
-                wishes = [one for one in wishes if one.lower() not in (b"upgrade", b"http2-settings")]
-                if not wishes:
-                    continue
-                line = b"Connection: " + b", ".join(wishes)
-        kept.append(line)
-    return b"\r\n".join(kept) + end + rest
 
 
 def _text(value: bytes | None) -> str | None:

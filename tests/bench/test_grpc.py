@@ -396,3 +396,10 @@ def test_answers_of_a_shape_that_makes_no_sense_are_named(digits_artifact, serve
     server.reshape = lambda count, logits: logits[:, :3] if count % 3 == 0 else logits
     (note,) = prepare(endpoint, digits_artifact, batch=1).notes
     assert "answers whose shapes differ from one another" in note
+
+
+def test_a_version_in_the_url_is_in_every_request(digits_artifact, serve_grpc) -> None:
+    server = serve_grpc(digits_artifact)
+    endpoint = find_endpoint(f"{server.url}/{digits_artifact.name}/versions/7", model=None)
+    request = service_pb2.ModelInferRequest.FromString(encode_request(endpoint, digits_artifact.samples().inputs))
+    assert (endpoint.version, endpoint.server, request.model_version) == ("7", "toy-server 1", "7")

@@ -16,7 +16,10 @@ from dlops.environment import available_cores
 from dlops.errors import InputError
 from dlops.jpeg_scans import count_scans
 from dlops.preprocess import Decode, Preprocess, Resize, Scale
+from dlops.runtimes import SessionOptions, open_session
+from dlops.serve.cells import Cells
 from dlops.serve.decoding import count_pixels
+from dlops.serve.metrics import Metrics
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
@@ -237,3 +240,11 @@ def test_scans_are_counted_as_the_decoder_meets_them() -> None:
     assert count_scans(plain[:2] + preview + plain[2:] + plain) == (10, True)
     assert count_scans(plain[:-2]) == (10, False)
     assert count_scans(b"\xff\xd8") == (0, False)
+
+
+def test_where_nothing_says_how_many_rows_wait_64_of_the_largest_requests_do(digits_artifact) -> None:
+    session = open_session(digits_artifact, SessionOptions(device="cpu", threads=1))
+    for given, most in ((None, 64 * digits_artifact.signature.max_batch), (7, 7)):
+        model = ServedModel(digits_artifact, [session], Settings(max_queue_rows=given), Metrics(Cells()))
+        assert model.queue._max_rows == most
+        model.decoder.close()

@@ -17,12 +17,13 @@ import pytest
 import uvicorn
 
 from dlops.artifact import Artifact
-from dlops.serve.door import Door, _without_upgrade, install
+from dlops.serve.door import Door, install
 from dlops.serve.guard import GuardMiddleware
 from dlops.serve.launch import ServerProcess
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
+from dlops.serve.upgrade import without_upgrade
 from tests.serve.held import HeldSession
 
 ADDRESS = "/v2/models/digits/infer"
@@ -627,9 +628,9 @@ def test_a_wish_for_http_2_is_passed_over_and_the_body_read(port, header: str) -
 
 def test_of_an_upgrade_only_the_wish_is_taken_away() -> None:
     head = b"POST /x HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: h2c\r\nX: y\r\n\r\n"
-    assert _without_upgrade(head + b"\r\nUpgrade: body") == (
+    assert without_upgrade(head + b"\r\nUpgrade: body") == (
         b"POST /x HTTP/1.1\r\nHost: a\r\nConnection: keep-alive\r\nX: y\r\n\r\n\r\nUpgrade: body"
     )
     websocket = head.replace(b"h2c", b"websocket")
-    assert _without_upgrade(websocket) == websocket
-    assert _without_upgrade(head[:40]) == head[:40]
+    assert without_upgrade(websocket) == websocket
+    assert without_upgrade(head[:40]) == head[:40]
