@@ -28,7 +28,7 @@ from dlops.version import __version__
 
 FORMATS = ("onnx-fp32", "torchscript-fp32")
 MAX_PARAMETERS = 200_000_000
-_LIMIT_S = 900.0
+_LIMIT_S = 900.0  # of wall-clock time, one network
 # Half of them are evaluation samples; parity runs each at several batch sizes.
 _SAMPLES = 8
 _MAX_BATCH = 4
@@ -54,10 +54,11 @@ class Tried(Record):
     torch: str = ""
 
 
-def run_zoo(patterns: Sequence[str], *, kept: Path, again: bool = False) -> list[Tried]:
+def run_zoo(patterns: Sequence[str], *, kept: Path, again: bool = False, limit_s: float = _LIMIT_S) -> list[Tried]:
     """Try every network whose name fits one of the patterns, and return what is known of all of those.
 
     kept: the file of results, a JSON line each; what is there already is not tried again unless `again`.
+    limit_s: seconds that one network may take.
     """
     from torchvision.models import list_models
 
@@ -67,7 +68,7 @@ def run_zoo(patterns: Sequence[str], *, kept: Path, again: bool = False) -> list
     kept.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("networks", total=len(missing)) as bar:
         for name in missing:
-            found = _in_a_process(name)
+            found = _in_a_process(name, limit_s)
             known |= {(one.network, one.slug): one for one in found}
             with kept.open("a") as file:
                 file.writelines(one.model_dump_json() + "\n" for one in found)
@@ -196,12 +197,12 @@ def coloured_noise(count: int, size: int) -> NDArray[np.float32]:
     return np.asarray(images / images.std(axis=(2, 3), keepdims=True), np.float32)
 
 
-def _in_a_process(name: str) -> list[Tried]:
+def _in_a_process(name: str, limit_s: float) -> list[Tried]:
     command = [sys.executable, "-P", "-m", "dlops.workflows.zoo", "--one", name]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+        child = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        return _failed(name, f"not done after {_LIMIT_S:g} s")
+        return _failed(name, f"not done after {limit_s:g} s")
     if child.returncode != 0:
         said = child.stderr.strip().splitlines()
         return _failed(name, f"its process ended with {child.returncode}{f': {said[-1][:200]}' if said else ''}")
@@ -234,13 +235,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("patterns", nargs="*", default=["*"], help="names of networks, with * and ?; all if left out")
     parser.add_argument("--kept", type=Path, default=Path("reports/zoo.jsonl"), help="the file of results")
     parser.add_argument("--again", action="store_true", help="try again what is in it")
+    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="seconds that one may take (%(default)g)")
     parser.add_argument("--one", help="one network, here; its results as JSON on stdout")
     options = parser.parse_args(arguments)
     if options.one:
         rows: list[dict[str, Any]] = [one.model_dump(mode="json") for one in try_network(options.one)]
         out.write(json.dumps(rows) + "\n")
         return 0
-    tried = run_zoo(options.patterns, kept=options.kept, again=options.again)
+    tried = run_zoo(options.patterns, kept=options.kept, again=options.again, limit_s=options.limit)
     out.write(table(tried))
     return 1 if any(one.passed is False for one in tried) else 0
 
