@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -99,15 +102,20 @@ class Call:
 
 class Target(Protocol):
     """What LoadGen calls its system under test. calls: in the order their queries were issued. keeps_loadgen: whether
-    `issue` returns only when its query is answered, so that queries wait in LoadGen."""
+    `issue` returns only when its query is answered, so that queries wait in LoadGen. failure: what `close` raises."""
 
     keeps_loadgen: bool
+    failure: BaseException | None
 
     @property
     def calls(self) -> Sequence[Call]: ...
 
     def issue(self, samples: list[Any]) -> None:
         """Run them, now or later, and tell LoadGen."""
+        ...
+
+    def halt(self) -> None:
+        """Begin no call any more: LoadGen waits for ever, in a process that is about to end. From another thread."""
         ...
 
     def close(self) -> None: ...
@@ -129,24 +137,27 @@ class Direct:
         self._call, self._batch = call, batch
         self.calls: list[Call] = []
         self._complete = completer()
-        self._failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     def issue(self, samples: list[Any]) -> None:
         for first in range(0, len(samples), self._batch):
             self._run(samples[first : first + self._batch])
 
+    def halt(self) -> None:
+        self._call = threading.Event().wait
+
     def close(self) -> None:
         """Raises what a call raised: an exception in LoadGen's own thread would end the process without a word."""
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def _run(self, samples: list[Any]) -> None:
         begin = time.perf_counter_ns()
-        if self._failure is None:
+        if self.failure is None:
             try:
                 self._call()
             except Exception as error:  # noqa: BLE001 - raised again in close()
-                self._failure = error
+                self.failure = error
         end = time.perf_counter_ns()
         # First: until LoadGen knows, the query's time runs.
         self._complete(samples)
@@ -168,37 +179,58 @@ def drive_session(call: Callable[[], object], settings: Settings) -> Driven:
 
 def drive(target: Target, settings: Settings) -> Driven:
     """Run LoadGen's test on the target, which is closed, and read its logs. Raises what a call of the target raised."""
+    with log_folder() as folder:
+        run_test(target, settings, folder)
+        return read_test(target, settings, folder)
+
+
+@contextmanager
+def log_folder() -> Iterator[Path]:
+    """A folder for LoadGen's logs, for one test."""
+    with tempfile.TemporaryDirectory(prefix="dlops-loadgen-") as folder:
+        yield Path(folder)
+
+
+def run_test(target: Target, settings: Settings, folder: Path) -> None:
+    """Run LoadGen's test on the target, which is closed. Raises what a call of the target raised."""
     import mlperf_loadgen
 
     # LoadGen sleeps until a query is due; what it oversleeps is in the query's latency.
     wake_on_time()
-    with tempfile.TemporaryDirectory(prefix="dlops-loadgen-") as folder:
-        log = mlperf_loadgen.LogSettings()
-        log.log_output.outdir = folder
-        log.log_output.copy_summary_to_stdout = False
-        # The only place where it writes every query's times.
-        log.enable_trace = True
-        sut = mlperf_loadgen.ConstructSUT(target.issue, _nothing)
-        library = mlperf_loadgen.ConstructQSL(_LIBRARY, _LIBRARY, _nothing, _nothing)
-        try:
-            mlperf_loadgen.StartTestWithLogSettings(sut, library, _test_settings(settings), log, "")
-        finally:
-            mlperf_loadgen.DestroyQSL(library)
-            mlperf_loadgen.DestroySUT(sut)
-            target.close()
-        errors: dict[str, int] = {}
-        for call in target.calls:
-            if call.failed:
-                errors[call.failed] = errors.get(call.failed, 0) + 1
-        said = read_result(Path(folder) / "mlperf_log_detail.txt", settings.scenario).model_copy(
-            update={"errors": errors}
-        )
-        if settings.scenario == "offline":
-            return _offline(target.calls, settings.batch, said)
-        due, late, latencies = read_trace(Path(folder) / "mlperf_log_trace.json")
-    succeeded = np.array([call.failed is None for call in target.calls], np.int64)
-    if len(succeeded) != len(due):
-        raise MachineError(f"LoadGen issued {len(succeeded)} queries and its trace holds {len(due)}")
+    log = mlperf_loadgen.LogSettings()
+    log.log_output.outdir = str(folder)
+    log.log_output.copy_summary_to_stdout = False
+    # The only place where it writes every query's times.
+    log.enable_trace = True
+    sut = mlperf_loadgen.ConstructSUT(target.issue, _nothing)
+    library = mlperf_loadgen.ConstructQSL(_LIBRARY, _LIBRARY, _nothing, _nothing)
+    try:
+        mlperf_loadgen.StartTestWithLogSettings(sut, library, _test_settings(settings), log, "")
+    finally:
+        mlperf_loadgen.DestroyQSL(library)
+        mlperf_loadgen.DestroySUT(sut)
+        target.close()
+
+
+def read_test(target: Target, settings: Settings, folder: Path, *, cut_short: bool = False) -> Driven:
+    """What LoadGen's logs and the target's calls say of a test. cut_short: it runs still, and counts as far as it is.
+
+    Raises MachineError where no query was answered.
+    """
+    calls = list(target.calls)
+    if cut_short:
+        said = Said(version=_version(), value=None, valid=False, reasons=("it was interrupted",))
+    else:
+        said = read_result(folder / "mlperf_log_detail.txt", settings.scenario)
+    if settings.scenario == "offline":
+        return _offline(calls, settings.batch, said)
+    numbers, due, late, latencies = read_trace(folder / "mlperf_log_trace.json", cut_short=cut_short)
+    if not cut_short and len(calls) != len(due):
+        raise MachineError(f"LoadGen issued {len(calls)} queries and its trace holds {len(due)}")
+    # Where several are in flight, of those that are answered some were issued after some that are not.
+    answered = [calls[number] for number in numbers.tolist()]
+    succeeded = np.array([call.failed is None for call in answered], np.int64)
+    said = said.model_copy(update={"errors": _errors(answered)})
     return Driven(
         starts_ns=due - due[0],
         lag_ns=np.maximum(0, late - _held_up(due, latencies)) if target.keeps_loadgen else late,
@@ -215,12 +247,19 @@ def _held_up(due_ns: Integers, latencies_ns: Integers) -> Integers:
     return np.concatenate([[0], np.maximum(0, ended - due_ns[1:])])
 
 
-def read_trace(path: Path) -> tuple[Integers, Integers, Integers]:
-    """When each query was due, how much later it was issued, and its latency from when it was due: (n,) ns, in order.
+def _errors(calls: Sequence[Call]) -> dict[str, int]:
+    return dict(Counter(call.failed for call in calls if call.failed))
 
-    Of several samples in one query the last counts. Raises MachineError where the trace holds no query.
+
+def read_trace(path: Path, *, cut_short: bool = False) -> tuple[Integers, Integers, Integers, Integers]:
+    """Each query's number, when it was due, how much later it was issued, and its latency from when it was due: (n,),
+    ns, in order.
+
+    Of several samples in one query the last counts. cut_short: the file is being written, and the query that it ends
+    with may lack some of its samples. Raises MachineError where the trace holds no query.
     """
     found: dict[int, tuple[int, int, int]] = {}
+    last = -1
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             if (match := _SAMPLE.search(line)) is None:
@@ -228,10 +267,13 @@ def read_trace(path: Path) -> tuple[Integers, Integers, Integers]:
             micro, nano, _, query, lag, latency = (int(group) for group in match.groups())
             latency = max(latency, found[query][2]) if query in found else latency
             found[query] = (micro * 1000 + nano, lag, latency)
+            last = query
+    if cut_short:
+        found.pop(last, None)
     if not found:
         raise MachineError("LoadGen's trace holds no query", hint="a longer --duration")
-    rows = np.array([found[query] for query in sorted(found)], np.int64)
-    return rows[:, 0], rows[:, 1], rows[:, 2]
+    rows = np.array([(query, *found[query]) for query in sorted(found)], np.int64)
+    return rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3]
 
 
 def read_result(path: Path, scenario: Scenario) -> Said:
@@ -249,7 +291,7 @@ def read_result(path: Path, scenario: Scenario) -> Said:
     valid = values.get("result_validity") == "VALID"
     value = values.get(_SCENARIOS[scenario][1])
     return Said(
-        version=version("mlcommons-loadgen"),
+        version=_version(),
         value=None if value is None else float(value),
         valid=valid,
         reasons=() if valid else tuple(dict.fromkeys(reason for reason in reasons if reason)),
@@ -284,8 +326,9 @@ def _test_settings(settings: Settings) -> Any:
 
 
 def _offline(calls: Sequence[Call], batch: int, said: Said) -> Driven:
-    """The whole batches: the rest of a query that is none took as long and answered less."""
-    whole = sorted((call for call in calls if call.items == batch), key=lambda call: call.begin_ns)
+    """The whole batches that are answered: the rest of a query that is none took as long and answered less."""
+    ended = (call for call in calls if call.items == batch and call.end_ns >= 0)
+    whole = sorted(ended, key=lambda call: call.begin_ns)
     if not whole:
         raise MachineError(
             "LoadGen's query was smaller than one batch", hint="a longer --duration or a smaller --batch"
@@ -297,8 +340,12 @@ def _offline(calls: Sequence[Call], batch: int, said: Said) -> Driven:
         latencies_ns=end - begin,
         service_ns=end - begin,
         succeeded=np.array([call.failed is None for call in whole], np.int64),
-        said=said,
+        said=said.model_copy(update={"errors": _errors(whole)}),
     )
+
+
+def _version() -> str:
+    return version("mlcommons-loadgen")
 
 
 def _nothing(*_: object) -> None:

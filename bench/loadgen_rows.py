@@ -15,6 +15,7 @@ from dlops.bench.inprocess import Conditions, Started, placed_fields
 from dlops.bench.inprocess_rates import process_of
 from dlops.bench.load import TIMEOUT_S
 from dlops.bench.loadgen import Driven, Said, Settings
+from dlops.bench.loadgen_child import await_driven
 from dlops.bench.loadgen_url import UrlJob
 from dlops.bench.network import Payload, encoded, served_fields
 from dlops.bench.oip import Endpoint
@@ -42,24 +43,27 @@ def note(said: str) -> str:
 def measure_session(
     one: Started, conditions: Conditions, *, rate: float | None, duration_s: float, warmth: WarmUp,
     artifacts: Sequence[Artifact], key: str,
-) -> tuple[Row, Said]:  # fmt: skip
-    """One row of a target in process. Raises MachineError where LoadGen got no answer."""
+) -> tuple[Row, Said, bool]:  # fmt: skip
+    """One row of a target in process, and whether Ctrl-C ended it. Raises MachineError where LoadGen got no answer, and
+    KeyboardInterrupt where it got none before Ctrl-C."""
     assert conditions.scenario is not None
     process = process_of(one)
     expected_ns = float(np.median(process.take_turn(_TURN_S).latencies_ns))
     settings = Settings(
         scenario=conditions.scenario, duration_s=duration_s, batch=conditions.batch, rate=rate, expected_ns=expected_ns
     )
-    driven = _driven(*process.ask({"loadgen": settings.model_dump(mode="json")}))
+    driven, interrupted = await_driven(process, {"loadgen": settings.model_dump(mode="json")})
     fields = placed_fields(one, conditions, artifacts)
-    return _row(driven, settings, concurrency=1, warmth=warmth, key=key, fields=fields), driven.said
+    row = _row(driven, settings, concurrency=1, interrupted=interrupted, warmth=warmth, key=key, fields=fields)
+    return row, driven.said, interrupted
 
 
 def measure_url(
     endpoint: Endpoint, payload: Payload, scenario: Scenario, *, batch: int, concurrency: int, rate: float | None,
     duration_s: float, warm: Warm, key: str,
-) -> tuple[Row, Said]:  # fmt: skip
-    """One row of a service, which is loaded from a process of its own. concurrency: requests in flight, offline."""
+) -> tuple[Row, Said, bool]:  # fmt: skip
+    """One row of a service, which is loaded from a process of its own; see `measure_session`. concurrency: requests in
+    flight, offline."""
     requests = encoded(endpoint, payload)
     # What one caller waits for; several in flight share a core, at worst.
     expected_ns = 1e9 / warm.rate / (concurrency if scenario == "offline" else 1)
@@ -76,28 +80,28 @@ def measure_url(
     )
     who = f"{endpoint.url}: the process that ran LoadGen"
     with Child(who, "dlops.bench.loadgen_url", job.model_dump_json()) as child:
-        driven = _driven(*child.ask({}, b"".join(requests)))
+        driven, interrupted = await_driven(child, {}, b"".join(requests))
     warmth = WarmUp(calls=warm.calls, settled=warm.steady)
     fields = served_fields(endpoint, payload)
-    return _row(driven, settings, concurrency=concurrency, warmth=warmth, key=key, fields=fields), driven.said
-
-
-def _driven(header: dict[str, Any], body: bytes) -> Driven:
-    starts, lag, latencies, service, succeeded = np.frombuffer(body, np.int64).reshape(5, -1)
-    said = Said.model_validate(header["said"])
-    return Driven(
-        starts_ns=starts, lag_ns=lag, latencies_ns=latencies, service_ns=service, succeeded=succeeded, said=said
+    row = _row(
+        driven, settings, concurrency=concurrency, interrupted=interrupted, warmth=warmth, key=key, fields=fields
     )
+    return row, driven.said, interrupted
 
 
 def _row(
-    driven: Driven, settings: Settings, *, concurrency: int, warmth: WarmUp, key: str, fields: dict[str, Any]
-) -> Row:
+    driven: Driven, settings: Settings, *, concurrency: int, interrupted: bool, warmth: WarmUp, key: str,
+    fields: dict[str, Any],
+) -> Row:  # fmt: skip
     good = driven.succeeded == 1
     if not good.any():
         raise MachineError(f"{fields['target']}: no call succeeded ({listed(driven.said.errors)})")
     observed = shortcomings(
-        warmed_up=warmth.settled, warmup_calls=warmth.calls, errors=driven.said.errors, calls=len(good)
+        warmed_up=warmth.settled,
+        warmup_calls=warmth.calls,
+        interrupted=interrupted,
+        errors=driven.said.errors,
+        calls=len(good),
     )
     remarks = (_in_words(driven.said, settings),)
     lag_p99_ns = None

@@ -17,7 +17,8 @@ from typing import Any
 from dlops.bench import pacing
 from dlops.bench.channel import Channel, telling
 from dlops.bench.load import failure_kind
-from dlops.bench.loadgen import Call, Settings, completer, drive
+from dlops.bench.loadgen import Call, Settings, completer
+from dlops.bench.loadgen_child import drive_for
 from dlops.bench.transport import Connection, Transport, TransportName, open_transport
 from dlops.errors import UsageError
 from dlops.manifest import Record
@@ -52,7 +53,7 @@ class Remote:
         self._open = 0
         self._waiting: deque[tuple[Call, list[Any], bytes]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -65,13 +66,16 @@ class Remote:
             self.calls.append(call)
             self._loop.call_soon_threadsafe(self._take, call, some, request)
 
+    def halt(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def _take(self, call: Call, samples: list[Any], request: bytes) -> None:
         self._waiting.append((call, samples, request))
@@ -83,7 +87,7 @@ class Remote:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if (error := task.exception()) is not None:
-            self._failure = error
+            self.failure = error
         # One may have come while the last worker was ending.
         if self._waiting and len(self._tasks) < self._job.connections:
             self._take(*self._waiting.pop())
@@ -136,8 +140,9 @@ def main(argument: str) -> None:
         body = memoryview(message[1])
         ends = [sum(job.request_bytes[: index + 1]) for index in range(len(job.request_bytes))]
         requests = [bytes(body[end - size : end]) for end, size in zip(ends, job.request_bytes, strict=True)]
-        driven = drive(Remote(open_transport(job.transport), job, requests), job.settings)
-        channel.send({"said": driven.said.model_dump(mode="json")}, driven.arrays().tobytes())
+        drive_for(channel, Remote(open_transport(job.transport), job, requests), job.settings)
+        # Ctrl-C may come just now, and the run then still has something to say.
+        channel.receive()
 
 
 if __name__ == "__main__":

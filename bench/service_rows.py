@@ -67,7 +67,7 @@ def _drive(rows: Rows, endpoint: Endpoint, sent: Payload, step: Step) -> None:
         for calls in step.concurrency or (1,):
             say(f"LoadGen on {endpoint.url}: {step.scenario}, {rows.lasting.first_s:g} s or more")
             began_ns = time.perf_counter_ns()
-            (row, samples), said = measure_url(
+            (row, samples), said, interrupted = measure_url(
                 endpoint, sent, step.scenario, batch=step.batch, concurrency=calls, rate=rate,
                 duration_s=rows.lasting.first_s, warm=warm, key=rows.next_key,
             )  # fmt: skip
@@ -75,6 +75,8 @@ def _drive(rows: Rows, endpoint: Endpoint, sent: Payload, step: Step) -> None:
             seen = Seen(begin_ns=began_ns, end_ns=time.perf_counter_ns(), items=items, service=endpoint.url)
             rows.add(row, samples, seen)
             rows.note(note(said.version))
+            if interrupted:
+                raise KeyboardInterrupt
 
 
 class _Offering:

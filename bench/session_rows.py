@@ -159,12 +159,14 @@ def _drive(
 
     say(f"LoadGen on {one.target}: {conditions.scenario}, {rows.lasting.first_s:g} s or more")
     began_ns = time.perf_counter_ns()
-    (row, samples), said = measure_session(
+    (row, samples), said, interrupted = measure_session(
         one, conditions, rate=rate, duration_s=rows.lasting.first_s, warmth=warmth, artifacts=artifacts,
         key=rows.next_key,
     )  # fmt: skip
     rows.note(note(said.version))
     _add(rows, row, samples, one, conditions, began_ns=began_ns)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _add(

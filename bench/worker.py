@@ -239,10 +239,11 @@ def _serve(job: Job, channel: Channel) -> None:
                 kept = keep_schedule(call, due_ns, give_up_ns=order["schedule"]["give_up_ns"], ticker=ticker)
                 channel.send({"interrupted": kept.interrupted}, np.stack([kept.begun_ns, kept.ended_ns]).tobytes())
             elif "loadgen" in order:
-                from dlops.bench.loadgen import Settings, drive_session
+                from dlops.bench.loadgen import Direct, Settings
+                from dlops.bench.loadgen_child import drive_for
 
-                driven = drive_session(call, Settings.model_validate(order["loadgen"]))
-                channel.send({"said": driven.said.model_dump(mode="json")}, driven.arrays().tobytes())
+                settings = Settings.model_validate(order["loadgen"])
+                drive_for(channel, Direct(call, settings.batch), settings)
     session.close()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +41,8 @@ TRACE = """{"traceEvents":[
 def test_a_query_of_several_samples_ends_with_the_last(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     path.write_text(TRACE)
-    due, lag, latencies = read_trace(path)
+    numbers, due, lag, latencies = read_trace(path)
+    assert numbers.tolist() == [0, 1]
     assert due.tolist() == [118_691, 901_002]
     assert lag.tolist() == [5, -2]
     assert latencies.tolist() == [240_000, 221_423]
@@ -135,21 +139,79 @@ def test_what_a_service_refuses_is_counted_and_no_latency(make_artifact, serve) 
     assert row.latency.samples > 20 * row.errors["HTTP 503"]
 
 
-@installed
-def test_ctrl_c_ends_loadgen_at_once(make_artifact, tmp_path) -> None:
-    artifact = make_artifact()
-    command = [
-        sys.executable, "-m", "dlops", "bench", str(artifact.directory), "--engine", "loadgen", "--threads", "1",
-        "--scenario", "single_stream", "--scenario", "offline", "--duration", "30", "--out", str(tmp_path / "out"),
-    ]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def answers_at_the_end(trace: Path) -> int:
+    """How many the last 100 kB name: fast calls fill many megabytes a second."""
+    with trace.open("rb") as file:
+        file.seek(max(0, trace.stat().st_size - 100_000))
+        return file.read().count(b'"Sample"')
+
+
+def interrupted(arguments: list[str], folder: Path, *, answers: int, begun: Callable[[], None] = lambda: None) -> None:
+    """`dlops bench`, ended by Ctrl-C once LoadGen's trace has so many answers. begun: called when LoadGen is started.
+
+    folder: for temporary files; LoadGen's logs there go with its process.
+    """
+    folder.mkdir()
+    command = [sys.executable, "-m", "dlops", "bench", *arguments, "--engine", "loadgen", "--duration", "5"]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stderr is not None
         said = next(line for line in process.stderr if "LoadGen on" in line)
+        begun()
+        limit = time.monotonic() + 60
+        while not any(answers_at_the_end(one) >= answers for one in folder.glob("*/mlperf_log_trace.json")):
+            assert time.monotonic() < limit
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, said + output + errors
     assert "Traceback" not in errors
-    # Nothing was measured yet: there is nothing to write.
+    assert [*folder.iterdir()] == []
+
+
+@installed
+@pytest.mark.parametrize(
+    ("scenario", "load"),
+    [
+        ("single_stream", ()), ("multi_stream", ("--samples-per-query", "2")), ("server", ("--rate", "200")),
+        ("offline", ("--batch", "2")),
+    ],
+    ids=["single_stream", "multi_stream", "server", "offline"],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["in process", "service"])
+def test_ctrl_c_keeps_what_loadgen_had_measured(make_artifact, serve, tmp_path, scenario, load, where) -> None:
+    artifact = make_artifact()
+    target = [str(artifact.directory), "--threads", "1"]
+    if where == "service":
+        target = [serve(artifact).url, "--payload", str(artifact.directory)]
+    interrupted(
+        [*target, "--scenario", scenario, *load, "--out", str(tmp_path / "out")], tmp_path / "logs", answers=100
+    )
+    report = read_report(tmp_path / "out")
+    (row,) = report.measurements
+    assert report.partial
+    assert row.engine == "loadgen"
+    assert "interrupted" in row.verdict.reasons
+    assert row.errors == {}
+    assert row.latency.samples > 10
+    assert row.duration_ns < 5e9
+    assert any("INVALID by its rules (it was interrupted)" in remark for remark in row.verdict.remarks)
+
+
+@installed
+def test_ctrl_c_before_loadgen_has_an_answer_leaves_nothing(make_artifact, serve, tmp_path) -> None:
+    artifact, over = make_artifact(), threading.Event()
+    server = serve(artifact)
+
+    def hold() -> None:
+        server.behave = lambda count: over.wait(60) and None
+
+    arguments = [server.url, "--payload", str(artifact.directory), "--scenario", "single_stream"]
+    interrupted([*arguments, "--out", str(tmp_path / "out")], tmp_path / "logs", answers=0, begun=hold)
+    over.set()
     assert not (tmp_path / "out").exists()
 
 
