@@ -13,6 +13,7 @@ from typing import Any
 from dlops.artifact import Artifact
 from dlops.console import say
 from dlops.environment import available_cores
+from dlops.errors import InputError
 from dlops.parity import self_test
 from dlops.runtimes import Placement, SessionOptions, open_session
 from dlops.runtimes.session import Session
@@ -115,6 +116,14 @@ class ServedModel:
     def answers(self, outputs: Feed) -> list[dict[str, Any]]:
         """One JSON object a row, as the task puts it for a person."""
         return self._task.answer(outputs, labels=self.artifact.labels, top=5)
+
+    def check_size(self, size: int) -> None:
+        """Raise InputError where an answer of `/predict` has more bytes than the server sends."""
+        if size > self._settings.max_response_bytes:
+            raise InputError(
+                f"the answer would have some {size} bytes, at most {self._settings.max_response_bytes} are sent",
+                field="inputs", hint="send fewer inputs in a request",
+            )  # fmt: skip
 
     def metadata(self) -> dict[str, Any]:
         """As the protocol has it."""

@@ -12,6 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -231,16 +232,19 @@ class Application:
                 decode_ns = time.perf_counter_ns() - received_ns
                 answer = await _run(model, request, feed, rows=len(raws), deadline_ns=until_ns)
         _check_finite(answer.outputs)
+        model.check_size(sum(array.nbytes for array in answer.outputs.values()))
         predictions = await described(model, raws, answer.outputs)
+        if is_picture:
+            content, media_type = base64.b64decode(predictions[0]["image"]), "image/png"
+        else:
+            document = {"model": model.name, "version": model.version, "predictions": predictions}
+            content, media_type = to_json(document), "application/json"
+        model.check_size(len(content))
         times = self.accounts.answered(
             model, "/predict", started_ns, answer, rows=len(raws), received_ns=received_ns, decode_ns=decode_ns,
             caller=_caller(request),
         )  # fmt: skip
-        headers = _timing(request, times)
-        if is_picture:
-            return Response(base64.b64decode(predictions[0]["image"]), media_type="image/png", headers=headers)
-        document = {"model": model.name, "version": model.version, "predictions": predictions}
-        return json_response(document, headers=headers)
+        return Response(content, media_type=media_type, headers=_timing(request, times))
 
     async def infer(self, request: Request) -> Response:
         """An inference request of the Open Inference Protocol."""

@@ -30,8 +30,8 @@ class Settings(Record):
     64 of the largest requests have, and 1024 at least. max_wait_s: likewise, for requests without a deadline, as the
     pace of the last runs says; those with one are turned away where they would miss it.
     queue_delay_us: that an instance waits for more rows after the first. max_batch: rows in one run, cut to what the
-    artifact allows. max_body_bytes: of one request, as sent and as decompressed. max_response_bytes: of one answer of
-    /v2. max_pending_bytes: of all bodies held at once. max_pixels: of all pictures of one request together; four times
+    artifact allows. max_body_bytes: of one request, as sent and as decompressed. max_response_bytes: of one answer.
+    max_pending_bytes: of all bodies held at once. max_pixels: of all pictures of one request together; four times
     as many may wait to be decoded. jpeg_decoder: nvjpeg decodes JPEGs on the GPU that the model runs on.
     drain_delay_s: between SIGTERM, when readiness ends, and no longer accepting. token:
     that requests must bear, but for health; None where anybody may ask. receive_timeout_s: in which a request must have

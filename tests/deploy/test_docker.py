@@ -56,7 +56,7 @@ def test_the_dockerfile_is_well_formed(context: Path) -> None:
     # A container has a network of its own, so there the service must be told to listen on all addresses.
     assert command[command.index("--host") + 1] == "0.0.0.0"
     check = json.loads(dict(steps)["HEALTHCHECK"].partition("CMD ")[2])
-    compile(check[2], "healthcheck", "exec")
+    assert check == ["python", "-m", "dlops.serve.health", command[command.index("--port") + 1]]
 
 
 def test_the_variables_are_ones_that_the_service_reads(context: Path) -> None:

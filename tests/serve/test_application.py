@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -246,3 +247,32 @@ def test_a_session_that_fails_again_and_again_is_opened_anew(digits_artifact, se
 
     asyncio.run(scenario())
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "pictures", "size"),
+    # Of three rows the outputs alone are larger, of one its JSON.
+    [(100, 3, "120"), (100, 1, r"\d{3}"), (600, 4, r"\d{4}"), (600, 1, None)],
+    ids=["outputs", "answer", "answers", "small"],
+)
+def test_an_answer_of_predict_has_a_limit_too(
+    monkeypatch, digits_artifact, session, digit_pngs, limit: int, pictures: int, size: str | None
+) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    settings = Settings(max_response_bytes=limit)
+    app = Application(settings)
+    app.models.replace([ServedModel(digits_artifact, [session], settings, app.metrics)])
+    session.gate.set()
+
+    async def scenario() -> httpx.Response:
+        async with connected(app) as client:
+            return await client.post("/predict", files=[("image", png) for png in digit_pngs[:pictures]])
+
+    response = asyncio.run(scenario())
+    app.models.only().close()
+    if size is None:
+        assert response.status_code == 200
+        assert len(response.content) <= limit
+    else:
+        assert (response.status_code, response.json()["field"]) == (400, "inputs")
+        assert re.search(f"would have some {size} bytes, at most {limit} are sent", response.json()["error"])

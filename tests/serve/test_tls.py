@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import ssl
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc
 import httpx
@@ -88,6 +93,52 @@ def context_of(ca: Path, client: Signed | None) -> ssl.SSLContext:
     if client is not None:
         context.load_cert_chain(client.certificate, client.key)
     return context
+
+
+def health(port: int, environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.CompletedProcess[str]:
+    """What an image's HEALTHCHECK runs, beside a server with these variables."""
+    return subprocess.run(
+        [sys.executable, "-m", "dlops.serve.health", str(port)], env={**os.environ, **environment}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_health_check_of_an_image_asks_as_the_server_listens(secure, ours: Authority, authority) -> None:
+    server, mutual = secure
+    own = ours[1]("server")
+    told = {"DLOPS_TLS_CERT": str(own.certificate), "DLOPS_TLS_KEY": str(own.key)}
+    if mutual:
+        told["DLOPS_TLS_CLIENT_CA"] = str(ours[0])
+    done = health(server.port, told)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # Not by TLS, and with the certificate of another authority.
+    done = health(server.port)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"http://127.0.0.1:{server.port}/v2/health/ready: ")
+    if mutual:
+        other = authority("theirs")[1]("server")
+        done = health(server.port, told | {"DLOPS_TLS_CERT": str(other.certificate), "DLOPS_TLS_KEY": str(other.key)})
+        assert done.returncode == 1
+        assert done.stderr.startswith("https://")
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_health_check_says_why_a_server_is_not_ready(digits_artifact, tmp_path: Path) -> None:
+    with ServerProcess(digits_artifact, env={"DLOPS_DRAIN_DELAY_S": "2"}) as server:
+        # Whatever a variable names as a proxy is not asked.
+        done = health(server.port, {"http_proxy": "http://127.0.0.1:9"})
+        assert (done.returncode, done.stderr) == (0, "")
+        os.kill(server.pid, signal.SIGTERM)
+        limit = time.monotonic() + 30
+        while (done := health(server.port)).returncode == 0:
+            assert time.monotonic() < limit
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"http://127.0.0.1:{server.port}/v2/health/ready: ")
+    nothing = str(tmp_path / "nothing.pem")
+    told = {"DLOPS_TLS_CERT": nothing, "DLOPS_TLS_KEY": nothing, "DLOPS_TLS_CLIENT_CA": nothing}
+    done = health(9, told)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "nothing.pem" in done.stderr
 
 
 def test_both_ports_answer_those_they_should(secure, ours: Authority, digits_artifact, digit_pngs) -> None:
