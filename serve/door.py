@@ -12,6 +12,7 @@ own.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ _JSON_DIGITS = 4
 # Of the first line and the headers; what a connection reads at once may be more and is taken.
 _MAX_HEAD_BYTES = 64 * 1024
 _LARGE_BYTES = 64 * 1024
+# What uvicorn warns of, request by request: counted, and the client's affair and not the log's, which junk would fill.
+_CLIENTS_AFFAIR = frozenset(("Invalid HTTP request received.", "Unsupported upgrade request."))
 
 
 class Door(HttpToolsProtocol):
@@ -441,12 +444,17 @@ def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.getMessage() not in _CLIENTS_AFFAIR
+
+
 def install(application: Application) -> None:
     """Let uvicorn make its connections of this kind in this process; call before its server begins.
 
     A uvicorn that looks elsewhere serves all the same, the usual way; that is said, as it is several times slower.
     """
     Door.application = application
+    logging.getLogger("uvicorn.error").addFilter(_is_ours)
     kinds = getattr(uvicorn.config, "HTTP_PROTOCOLS", None)
     if not isinstance(kinds, dict) or "auto" not in kinds:
         say(f"uvicorn {uvicorn.__version__}: no place to put connections of our own; binary inference will be slower")

@@ -7,6 +7,7 @@ import hmac
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dlops.errors import DlopsError
@@ -88,6 +89,16 @@ class GuardMiddleware:
 
         has_begun = False
 
+        wrong: HTTPException | None = None
+
+        async def unless_plain(message: Message) -> None:
+            """BentoML's own routes say in plain text what is wrong, and nobody counts it: that is left unsent."""
+            nonlocal wrong
+            if message["type"] == "http.response.start" and _is_plain_error(message):
+                wrong = _asked_wrongly(scope, message)
+            if wrong is None:
+                await secured(message)
+
         async def secured(message: Message) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
@@ -110,9 +121,25 @@ class GuardMiddleware:
             await self._refuse({**scope, "dlops.error": error}, receive, secured)
             return
         try:
-            await self._app(scope, receive, secured)
+            await self._app(scope, receive, unless_plain)
         except Exception as error:
             # Raised outside of all that handles a route's errors: without an answer the client would wait for nothing.
             if has_begun:
                 raise
             await self._refuse({**scope, "dlops.error": error}, receive, secured)
+            return
+        if wrong is not None:
+            await self._refuse({**scope, "dlops.error": wrong}, receive, secured)
+
+
+def _is_plain_error(start: Message) -> bool:
+    return start["status"] >= 400 and Headers(raw=start["headers"]).get("content-type", "").startswith("text/plain")
+
+
+def _asked_wrongly(scope: Scope, start: Message) -> HTTPException:
+    method, path, headers = scope["method"], scope["path"][:200], Headers(raw=start["headers"])
+    allowed = ", ".join(sorted(one.strip() for one in headers.get("allow", "").split(",")))
+    detail = f"no route {method} {path}" if start["status"] == 404 else None
+    if start["status"] == 405:
+        detail = f"{method} is not allowed here" + (f", but {allowed}" if allowed else "")
+    return HTTPException(start["status"], detail, headers={"Allow": allowed} if allowed else None)

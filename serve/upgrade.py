@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def without_upgrade(data: bytes) -> bytes:
-    """A request whose head is whole, without the wish for another protocol, HTTP/2 say: whoever does not have it passes
-    that over (RFC 9110, 7.8). Websockets are uvicorn's to refuse."""
+    """A request whose head is whole, without the wish for another protocol, HTTP/2 or websockets: whoever does not have
+    it passes that over (RFC 9110, 7.8)."""
     # As clients write it; looking costs next to nothing where there is none.
     if b"\r\nUpgrade:" not in data and b"\r\nupgrade:" not in data:
         return data
@@ -16,11 +16,7 @@ def without_upgrade(data: bytes) -> bytes:
     for line in head.split(b"\r\n"):
         name, _, value = line.partition(b":")
         match name.strip().lower():
-            case b"upgrade":
-                if b"websocket" in value.lower():
-                    return data
-                continue
-            case b"http2-settings":
+            case b"upgrade" | b"http2-settings":
                 continue
             case b"connection":
                 wishes = [one.strip() for one in value.split(b",")]

@@ -631,6 +631,5 @@ def test_of_an_upgrade_only_the_wish_is_taken_away() -> None:
     assert without_upgrade(head + b"\r\nUpgrade: body") == (
         b"POST /x HTTP/1.1\r\nHost: a\r\nConnection: keep-alive\r\nX: y\r\n\r\n\r\nUpgrade: body"
     )
-    websocket = head.replace(b"h2c", b"websocket")
-    assert without_upgrade(websocket) == websocket
+    assert b"websocket" not in without_upgrade(head.replace(b"h2c", b"websocket"))
     assert without_upgrade(head[:40]) == head[:40]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.client
 import json
 import socket
 import time
@@ -209,6 +210,59 @@ def test_tensors_in_shared_memory_answer_501(client, where: str) -> None:
     response = client.post("/v2/models/digits/infer", json=document)
     assert response.status_code == 501
     assert "shared" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status", "says"),
+    [
+        ("GET", "/static_content/nothing", 404, "no route GET /static_content/nothing"),
+        ("DELETE", "/static_content/nothing", 405, "DELETE is not allowed here, but GET, HEAD"),
+        ("PUT", "/livez", 405, "PUT is not allowed here, but GET, HEAD"),
+        ("OPTIONS", "*", 404, "no route OPTIONS *"),
+    ],
+)
+def test_errors_of_bentomls_own_routes_are_json_and_counted(
+    server: ServerProcess, client: httpx.Client, method: str, target: str, status: int, says: str
+) -> None:
+    counted = f'dlops_requests_total{{method="{method}",model="",route="other",status="{status}"}}'
+    before = count_of(client, counted)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as opened:
+        opened.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\nX-Request-Id: a-1\r\n\r\n".encode())
+        response = http.client.HTTPResponse(opened, method=method)
+        response.begin()
+        assert (response.status, json.loads(response.read())) == (status, {"error": says})
+        assert (response.headers["x-content-type-options"], response.headers["x-request-id"]) == ("nosniff", "a-1")
+        # The connection is good for another.
+        opened.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+        response = http.client.HTTPResponse(opened)
+        response.begin()
+        assert response.status == 200
+    assert count_of(client, counted) == before + 1
+
+
+def test_a_wish_for_websockets_is_passed_over(server: ServerProcess) -> None:
+    wish = {
+        "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }  # fmt: skip
+    assert httpx.get(f"{server.url}/v2/health/ready", headers=wish).status_code == 200
+    response = httpx.get(f"{server.url}/nothing", headers=wish)
+    assert (response.status_code, response.json()) == (404, {"error": "no route GET /nothing"})
+
+
+def test_junk_is_answered_and_fills_no_log(server: ServerProcess) -> None:
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as opened:
+            opened.sendall(b"no HTTP at all\r\n\r\n")
+            response = http.client.HTTPResponse(opened)
+            response.begin()
+            assert response.status == 400
+    assert "Invalid HTTP" not in server.log_path.read_text()
+
+
+def count_of(client: httpx.Client, series: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(series)), 0.0)
 
 
 def test_what_no_route_handles_is_answered_in_json_and_not_left_waiting() -> None:
