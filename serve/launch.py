@@ -71,10 +71,12 @@ def serve_artifacts(
         raise UsageError(
             f"--port and --grpc-port are both {port}", hint="gRPC has a port of its own; 0 takes a free one"
         )
+    # A host that opens HTTP opens gRPC no wider than somebody has said.
+    grpc_address = numeric_host(os.environ.get(variable("grpc_host")) or host)
     given = Settings.of(
         artifact=absolute(sources), device=device, threads=threads, workers=workers, trust=trust or None,
-        grpc_host=address if grpc_port is not None or host != _LOOPBACK else None,
-        grpc_port=None if grpc_port is None else usable_port(address, grpc_port),
+        grpc_host=grpc_address if grpc_port is not None or grpc_address != _LOOPBACK else None,
+        grpc_port=None if grpc_port is None else usable_port(grpc_address, grpc_port),
         model_control=model_control, versions=versions, tls_cert=tls_cert, tls_key=tls_key,
         tls_client_ca=tls_client_ca,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dlops.parity import self_test
 from dlops.runtimes import SessionOptions, aotinductor, open_session
 from dlops.samples import Samples
 from dlops.saving import save_checkpoint
+from dlops.serve.launch import ServerProcess
 
 CPU = SessionOptions(device="cpu", threads=1)
 pytestmark = [
@@ -73,6 +75,18 @@ def test_it_runs_at_every_batch_and_says_what_it_is(compiled: Artifact) -> None:
 def test_bench_measures_it_in_a_process_of_its_own(compiled: Artifact) -> None:
     (row,) = measure([compiled], duration_s=0.1, device="cpu", threads=1).measurements
     assert (row.runtime, row.device) == ("aotinductor", "cpu")
+
+
+def test_it_is_served_as_it_ran(compiled: Artifact) -> None:
+    samples = compiled.samples()
+    x, expected = samples.inputs["x"], next(iter(samples.outputs.values()))
+    with ServerProcess(compiled, device="cpu") as server:
+        assert httpx.get(f"{server.url}/v2/models/tiny").json()["platform"] == "dlops_aotinductor"
+        for rows in (1, 5, 8):
+            tensor = {"name": "x", "datatype": "FP32", "shape": [rows, 6], "data": x[:rows].reshape(-1).tolist()}
+            response = httpx.post(f"{server.url}/v2/models/tiny/infer", json={"inputs": [tensor]})
+            got = np.array(response.json()["outputs"][0]["data"], np.float32).reshape(rows, 3)
+            np.testing.assert_allclose(got, expected[:rows], rtol=1e-4, atol=1e-4)
 
 
 def test_the_package_holds_no_source_and_no_path_of_this_machine(compiled: Artifact) -> None:

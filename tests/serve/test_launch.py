@@ -369,6 +369,35 @@ def test_a_variable_counts_where_no_argument_says_otherwise(digits_artifact, tmp
 
 
 @pytest.mark.parametrize(
+    ("host", "variable", "listens"),
+    [
+        ("127.0.0.1", None, "127.0.0.1"), ("0.0.0.0", None, "0.0.0.0"), ("0.0.0.0", "127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "0.0.0.0", "0.0.0.0"), ("0.0.0.0", "", "0.0.0.0"),
+    ],
+)  # fmt: skip
+def test_grpc_listens_where_its_variable_says_or_where_http_does(
+    digits_artifact, monkeypatch, host: str, variable: str | None, listens: str
+) -> None:
+    started = []
+
+    def start(*_: object, env: dict[str, str], **__: object) -> None:
+        started.append(Settings.from_environment(env))
+        raise MachineError("far enough")
+
+    monkeypatch.setattr(launch, "_start", start)
+    monkeypatch.delenv("DLOPS_GRPC_HOST", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("DLOPS_GRPC_HOST", variable)
+    with pytest.raises(MachineError, match="far enough"):
+        serve_artifacts([digits_artifact.directory], host=host, port=0, grpc_port=0)
+    monkeypatch.setenv("DLOPS_GRPC_PORT", "4572")
+    with pytest.raises(MachineError, match="far enough"):
+        serve_artifacts([digits_artifact.directory], host=host, port=0)
+    assert [one.grpc_host for one in started] == [listens, listens]
+    assert started[1].grpc_port == 4572
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"workers": 300}, "workers: input should be less than or equal to 256"),
