@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dlops.errors import MachineError
 from dlops.signature import Array
@@ -103,6 +107,24 @@ class DeviceBuffer:
             "cudaMemcpyAsync", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), direction,
             ctypes.c_void_p(stream.handle),
         )  # fmt: skip
+
+
+class HostBuffer:
+    """Memory of the host that stays where it is (page-locked), from which the device copies by itself: out of any other
+    the driver copies it into such memory first. array: of zeros, valid as long as this is held."""
+
+    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+        """Raises MachineError where there is not so much left."""
+        size = math.prod(shape) * dtype.itemsize
+        pointer = ctypes.c_void_p()
+        _call("cudaHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(max(1, size)), ctypes.c_uint(0))
+        memory = (ctypes.c_char * size).from_address(pointer.value or 0)
+        self.array: Array = np.frombuffer(memoryview(memory).cast("B"), dtype).reshape(shape)
+        self.array[...] = 0
+        self._free = weakref.finalize(self, _free, "cudaFreeHost", pointer)
+
+    def close(self) -> None:
+        self._free()
 
 
 class Graph:

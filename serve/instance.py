@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlops.console import say
+from dlops.cudart import HostBuffer
 from dlops.errors import InputError
 from dlops.runtimes.refusal import refusal
 from dlops.runtimes.session import Bound, Session
@@ -46,9 +47,12 @@ class Instance:
         self._failures = 0
         self.is_broken = False
         self._joined: dict[str, Array] = {}
+        self._buckets: tuple[_Bucket, ...] = ()
         self._use(session)
 
     def _use(self, session: Session) -> None:
+        for bucket in self._buckets:
+            bucket.close()
         self.session = session
         self._buckets = tuple(_Bucket(session, rows) for rows in self._sizes)
 
@@ -120,18 +124,25 @@ class Instance:
 
     def close(self) -> None:
         """Free the session."""
+        for bucket in self._buckets:
+            bucket.close()
         self._buckets = ()
         if not self.is_broken:  # else it is closed already
             self.session.close()
 
 
 class _Bucket:
-    """A batch size with a bound call of its own, and the rows of the host from which that call copies."""
+    """A batch size with a bound call of its own, and the rows of the host from which that call copies: where it runs
+    on a GPU, these lie where that copies from by itself."""
 
     def __init__(self, session: Session, rows: int) -> None:
         self.rows = rows
-        self._feed = zeros(session.signature, rows)
-        self._bound: Bound = session.bind(self._feed)
+        feed = zeros(session.signature, rows)
+        self._bound: Bound = session.bind(feed)
+        self._locked: dict[str, HostBuffer] = {}
+        if session.placement.device.startswith("cuda"):
+            self._locked = {name: HostBuffer(array.shape, array.dtype) for name, array in feed.items()}
+        self._feed = feed | {name: buffer.array for name, buffer in self._locked.items()}
 
     def run(self, feeds: Sequence[Feed], rows: int) -> Ran:
         started_ns = time.perf_counter_ns()
@@ -147,6 +158,11 @@ class _Bucket:
         outputs = {name: array[:rows] for name, array in self._bound.copy_out().items()}
         copy_ns = copied_ns - started_ns + time.perf_counter_ns() - ran_ns
         return Ran(outputs=outputs, copy_ns=copy_ns, compute_ns=ran_ns - copied_ns, padded_rows=self.rows - rows)
+
+    def close(self) -> None:
+        self._feed = {}
+        for buffer in self._locked.values():
+            buffer.close()
 
 
 def zeros(signature: Signature, rows: int) -> dict[str, Array]:

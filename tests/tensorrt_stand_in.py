@@ -30,7 +30,7 @@ class Cuda:
     def __init__(self) -> None:
         self.capability, self.name = (9, 0), b"NVIDIA H100 80GB HBM3"
         self.buffers: dict[int, Any] = {}
-        self.streams = self.open_streams = self.copies = self.launches = 0
+        self.streams = self.open_streams = self.copies = self.launches = self.locked = 0
         self.room = 2**40
         self.recording: list[Callable[[], None]] | None = None
         self._graphs: dict[int, list[Callable[[], None]]] = {}
@@ -49,6 +49,14 @@ class Cuda:
     def cudaFree(self, address: Any) -> int:
         del self.buffers[address.value]
         return 0
+
+    def cudaHostAlloc(self, pointer: Any, size: Any, flags: Any) -> int:
+        self.locked += 1
+        return self.cudaMalloc(pointer, size)
+
+    def cudaFreeHost(self, address: Any) -> int:
+        self.locked -= 1
+        return self.cudaFree(address)
 
     def cudaMemcpyAsync(self, to: Any, source: Any, size: Any, direction: int, stream: Any) -> int:
         device = to.value if direction == 1 else source.value

@@ -5,6 +5,7 @@ tests/gpu/test_tensorrt.py builds and runs real ones.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib
 import threading
@@ -12,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -25,6 +27,9 @@ from dlops.export.quantize_operands import _Made
 from dlops.model_file import format_of
 from dlops.parity import self_test
 from dlops.runtimes import SessionOptions, open_session
+from dlops.serve.model import ServedModel
+from dlops.serve.routes import Application
+from dlops.serve.settings import Settings
 from tests.tensorrt_stand_in import Cuda, install
 
 from .conftest import SmallNet
@@ -268,3 +273,38 @@ def test_layers_are_ranked_as_tensorrt_would_round_them_and_what_is_not_rounded_
     monkeypatch.setattr("dlops.export.quantize_operands._PRODUCTS", frozenset({"Gemm"}))
     with pytest.raises(GateError, match=r"int8 was asked for, and 1% of the weights are read in it"):
         export_variants(checkpoint, variants=["tensorrt-int8"], out=tmp_path, model=SmallNet, device="auto")
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_it_is_served_and_with_graphs_from_memory_that_the_device_copies_from(
+    made: dict[str, Artifact], stand_in: Stand, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    artifact, cuda = made["tensorrt-fp16"], stand_in[1]
+    settings = Settings(device="cuda", cuda_graphs=graphs, max_batch=8)
+    session = open_session(artifact, SessionOptions(device="cuda", cuda_graph=graphs))
+    expected = session.run({"input": np.asarray(artifact.samples().inputs["input"][:8])})["logits"]
+    before = set(cuda.buffers)
+    app = Application(settings)
+    model = ServedModel(artifact, [session], settings, app.metrics)
+    app.models.replace([model])
+    # One buffer for each bucket's input: 1, 2, 4 and 8 rows.
+    assert cuda.locked == (4 if graphs else 0)
+    x = artifact.samples().inputs["input"][:8]
+
+    async def ask(client: httpx.AsyncClient, first: int, end: int) -> np.ndarray:
+        rows = x[first:end]
+        tensor = {"name": "input", "datatype": "FP32", "shape": list(rows.shape), "data": rows.reshape(-1).tolist()}
+        response = await client.post(f"/v2/models/{artifact.name}/infer", json={"inputs": [tensor]})
+        assert response.status_code == 200, response.text
+        return np.array(response.json()["outputs"][0]["data"], np.float32).reshape(end - first, 10)
+
+    async def scenario() -> list[np.ndarray]:
+        transport = httpx.ASGITransport(app=app.asgi)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await asyncio.gather(ask(client, 0, 1), ask(client, 1, 4), ask(client, 4, 8))
+
+    np.testing.assert_allclose(np.concatenate(asyncio.run(scenario())), expected, rtol=1e-3, atol=1e-3)
+    model.close()
+    assert cuda.locked == 0
+    assert set(cuda.buffers) <= before
