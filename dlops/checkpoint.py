@@ -168,24 +168,28 @@ def misfits(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> str:
     return "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
 
 
-def import_model_source(name: str) -> ModuleSource:
-    """The object behind `python:package.module:function`, which the user named on the command line."""
+def import_model_source(name: str, *, said: str | None = None) -> ModuleSource:
+    """The object behind `python:package.module:function`, which the user named on the command line.
+
+    said: what an error calls it; `--model NAME` if left out.
+    """
+    said = said or f"--model {name!r}"
     prefix, _, rest = name.partition(":")
     module_name, _, attribute = rest.partition(":")
     if prefix != "python" or not module_name or not attribute:
-        raise UsageError(f"--model {name!r}: expected python:package.module:function")
+        raise UsageError(f"{said}: expected python:package.module:function")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         source: ModuleSource = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        raise UsageError(f"--model {name!r}: {error}", hint="run it where that module can be imported") from None
+        raise UsageError(f"{said}: {error}", hint="run it where that module can be imported") from None
     except AttributeError as error:
         if module_name in sys.modules:
-            raise UsageError(f"--model {name!r}: {module_name} has no {attribute!r}") from None
-        raise _failed(f"--model {name!r}: importing {module_name}", error) from error
+            raise UsageError(f"{said}: {module_name} has no {attribute!r}") from None
+        raise _failed(f"{said}: importing {module_name}", error) from error
     except Exception as error:  # a person's own code, which may raise anything
-        raise _failed(f"--model {name!r}: importing {module_name}", error) from error
+        raise _failed(f"{said}: importing {module_name}", error) from error
     finally:
         if here in sys.path:
             sys.path.remove(here)
@@ -219,7 +223,7 @@ def _construct(spec: ModelSpec, model: ModuleSource | None) -> nn.Module:
 
     if model is not None:
         try:
-            built = model if isinstance(model, nn.Module) else model()
+            built = model if isinstance(model, nn.Module) else model(**spec.kwargs)
         except Exception as error:  # a person's own code, which may raise anything
             raise _failed("making the model given", error) from error
         if not isinstance(built, nn.Module):

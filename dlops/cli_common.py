@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -25,6 +26,14 @@ def usage(message: str, hint: str) -> NoReturn:
     from dlops.errors import UsageError
 
     raise UsageError(message, hint=hint)
+
+
+def points(text: str) -> float:
+    """`0.5%` or `0.5`, as `--max-drop` has them."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", text.strip())
+    if found is None:
+        usage(f"--max-drop {text!r}: not percentage points", "--max-drop 0.5%")
+    return float(found[1])
 
 
 def given_options(context: typer.Context, *, but: set[str]) -> list[str]:

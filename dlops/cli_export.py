@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dlops.cli_common import Place, Trust, command_line, find_checkpoint, given_options, print_result, usage
+from dlops.cli_common import Place, Trust, command_line, find_checkpoint, given_options, points, print_result, usage
+
+if TYPE_CHECKING:
+    from dlops.checkpoint import ModuleSource
 
 
 def export(
@@ -30,7 +33,7 @@ def export(
     ] = None,
     sparsity: Annotated[list[str] | None, typer.Option(help="dense, prunedNN, sparseNN, sparse24; repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="A whole slug, such as onnx-int8-pruned50.")] = None,
-    max_drop: Annotated[float, typer.Option(min=0, help="Points of the task's metric that may be lost.")] = 1.0,
+    max_drop: Annotated[str, typer.Option(help="Points of the task's metric that may be lost: 0.5%.")] = "1%",
     strict: Annotated[bool, typer.Option(help="Hold the interval's bound to --max-drop, not the estimate.")] = False,
     calibration: Annotated[
         Literal["minmax", "entropy", "percentile"], typer.Option(help="How int8 chooses the ranges of activations.")
@@ -96,14 +99,18 @@ def export(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Arguments of a named model's builder.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What a named model's artifacts are called.")] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="The most samples that a named model takes in a call; 64.")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Export variants of a checkpoint, or of a model by name, each checked against it.
 
     One that lies in --out already, whole, working and of the same making, is kept as it is.
     """
+    drop = points(max_drop)
     if reproduce is not None:
-        _reproduce(reproduce, Path(checkpoint) if checkpoint else None, model=model, out=out, context=context)
+        _reproduce(reproduce, checkpoint, model=model, out=out, trust=trust, context=context)
         return
     if variant and (format_ or precision or sparsity):
         usage("--variant names whole variants; leave out --format, --precision and --sparsity", "or the other way")
@@ -123,9 +130,10 @@ def export(
     size = _image_size(image_size) if image_size is not None else None
     from dlops.workflows.programs import is_program, open_program
     from dlops.workflows.source_words import parse_arguments
-    from dlops.workflows.sources import adopt, is_source
+    from dlops.workflows.sources import MAX_BATCH, adopt, is_source
 
     for_sources = {"weights", "samples", "input_", "dim", "output", "preprocess", "set_", "name", "task", "trust"}
+    for_sources |= {"max_batch"}
     if checkpoint is not None and (is_program(checkpoint) or is_source(checkpoint)):
         if model is not None:
             usage("--model builds a checkpoint's module, and this is none", f"{checkpoint} says what builds it")
@@ -137,7 +145,8 @@ def export(
             inputs=input_ or (program.inputs if program else []), dims=dim or [], preprocess=preprocess,
             arguments=parse_arguments(set_ or []), output_names=output or (program.outputs if program else []),
             name=name or (Path(checkpoint).stem if program else None), task=task,
-            own=program.module if program else None, max_batch=program.max_batch if program else 64,
+            own=program.module if program else None,
+            max_batch=min(max_batch or MAX_BATCH, program.max_batch if program else max_batch or MAX_BATCH),
         )  # fmt: skip
         found, source = adopted.checkpoint, adopted.model
     else:
@@ -174,7 +183,7 @@ def export(
         variants=slugs,
         out=out or "artifacts",
         model=source,
-        max_drop=max_drop,
+        max_drop=drop,
         strict=strict,
         calibration_method=calibration,
         repair=repair,
@@ -206,22 +215,36 @@ def _seconds(text: str) -> float:
 
 
 def _reproduce(
-    artifact: Path, checkpoint: Path | None, *, model: str | None, out: Path | None, context: typer.Context
+    artifact: Path, checkpoint: str | None, *, model: str | None, out: Path | None, trust: bool, context: typer.Context
 ) -> None:
-    also_given = given_options(context, but={"checkpoint", "reproduce", "model", "out"})
+    also_given = given_options(context, but={"checkpoint", "reproduce", "model", "out", "trust"})
     if also_given:
         usage(f"--reproduce takes its settings from the artifact: leave out {', '.join(also_given)}", "--out may stay")
     from dlops.artifact import open_artifact
 
     # Before PyTorch is imported, which takes seconds: a missing folder is said at once.
-    opened, found = open_artifact(artifact), find_checkpoint(checkpoint) if checkpoint else None
+    from dlops.workflows.programs import is_program, open_program
+    from dlops.workflows.sources import is_source
+
+    opened, found, builds = open_artifact(artifact), None, model
+    if checkpoint is not None and (is_program(checkpoint) or is_source(checkpoint)):
+        # The model of a checkpoint that lies under runs/, and holds weights and samples alone.
+        builds = builds or checkpoint
+    elif checkpoint is not None:
+        found = find_checkpoint(Path(checkpoint))
     from dlops.checkpoint import import_model_source
     from dlops.export.reproduce import reproduce_artifact
+
+    source: ModuleSource | None = None
+    if builds is not None and is_program(builds):
+        source = open_program(Path(builds), trust=trust).module
+    elif builds is not None and builds.startswith("python:"):
+        source = import_model_source(builds)
 
     reproduction = reproduce_artifact(
         opened,
         found,
-        model=import_model_source(model) if model else None,
+        model=source,
         out=out,
         command=command_line(),
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dlops.cli_common import Device, command_line, find_checkpoint, print_result, usage
+from dlops.cli_common import Device, command_line, find_checkpoint, points, print_result, usage
 
 _LATENCY = {"p50": "--latency-p50", "p90": "--latency-p90", "p99": "--latency-p99"}
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -43,9 +43,7 @@ def optimize(
     if len(limits) != 1:
         usage(f"one latency is to be kept, {len(limits) or 'none'} was given", "--latency-p99 5ms")
     (quantile, limit), *_ = limits.items()
-    points = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", max_drop.strip())
-    if points is None:
-        usage(f"--max-drop {max_drop!r}: not percentage points", "--max-drop 0.5%")
+    drop = points(max_drop)
     spent = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget.strip())
     if spent is None:
         usage(f"--budget {budget!r}: not a time", "--budget 10m")
@@ -64,7 +62,7 @@ def optimize(
     outcome = search(
         found,
         objective=objective,
-        max_drop=float(points[1]),
+        max_drop=drop,
         device=device,
         budget_s=float(spent[1]) * _SECONDS[spent[2]],
         batch=batch,

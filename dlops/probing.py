@@ -129,7 +129,10 @@ def _run(model: nn.Module, feed: Feed, output_names: Sequence[str]) -> dict[str,
     else:
         tensors = list(result) if isinstance(result, (tuple, list)) else [result]
         if len(tensors) != len(output_names):
-            raise UsageError(f"the model gives {len(tensors)} outputs, {len(output_names)} names", hint="output_names=")
+            raise UsageError(
+                f"the model gives {len(tensors)} outputs, and names are given for {len(output_names)}",
+                hint="a name for each: --output NAME in the command, output_names= in Python",
+            )
         outputs = dict(zip(output_names, tensors, strict=True))
     strange = [name for name, value in outputs.items() if not isinstance(value, torch.Tensor)]
     if strange:

@@ -32,6 +32,7 @@ from dlops.export.formats import (
     portable_argument,
 )
 from dlops.export.gates import Gates
+from dlops.export.independence import check_independent
 from dlops.export.layers import Ranking, rank_layers
 from dlops.export.module import check_module
 from dlops.export.origin import checkpoint_digest
@@ -52,6 +53,7 @@ from dlops.runtimes.eager import choose_device
 from dlops.runtimes.session import Device
 from dlops.samples import Samples, row_fingerprints
 from dlops.signature import Feed
+from dlops.tasks import open_task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,6 +122,9 @@ class Export:
         check_module(dense, feed, self.signature, title=checkpoint.name)
         self.structures = Structures(checkpoint, dense, feed, self._lessons())
         reference = self.structures.dense.reference
+        check_independent(
+            dense, feed, reference, self.signature, task=open_task(checkpoint.spec.task), title=checkpoint.name
+        )
         self.answers = answers_of(reference)
         # A pruned checkpoint carries what the dense one that it was cut from answers.
         judge = reference if checkpoint.dense is None else evaluation.outputs

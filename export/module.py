@@ -19,16 +19,7 @@ _BATCH = 64
 
 def check_module(module: nn.Module, feed: Feed, signature: Signature, *, title: str) -> None:
     """Raise UsageError where the module trains, holds NaN, is random, or does not answer as its signature says."""
-    training = [name or "the module itself" for name, part in module.named_modules() if part.training]
-    if training:
-        raise UsageError(
-            f"{title}: {training[0]} is in training mode after eval() (dropout and batch norm would be exported so)",
-            hint="do not override train() or eval() to keep a part in training mode",
-        )
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
-    if bad:
-        raise UsageError(f"{title}: NaN or infinity in {', '.join(bad[:5])}", hint="the training diverged: train again")
+    check_state(module, title=title)
     few = {name: array[:2] for name, array in feed.items()}
     try:
         run_on_copies(module, {spec.name: few[spec.name] for spec in signature.inputs}, title=title)
@@ -45,6 +36,20 @@ def check_module(module: nn.Module, feed: Feed, signature: Signature, *, title: 
                 f"{title}: {spec.name} differs between two runs on the same input, so no export could be checked",
                 hint="draw random numbers in training mode only",
             )
+
+
+def check_state(module: nn.Module, *, title: str) -> None:
+    """Raise UsageError where a part of the module trains or its weights hold NaN."""
+    training = [name or "the module itself" for name, part in module.named_modules() if part.training]
+    if training:
+        raise UsageError(
+            f"{title}: {training[0]} is in training mode after eval() (dropout and batch norm would be exported so)",
+            hint="do not override train() or eval() to keep a part in training mode",
+        )
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise UsageError(f"{title}: NaN or infinity in {', '.join(bad[:5])}", hint="the training diverged: train again")
 
 
 def eager_outputs(module: nn.Module, feed: Feed, signature: Signature) -> dict[str, Array]:

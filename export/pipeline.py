@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dlops import catalog
 from dlops.artifact import Artifact, Variant
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.console import say
-from dlops.errors import DlopsError, GateError, UsageError
+from dlops.errors import DlopsError, GateError, MachineError, UsageError
 from dlops.export.formats import BUDGET_S, Calibration
 from dlops.export.latency import Fitted, fit_latency
 from dlops.export.layers import Ranking
@@ -54,7 +55,8 @@ def export_variants(
     recovery_budget_s: how long a pruned or sparse model may take to recover, once for all of its variants.
 
     A variant that fails leaves an older artifact of it untouched, and the others are still made. Then GateError lists
-    each that failed and why. Raises UsageError, before any work, for what cannot be made.
+    each that failed and why. Raises UsageError, before any work, for what cannot be made, and MachineError where the
+    packages of all of them are missing.
     """
     results = list(
         export_each(
@@ -86,7 +88,7 @@ def export_each(
     force: bool = False,
     recovery_budget_s: float = BUDGET_S,
     command: Sequence[str] = (),
-) -> Iterator[tuple[Variant, Artifact | GateError | UsageError]]:
+) -> Iterator[tuple[Variant, Artifact | DlopsError]]:
     """`export_variants` one variant at a time: each with its artifact, or with the error that refused it."""
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
@@ -103,16 +105,34 @@ def export_each(
         max_drop=max_drop, strict=strict, calibration_method=calibration_method, repair=repair, worth=worth,
         image_size=image_size, device=device, force=force, recovery_budget_s=recovery_budget_s, command=tuple(command),
     )  # fmt: skip
+    lacking = {variant: error for variant in planned if (error := _lacking(variant)) is not None}
+    if len(lacking) == len(planned):
+        raise next(iter(lacking.values()))
     export = Export(checkpoint, planned, out=Path(out), model=model, asked=asked)
     for variant in planned:
+        if variant in lacking:
+            # Before its pruning and recovery, which take minutes.
+            say(f"{variant.slug}: not exported: {lacking[variant].message}")
+            yield variant, lacking[variant]
+            continue
         try:
-            result: Artifact | GateError | UsageError = export.make(variant)
+            result: Artifact | DlopsError = export.make(variant)
         except (GateError, UsageError) as error:
             if (place := export.place(variant) / Artifact.file_name).is_file():
                 error.message += f" (the artifact made before stays in {place.parent})"
             say(f"{variant.slug}: not exported: {error.message}")
             result = error
         yield variant, result
+
+
+def _lacking(variant: Variant) -> MachineError | None:
+    """What is not installed here that exports or runs it."""
+    try:
+        catalog.resolve(catalog.FORMATS, "format", variant.format)
+        catalog.resolve(catalog.RUNTIMES, "runtime", variant.format)
+    except MachineError as error:
+        return error
+    return None
 
 
 def rank_variant(
@@ -134,9 +154,14 @@ def rank_variant(
         [variant], checkpoint, max_drop=100.0, strict=False, calibration_method=calibration_method
     )
     if not is_layered(planned):
-        why = "by another quantizer" if planned.precision in STATIC else "none of its layers is quantized"
+        why = (
+            "it is quantized by another quantizer" if planned.precision in STATIC
+            else "the scales of its activations are each input's own" if planned.precision == "int8dyn"
+            else "its weights alone are quantized" if planned.precision == "int8wo"
+            else "none of its layers is quantized"
+        )  # fmt: skip
         raise UsageError(
-            f"{planned.slug}: {why}, so there is no such error to explain",
+            f"{planned.slug}: {why}, and its layers are not ranked",
             hint="onnx-int8, onnx-fp8, openvino-int8 and those of tensorrt can be explained, each also with -prunedNN",
         )
     # The layers are those of the model inside, whatever is around it.

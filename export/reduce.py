@@ -75,7 +75,8 @@ def _sparse(dense: nn.Module, variant: Variant, checkpoint: Checkpoint, lessons:
     # By the record, as its reader will: what goes on from here must be what the record gives.
     masks = apply_sparsity(module, record)
     recovery = _recovered(module, dense, name, checkpoint, lessons, masks=masks)
-    say(f"{name}: {record.zeros / record.elements:.1%} of the weights are zero, {_summary(recovery)}")
+    share = record.zeros / record.elements
+    say(f"{name}: {share:.1%} of the weights of {len(record.layers)} layers are zero, {_summary(recovery)}")
     return Reduced(module=module, notes=_notes(recovery), records={"sparsity": record.model_dump_json()}, masks=masks)
 
 

@@ -224,7 +224,7 @@ def test_outputs_of_a_tuple_take_the_names_given(tmp_path: Path) -> None:
     model = Returning(lambda y: (y, y * 2))
     names = ("logits", "twice")
     assert [spec.name for spec in save(model, tmp_path / "run", output_names=names).signature.outputs] == list(names)
-    with pytest.raises(UsageError, match="2 outputs, 1 names"):
+    with pytest.raises(UsageError, match="2 outputs, and names are given for 1"):
         save(model, tmp_path / "other")
 
 

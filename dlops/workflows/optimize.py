@@ -98,15 +98,16 @@ def optimize(
     Raises UsageError where there is nothing to search.
     """
     environment = describe_environment()
-    question = Question(
-        checkpoint=checkpoint.name, checkpoint_sha256=checkpoint_digest(checkpoint), max_drop=max_drop,
-        quantile=objective.quantile, limit_ns=objective.limit_ns, batch=batch, device=device, cpu=environment.cpu,
-        cores=environment.cores, gpus=environment.gpus if device != "cpu" else (), dlops_version=__version__,
-    )  # fmt: skip
     directory = Path(report or Path("reports", f"optimize-{checkpoint.name}"))
     on_gpu = device in ("cuda", "tensorrt") or (device == "auto" and bool(environment.gpus))
     slugs = _slugs(checkpoint, variants, max_drop, on_gpu=on_gpu)
     counts = _threads(threads, on_gpu=on_gpu)
+    question = Question(
+        checkpoint=checkpoint.name, checkpoint_sha256=checkpoint_digest(checkpoint), max_drop=max_drop,
+        quantile=objective.quantile, limit_ns=objective.limit_ns, batch=batch, device=device, cpu=environment.cpu,
+        cores=environment.cores, gpus=environment.gpus if device != "cpu" else (), dlops_version=__version__,
+        variants=tuple(slugs), threads=tuple(counts),
+    )  # fmt: skip
     settings = [
         Setting(variant=slug, threads=count, cuda_graph=graph)
         for slug in slugs
@@ -150,13 +151,13 @@ class _Exports:
         for slug in slugs:
             self._groups.setdefault(Variant.parse(slug).sparsity, []).append(slug)
 
-        def export(group: Sequence[str]) -> Iterator[tuple[Variant, Artifact | GateError | UsageError]]:
+        def export(group: Sequence[str]) -> Iterator[tuple[Variant, Artifact | DlopsError]]:
             return export_each(
                 checkpoint, variants=group, out=out, model=model, max_drop=max_drop, device=device, command=()
             )
 
-        self._export: Callable[[Sequence[str]], Iterator[tuple[Variant, Artifact | GateError | UsageError]]] = export
-        self._running: dict[str | None, Iterator[tuple[Variant, Artifact | GateError | UsageError]]] = {}
+        self._export: Callable[[Sequence[str]], Iterator[tuple[Variant, Artifact | DlopsError]]] = export
+        self._running: dict[str | None, Iterator[tuple[Variant, Artifact | DlopsError]]] = {}
 
     def get(self, slug: str) -> Artifact | DlopsError:
         sparsity = Variant.parse(slug).sparsity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def _load_trusting(path: Path) -> OpenedProgram:
 
     from dlops.program import ProgramInput
 
+    # It logs the whole trace of a loader that it tries first.
+    log = logging.getLogger("torch.export")
+    was_disabled, log.disabled = log.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,6 +76,8 @@ def _load_trusting(path: Path) -> OpenedProgram:
     except Exception as error:  # noqa: BLE001 - whatever a pickle raises
         lines = str(error).splitlines() or [type(error).__name__]
         raise CorruptError(f"{path}: torch.export.load cannot read it: {lines[0][:300]}") from None
+    finally:
+        log.disabled = was_disabled
     names = program.graph_signature.user_inputs
     found = tuple(
         ProgramInput(

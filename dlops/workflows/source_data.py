@@ -46,10 +46,13 @@ def read_images(samples: str, preprocess: Preprocess | None, source: str) -> Sou
     from dlops.train.finish import MAX_CALIBRATION, MAX_CALIBRATION_BYTES, chosen, read
     from dlops.train.images import undecodable
 
+    if preprocess is None and not Path(samples).exists():
+        # A name that is none says so.
+        open_data(samples, split_seed=_SPLIT_SEED)
     if preprocess is None:
         raise UsageError(
             f"{source}: images are given, and nothing says what it makes of them",
-            hint="--input name:float32[batch,3,H,W], or --preprocess FILE",
+            hint="--input name:float32[batch,3,224,224], sizes as numbers, or --preprocess FILE",
         )
     data = open_data(samples, split_seed=_SPLIT_SEED)
     evaluation = chosen(data.test, MAX_SAMPLES, MAX_SAMPLES_BYTES)
@@ -76,7 +79,8 @@ def read_tensors(path: Path, specs: Sequence[TensorSpec], ranges: Mapping[str, D
         raise from_os_error(error, doing=f"reading {path}") from error
     except (SafetensorError, ValueError) as error:
         raise CorruptError(f"{path}: not a safetensors file of tensors that a model takes ({error})") from None
-    targets = next((tensors.pop(name) for name in _TARGETS if name in tensors), None)
+    taken = {spec.name for spec in specs}
+    targets = next((tensors.pop(name) for name in _TARGETS if name in tensors and name not in taken), None)
     names = [spec.name for spec in specs] or sorted(tensors)
     if len(names) > 1 and not specs:
         raise UsageError(

@@ -48,6 +48,8 @@ def parse_dims(given: Sequence[str]) -> dict[str, DimRange]:
         if match is None:
             raise UsageError(f"--dim {one!r}: expected NAME=MIN:MAX or NAME=MIN:MAX:STEP", hint="height=224:640:32")
         name, low, high, step = match.groups()
+        if int(low) > int(high):
+            raise UsageError(f"--dim {one!r}: from {low} to {high} there is nothing", hint=f"--dim {name}={high}:{low}")
         try:
             ranges[name] = DimRange(min=int(low), max=int(high), step=int(step or 1))
         except ValidationError as error:

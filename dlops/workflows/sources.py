@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import JsonValue
@@ -26,9 +26,10 @@ from dlops.builders import (
     published_labels,
     published_weights,
 )
-from dlops.checkpoint import Checkpoint, ModelSpec, import_model_source, load_checkpoint, misfits, rebuild
+from dlops.checkpoint import NAME_PATTERN, Checkpoint, ModelSpec, import_model_source, load_checkpoint, misfits, rebuild
 from dlops.console import say
-from dlops.errors import UsageError
+from dlops.errors import DlopsError, UsageError, first_line
+from dlops.export.module import check_state
 from dlops.preprocess import Preprocess
 from dlops.saving import save_checkpoint
 from dlops.signature import DimRange, Signature, TensorSpec
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
     from dlops.checkpoint import ModuleSource
 
+# Samples in a call, where nothing else is said.
+MAX_BATCH = 64
 _PREFIXES = ("torchvision:", "timm:", "python:")
 # What the only output is called where nobody names it.
 _OUTPUT = {"regression": "values", "generation": "image"}
@@ -76,7 +79,7 @@ def adopt(
     name: str | None = None,
     task: str | None = None,
     own: ModuleSource | None = None,
-    max_batch: int = 64,
+    max_batch: int = MAX_BATCH,
     root: Path = Path("runs"),
 ) -> Adopted:
     """Write the checkpoint runs/<name>/<time>/ of "torchvision:NAME", "timm:NAME" or "python:package.module:function".
@@ -92,21 +95,36 @@ def adopt(
     """
     if task is not None:
         catalog.check(catalog.TASKS, "task", task)
+    from torch import nn
+
     from dlops.adapters import task_of
 
     specs, ranges = [parse_input(text) for text in inputs], parse_dims(dims)
+    for option, names in (("--input", [spec.name for spec in specs]), ("--output", list(output_names))):
+        if twice := sorted(name for name in set(names) if names.count(name) > 1):
+            raise UsageError(f"{option} {twice[0]}: given twice", hint="each has a name of its own")
     if own is None and source.startswith("python:"):
-        own = import_model_source(source)
+        own = import_model_source(source, said=source)
     if own is None and weights is None:
         raise UsageError(
             f"{source}: which weights?", hint="--weights random, a file, or the name of published ones such as DEFAULT"
         )
     if own is None:
         find_builder(source, arguments or {})
+    if arguments and (isinstance(own, nn.Module) or (own is not None and not source.startswith("python:"))):
+        raise UsageError(f"{source}: a module, which takes no arguments (--set)", hint="leave --set out")
     title = name or _title(source)
+    if not re.fullmatch(NAME_PATTERN, title):
+        raise UsageError(f"--name {title!r}: letters, digits, dots, hyphens and underscores", hint="my-model, say")
+    _check_unused(root / title, source)
     published = _published(source, weights)
     steps = chosen_preprocess(preprocess, source, specs, published)
     if Path(samples).suffix == ".safetensors":
+        if preprocess is not None:
+            raise UsageError(
+                f"--preprocess {preprocess}: {samples} holds tensors, which the model takes as they are",
+                hint="leave it out, or give images",
+            )
         data, steps = read_tensors(Path(samples), specs, ranges), None
     else:
         data = read_images(samples, steps, source)
@@ -118,15 +136,14 @@ def adopt(
         # Class folders tell what is in an image, and not where.
         say(f"{source}: the classes of {samples} are no targets for {task}: accuracy is not measured")
         data = data.without_targets()
+    check_state(module, title=source)
     if weights == "random":
-        few = (data.calibration or data.evaluation).take(slice(_SETTLING))
-        settle_statistics(module, few.feed(steps, "input"))
-        if task == "detection":
-            scale_weights(module, few.feed(steps, "input"))
+        _settle(module, data, steps, source, scaled=task == "detection")
+    _check_outputs(module, data, steps, output_names)
     # Weights that were trained elsewhere tell the classes apart that they were trained on.
     trained = is_family(source) and "num_classes" not in kwargs and (weights != "random" or task != "classification")
     labels = (published.labels if published is not None else published_labels(source)) if trained else data.labels
-    if not labels and data.labels:
+    if data.labels and tuple(labels) in ((), tuple(data.labels)):
         labels = _numbered(module, data, steps)
     checkpoint = save_checkpoint(
         module,
@@ -149,6 +166,60 @@ def adopt(
     say(f"{source}: checkpoint in {checkpoint.directory}, {len(data.evaluation)} evaluation samples")
     # The very module: what a function makes anew may differ where it draws its weights.
     return Adopted(checkpoint=checkpoint, model=None if own is None else module)
+
+
+def _settle(module: nn.Module, data: SourceData, steps: Preprocess | None, source: str, *, scaled: bool) -> None:
+    few = (data.calibration or data.evaluation).take(slice(_SETTLING)).feed(steps, "input")
+    try:
+        settle_statistics(module, few)
+        if scaled:
+            scale_weights(module, few)
+    except Exception as error:  # whatever the network raises
+        sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in few.items())
+        raise UsageError(
+            f"{source}: it does not run on the samples ({sizes}): {type(error).__name__}: {first_line(error)}",
+            hint="samples as the network takes them: channels before height and width, and some of them",
+        ) from error
+
+
+def _check_outputs(module: nn.Module, data: SourceData, steps: Preprocess | None, names: Sequence[str]) -> None:
+    """Raise UsageError where outputs are named that the module names itself, otherwise."""
+    if not names:
+        return
+    try:
+        answer = _answer(module, data, steps)
+    except Exception:  # noqa: BLE001 - what it raises is said where its signature is looked for
+        return
+    if isinstance(answer, Mapping) and [*answer] != [*names]:
+        raise UsageError(
+            f"--output {', '.join(names)}: the model itself names its outputs {', '.join(map(str, answer))}",
+            hint="leave --output out",
+        )
+
+
+def _answer(module: nn.Module, data: SourceData, preprocess: Preprocess | None) -> object:
+    """What it gives for one sample."""
+    import torch
+
+    feed = data.evaluation.take(slice(1)).feed(preprocess, "input")
+    with torch.no_grad():
+        return module(*(to_tensor(np.ascontiguousarray(array)) for array in feed.values()))
+
+
+def _check_unused(folder: Path, source: str) -> None:
+    """Raise UsageError where checkpoints of another source have that name: artifacts of both would lie side by side."""
+    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not (place / Checkpoint.file_name).is_file():
+            continue
+        try:
+            before = load_checkpoint(place).config.get("source")
+        except DlopsError:
+            continue  # damaged, or of another version
+        if isinstance(before, str) and before != source:
+            raise UsageError(
+                f"{source}: {folder} holds {before}, another model that is called {folder.name}",
+                hint=f"--name NAME calls this one otherwise, or remove {folder}",
+            )
 
 
 def _published(source: str, weights: str | None) -> Published | None:
@@ -192,7 +263,8 @@ def _module(
                 module.load_state_dict(fitting)
             return module.eval(), attempt
     raise UsageError(
-        f"{source}: the weights {weights} do not fit: {problem}", hint="--set num_classes=N, or what it was built with"
+        f"{source}: the weights {weights} do not fit: {problem}",
+        hint="--set num_classes=N, or what it was built with" if is_family(source) else "weights of this very module",
     )
 
 
@@ -203,11 +275,10 @@ def _taken(specs: Sequence[TensorSpec], preprocess: Preprocess | None) -> Sequen
 
 def _numbered(module: nn.Module, data: SourceData, preprocess: Preprocess | None) -> tuple[str, ...]:
     """Names for classes that nobody names: the samples' own where there are as many, else their numbers."""
-    import torch
-
-    feed = data.evaluation.take(slice(1)).feed(preprocess, "input")
-    with torch.no_grad():
-        answer = module(*(to_tensor(np.ascontiguousarray(array)) for array in feed.values()))
+    try:
+        answer: Any = _answer(module, data, preprocess)
+    except Exception:  # noqa: BLE001 - what it raises is said where its signature is looked for
+        return data.labels
     first = next(iter(answer.values())) if isinstance(answer, Mapping) else answer
     classes = int((first[0] if isinstance(first, (tuple, list)) else first).shape[-1])
     return data.labels if classes == len(data.labels) else tuple(map(str, range(classes)))

@@ -25,7 +25,7 @@ class Question(Record):
     """What a search is for; trials of one question say nothing of another.
 
     max_drop: percentage points of the metric that may be lost. limit_ns: of the quantile, at `batch`. cpu, gpus: times
-    on another machine are others.
+    on another machine are others. variants, threads: to choose from.
     """
 
     checkpoint: str
@@ -39,6 +39,12 @@ class Question(Record):
     cores: int
     gpus: tuple[str, ...] = ()
     dlops_version: str
+    variants: tuple[str, ...]
+    threads: tuple[int | None, ...]
+
+    def is_like(self, other: Question) -> bool:
+        """Whether they differ in nothing but what there is to choose from."""
+        return self == other.model_copy(update={"variants": self.variants, "threads": self.threads})
 
 
 class Setting(Record):
@@ -85,7 +91,8 @@ class Trial(Record):
 class Search:
     """A study of Optuna under one question, in a journal file that a later call goes on with.
 
-    settings: all there are. TPE proposes the next from those measured, the first ones being one of each variant.
+    settings: all there are. TPE proposes the next from those measured, the first ones being one of each variant. What
+    was tried of them when there were others to choose from is taken over.
     """
 
     def __init__(self, journal: Path, question: Question, settings: Sequence[Setting], *, seed: int) -> None:
@@ -98,17 +105,21 @@ class Search:
                 directions=["minimize", "maximize"], sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=6),
             )  # fmt: skip
             self.trials = _recorded(self._study.get_trials(deepcopy=False))
+            earlier = _of_others(storage, question)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise CorruptError(
                 f"{journal}: not a journal of `dlops optimize`: {error}", hint="name another folder with --report"
             ) from None
-        self.resumed = len(self.trials)
         self._settings = list(settings)
         # A parameter of the study only where there is a choice.
         self._graphs = any(setting.cuda_graph for setting in settings)
         self._random = random.Random(seed)  # noqa: S311 - which of the rest comes next, not a secret
         self._first = _one_of_each(self._settings)
         self._open: Proposal | None = None
+        for trial in earlier:
+            if trial.setting in self.untried:
+                self.note(trial)
+        self.resumed = len(self.trials)
 
     @property
     def untried(self) -> list[Setting]:
@@ -190,6 +201,19 @@ def _recorded(trials: Sequence[FrozenTrial]) -> list[Trial]:
             raise ValueError(explain_validation(error)) from None
         found[one.setting] = one
     return list(found.values())
+
+
+def _of_others(storage: Any, question: Question) -> list[Trial]:
+    """The trials in the journal of the same question with other settings to choose from."""
+    found = []
+    for study in _optuna().study.get_all_study_names(storage):
+        try:
+            asked = Question.model_validate_json(study)
+        except ValidationError:
+            continue  # of another version
+        if asked != question and asked.is_like(question):
+            found += _recorded(_optuna().load_study(study_name=study, storage=storage).get_trials(deepcopy=False))
+    return found
 
 
 def _one_of_each(settings: Sequence[Setting]) -> list[Setting]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from dlops.console import out, progress_bar, say
+from dlops.errors import DlopsError, UsageError
 from dlops.manifest import Record
 from dlops.version import __version__
 
@@ -57,14 +58,23 @@ class Tried(Record):
 def run_zoo(patterns: Sequence[str], *, kept: Path, again: bool = False, limit_s: float = _LIMIT_S) -> list[Tried]:
     """Try every network whose name fits one of the patterns, and return what is known of all of those.
 
-    kept: the file of results, a JSON line each; what is there already is not tried again unless `again`.
-    limit_s: seconds that one network may take.
+    kept: the file of results, a JSON line each. What passed there, by this dlops and this torch, or is not to be tried,
+    is not tried again unless `again`. limit_s: seconds that one network may take. Raises UsageError where no name fits.
     """
+    import torch
     from torchvision.models import list_models
 
     names = [name for name in list_models() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    if not names:
+        raise UsageError(f"{', '.join(patterns)}: torchvision builds no network of that name", hint="resnet*, say")
     known = {(one.network, one.slug): one for one in _read(kept)}
-    missing = [name for name in names if again or any((name, slug) not in known for slug in FORMATS)]
+    made_with = (__version__, torch.__version__)
+
+    def is_known(name: str) -> bool:
+        rows = [known.get((name, slug)) for slug in FORMATS]
+        return all(row and row.passed is not False and (row.dlops_version, row.torch) == made_with for row in rows)
+
+    missing = [name for name in names if again or not is_known(name)]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("networks", total=len(missing)) as bar:
         for name in missing:
@@ -100,7 +110,6 @@ def try_network(name: str) -> list[Tried]:
     import torch
 
     from dlops.builders import find_builder
-    from dlops.errors import DlopsError
     from dlops.export.pipeline import export_each
     from dlops.workflows.sources import adopt
 
@@ -242,7 +251,11 @@ def main(arguments: Sequence[str]) -> int:
         rows: list[dict[str, Any]] = [one.model_dump(mode="json") for one in try_network(options.one)]
         out.write(json.dumps(rows) + "\n")
         return 0
-    tried = run_zoo(options.patterns, kept=options.kept, again=options.again, limit_s=options.limit)
+    try:
+        tried = run_zoo(options.patterns, kept=options.kept, again=options.again, limit_s=options.limit)
+    except DlopsError as error:
+        say(f"zoo: {error}")
+        return error.exit_status
     out.write(table(tried))
     return 1 if any(one.passed is False for one in tried) else 0
 

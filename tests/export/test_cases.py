@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,11 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from dlops.artifact import open_artifact
+from dlops.artifact import Artifact, open_artifact
 from dlops.checkpoint import Checkpoint
 from dlops.cli import run
 from dlops.errors import InputError, LossError, UsageError
-from dlops.export.cases import check_cases, make_cases
+from dlops.export.cases import Case, check_cases, make_cases
 from dlops.export.pipeline import export_variants
 from dlops.parity import tolerance_for
 from dlops.runtimes import open_session
@@ -121,21 +122,50 @@ def test_what_fewer_bits_cannot_hold_is_recorded_and_not_held(made: dict[str, Pa
 
 def test_an_edge_that_is_computed_otherwise_is_refused(made: dict[str, Path]) -> None:
     artifact = open_artifact(made["onnx-fp32"])
+    with pytest.raises(LossError, match="at huge: outputs differ"):
+        held_edges(artifact, clamped_cases(artifact), "fp32")
+
+
+def clamped_cases(artifact: Artifact) -> list[Case]:
+    """Of a network that answers the samples as the artifact does, and what is huge otherwise."""
     torch.manual_seed(0)
-    # The same on the samples, and not beyond them.
     clamped = FullyConvolutional(ceiling=50.0).eval()
     clamped.load_state_dict(network().state_dict())
-    feed = {"image": images()}
-    cases = make_cases(clamped, feed, artifact.signature)
+    return make_cases(clamped, {"image": images()}, artifact.signature)
+
+
+def held_edges(artifact: Artifact, cases: list[Case], precision: str) -> set[str]:
     session = open_session(artifact)
     try:
-        with pytest.raises(LossError, match="at huge: outputs differ"):
-            check_cases(
-                session, cases, task=open_task("segmentation"), precision="fp32",
-                tolerance=tolerance_for("segmentation", "fp32"), title="it",
-            )  # fmt: skip
+        found = check_cases(
+            session, cases, task=open_task("segmentation"), precision=precision,
+            tolerance=tolerance_for("segmentation", precision), title="it",
+        )  # fmt: skip
     finally:
         session.close()
+    return {case.name for case in found if case.held and not case.name.startswith("height")}
+
+
+@pytest.mark.parametrize(
+    ("precision", "held"),
+    [
+        ("fp32", {"black", "saturated", "tiny", "huge"}), ("fp16", {"black", "saturated", "tiny"}),
+        ("bf16", {"black", "saturated", "tiny"}), ("int8", set()),
+    ],
+)  # fmt: skip
+def test_which_edges_each_precision_is_held_to(made: dict[str, Path], precision: str, held: set[str]) -> None:
+    artifact = open_artifact(made["onnx-fp32"])
+    cases = make_cases(network().eval(), {"image": images()}, artifact.signature)
+    assert held_edges(artifact, cases, precision) == held
+
+
+def test_an_edge_where_the_module_itself_is_rounding_is_not_held(made: dict[str, Path]) -> None:
+    artifact = open_artifact(made["onnx-fp32"])
+    cases = clamped_cases(artifact)
+    with pytest.raises(LossError, match="at huge: outputs differ"):
+        held_edges(artifact, cases, "fp32")
+    rounding = [replace(case, own_error=1e-3) if case.name == "huge" else case for case in cases]
+    assert held_edges(artifact, rounding, "fp32") == {"black", "saturated", "tiny"}
 
 
 def own_errors(module: nn.Module, checkpoint: Checkpoint) -> dict[str, float]:

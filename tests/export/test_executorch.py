@@ -252,7 +252,7 @@ def test_what_it_cannot_run_on_is_refused(made: Mapping[str, Artifact], options:
 def test_other_ranges_and_explanations_are_refused_before_any_work(small: Checkpoint) -> None:
     with pytest.raises(UsageError, match="executorch-int8 has ranges by minmax alone"):
         export_variants(small, variants=["executorch-int8"], model=network, calibration_method="entropy")
-    with pytest.raises(UsageError, match="executorch-int8: by another quantizer"):
+    with pytest.raises(UsageError, match="executorch-int8: it is quantized by another quantizer"):
         rank_variant(small, variant="executorch-int8", model=network)
 
 

@@ -21,10 +21,10 @@ from torch import nn
 from dlops import catalog
 from dlops.artifact import Artifact, open_artifact
 from dlops.checkpoint import Checkpoint
-from dlops.errors import GateError, UsageError
+from dlops.errors import GateError, MachineError, UsageError
 from dlops.export import making, reduce
 from dlops.export.formats import check_no_machine_paths, portable_argument
-from dlops.export.pipeline import export_variants
+from dlops.export.pipeline import export_variants, rank_variant
 from dlops.export.recover import Recovery
 from dlops.export.to_onnx import export as to_onnx
 from dlops.parity import self_test
@@ -230,6 +230,31 @@ def test_good_variants_are_kept_and_every_failure_is_reported(
     assert open_artifact(tmp_path / "digits" / "torchscript-fp32").slug == "torchscript-fp32"
 
 
+def test_what_is_not_installed_costs_no_other_variant_and_no_work(
+    checkpoint: Checkpoint, small_net: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = catalog.resolve
+
+    def resolve(table: object, kind: str, name: str) -> object:
+        if name == "openvino":
+            raise MachineError(f"{kind} openvino needs openvino, which is not installed", hint="pip install it")
+        return real(table, kind, name)  # type: ignore[arg-type]
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was pruned")
+
+    monkeypatch.setattr(catalog, "resolve", resolve)
+    monkeypatch.setattr("dlops.export.structures.reduced", never)
+    asked = ["openvino-fp32", "onnx-fp32", "openvino-fp32-pruned50"]
+    with pytest.raises(GateError, match=r"2 of 3 variants .*openvino needs openvino.*exported: onnx-fp32") as caught:
+        export_variants(checkpoint, variants=asked, out=tmp_path, model=small_net)
+    assert caught.value.hint == "pip install it"
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["onnx-fp32"]
+    for lacking in (asked[:1], [asked[0], asked[2]]):
+        with pytest.raises(MachineError, match="openvino needs openvino"):
+            export_variants(checkpoint, variants=lacking, out=tmp_path, model=small_net)
+
+
 def test_a_variant_that_loses_too_much_accuracy_is_refused(
     checkpoint: Checkpoint, small_net: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +291,7 @@ def killed(path, text):
         os.kill(os.getpid(), signal.SIGKILL)
     write_json(path, text)
 dlops.directory.write_json = killed
-from dlops.export.pipeline import export_variants
+from dlops.export.pipeline import export_variants, rank_variant
 for name in ("old", "fresh"):
     if os.fork() == 0:
         out = out / name
@@ -333,3 +358,17 @@ def test_the_catalog_and_the_table_of_variants_name_the_same_formats() -> None:
     from dlops.export.plan import AVAILABLE
 
     assert set(AVAILABLE) == set(catalog.FORMATS) == set(making.SUFFIXES)
+
+
+@pytest.mark.parametrize(
+    ("slug", "why"),
+    [
+        ("onnx-fp32", "none of its layers is quantized"), ("onnx-int8wo", "its weights alone are quantized"),
+        ("onnx-int8dyn", "the scales of its activations are each input's own"),
+    ],
+)  # fmt: skip
+def test_layers_that_cannot_be_ranked_are_refused_with_the_reason(
+    checkpoint: Checkpoint, small_net: type[nn.Module], slug: str, why: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{slug}: {why}, and its layers are not ranked"):
+        rank_variant(checkpoint, variant=slug, model=small_net)

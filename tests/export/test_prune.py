@@ -216,6 +216,28 @@ def test_recovery_brings_the_accuracy_back_and_is_deterministic(
     )
 
 
+def test_recovery_begins_with_the_statistics_of_the_samples(
+    checkpoint: Checkpoint, digits_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "EPOCHS", 1)
+    monkeypatch.setattr(recovery, "MIN_STEPS", 0)
+    calibration = checkpoint.samples("calibration")
+    assert calibration is not None
+
+    def loss_before(shift: float) -> float:
+        student = prune(digits_model, fraction=0.3, example=checkpoint.example(), title="it").module
+        for layer in student.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                assert layer.running_mean is not None
+                layer.running_mean += shift
+        return recover(
+            student, digits_model, signature=checkpoint.signature, feed=calibration.feed(PREPROCESS, "input"),
+            targets=calibration.targets, seed=3, device=torch.device("cpu"), title="recovering",
+        ).loss_before  # fmt: skip
+
+    assert loss_before(0.0) == pytest.approx(loss_before(5.0), rel=1e-5)
+
+
 class _Ticking:
     """Seconds that pass by a given amount an epoch."""
 

@@ -51,6 +51,27 @@ def dense(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
         return load_checkpoint(made.directory.resolve())
 
 
+def test_batch_norms_of_a_pruned_checkpoint_are_those_of_the_calibration_samples(
+    dense: Checkpoint, tmp_path: Path
+) -> None:
+    pruned = prune_checkpoint(dense, tmp_path / "pruned", sparsity="pruned50")
+    module = pruned.build_module(None)
+    calibration = dense.samples("calibration")
+    assert calibration is not None
+    feed = calibration.feed(dense.spec.preprocess, "input")
+    seen: dict[nn.Module, torch.Tensor] = {}
+    norms = [one for one in module.modules() if isinstance(one, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda one, inputs: seen.__setitem__(one, inputs[0].mean(dim=(0, 2, 3))))
+    with torch.no_grad():
+        module.eval()(torch.from_numpy(feed["input"]))
+    assert len(norms) >= 2
+    for norm in norms:
+        assert norm.running_mean is not None
+        # What a layer is given depends on the statistics of those before it, batch by batch.
+        torch.testing.assert_close(norm.running_mean, seen[norm], rtol=0.05, atol=0.05)
+
+
 def test_a_pruned_checkpoint_fine_tuned_by_its_recipe_is_exported_as_a_variant_of_the_dense_one(
     dense: Checkpoint, tmp_path: Path
 ) -> None:

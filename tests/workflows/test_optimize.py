@@ -27,7 +27,7 @@ from dlops.workflows.trials import Question, Search, Setting, Trial
 
 QUESTION = Question(
     checkpoint="digits", checkpoint_sha256="ab" * 32, max_drop=1.0, quantile="p99", limit_ns=5e6, batch=1, device="cpu",
-    cpu="A CPU", cores=2, dlops_version="0.1.0",
+    cpu="A CPU", cores=2, dlops_version="0.1.0", variants=(), threads=(),
 )  # fmt: skip
 SETTINGS = [
     Setting(variant=slug, threads=threads)
@@ -105,6 +105,30 @@ def test_a_search_goes_on_where_it_was_stopped_and_another_question_begins_anew(
     assert cut_short in rest
     other = Search(tmp_path / JOURNAL, QUESTION.model_copy(update={"limit_ns": 1e6}), SETTINGS, seed=0)
     assert other.trials == []
+
+
+def test_with_other_variants_to_choose_from_what_was_tried_is_taken_over(tmp_path: Path) -> None:
+    def asking(settings: list[Setting], **changes: object) -> Search:
+        choice = {"variants": tuple(one.variant for one in settings), "threads": tuple(one.threads for one in settings)}
+        return Search(tmp_path / JOURNAL, QUESTION.model_copy(update={**choice, **changes}), settings, seed=0)
+
+    few = asking(SETTINGS[:2])
+    while (setting := few.ask()) is not None:
+        few.tell(trial(setting, 3.0))
+    more = asking(SETTINGS)
+    assert sorted(more.trials, key=str) == sorted(few.trials, key=str)
+    assert more.resumed == 2
+    rest = []
+    while (setting := more.ask()) is not None:
+        rest.append(setting)
+        more.tell(trial(setting))
+    assert sorted([*SETTINGS[:2], *rest], key=str) == sorted(SETTINGS, key=str)
+    # None of a setting that is no more to choose, and each once.
+    fewer = asking(SETTINGS[1:3])
+    assert sorted(one.setting.text for one in fewer.trials) == sorted(one.text for one in SETTINGS[1:3])
+    assert asking(SETTINGS[1:3]).resumed == 2
+    # Of another question nothing is.
+    assert asking(SETTINGS[:3], limit_ns=1e6).trials == []
 
 
 def test_the_journal_is_json_line_by_line_and_one_of_others_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,13 @@ def test_a_program_becomes_an_artifact_without_trust(folder: Path) -> None:
     assert artifact.signature.max_batch == 16
 
 
+def test_its_artifact_is_made_again_by_naming_the_file(folder: Path, capsys) -> None:
+    save_program(Net(), folder / "scorer.pt2")
+    assert run(["export", "scorer.pt2", "--samples", "samples.safetensors", "--no-worth"]) == 0
+    assert run(["export", "scorer.pt2", "--reproduce", "artifacts/scorer/onnx-fp32"]) == 0
+    assert "byte for byte the same" in capsys.readouterr().out
+
+
 class Nested(nn.Module):
     """A block without gradients becomes a program within the program."""
 
@@ -82,6 +91,15 @@ def test_a_fixed_batch_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="the batch of its input x is fixed") as caught:
         open_program(path, trust=False)
     assert "dynamic_shapes" in str(caught.value.hint)
+
+
+def test_a_file_that_torch_cannot_read_is_one_line(folder: Path) -> None:
+    (folder / "garbage.pt2").write_bytes(b"hello")
+    command = [sys.executable, "-m", "dlops", "export", "garbage.pt2", "--trust", "--samples", "samples.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dlops: garbage.pt2: torch.export.load cannot read it: ")
+    assert done.stderr.count("\n") <= 2
 
 
 def test_a_file_that_is_not_there_is_said(folder: Path) -> None:

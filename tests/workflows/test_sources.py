@@ -52,6 +52,26 @@ def make():
     torch.manual_seed(1)
     return Two()
 
+def wide(hidden=4):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, hidden), nn.Linear(hidden, 5))
+
+def bad():
+    made = wide()
+    made[1].weight.data[0, 0] = float("nan")
+    return made
+
+class Labelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 4)
+
+    def forward(self, source, labels):
+        return (self.table(source) + self.table(labels)).mean(dim=1)
+
+def labelled():
+    return Labelled()
+
 def broken():
     raise RuntimeError("no such file of mine")
 
@@ -120,7 +140,7 @@ def test_the_same_again_is_the_checkpoint_that_was_there(here: Path, photos: Pat
     assert list(Path("runs/squeezenet1_1").iterdir()) == [one.directory]
     third = adopt("torchvision:squeezenet1_1", **options, arguments={"dropout": 0.25}).checkpoint
     assert third.directory != one.directory
-    with pytest.raises(UsageError, match="2 labels, and logits tells 3 classes apart"):
+    with pytest.raises(UsageError, match="the class '7' is none of the model's 3 "):
         adopt("torchvision:squeezenet1_1", **options, arguments={"num_classes": 3})
 
 
@@ -248,10 +268,26 @@ def test_images_for_a_function_follow_its_input(here: Path, photos: Path) -> Non
         (["python:own_module:make", "--model", "python:a:b", "--samples", "photos"], "--model builds a checkpoint's"),
         (["runs/none", "--weights", "random"], "--weights is for torchvision:"),
         (["python:own_module:make", "--samples", "two.safetensors", "--set", "x"], "expected KEY=VALUE"),
+        (["python:own_module:wide", "--samples", "x.safetensors", "--set", "depth=2"], "unexpected keyword argument"),
+        (["python:own_module:wide", "--samples", "x.safetensors", "--preprocess", "imagenet"], "holds tensors"),
+        (["python:own_module:wide", "--samples", "x.safetensors", *["--input", "x:float32[batch,6]"] * 2], "x: given"),
+        (["python:own_module:wide", "--samples", "x.safetensors", *["--output", "a"] * 2], "a: given twice"),
+        (["python:own_module:wide", "--samples", "nowhere"], "unknown data set 'nowhere'"),
+        (["python:own_module:wide", "--samples", "x.safetensors", "--name", "a b"], "--name 'a b': letters"),
+        (["python:own_module:nothing", "--samples", "x.safetensors"], "python:own_module:nothing: own_module has no"),
+        (["python:own_module:bad", "--samples", "x.safetensors"], "NaN or infinity in 1.weight"),
+        (["python:own_module:wide", "--samples", "x.safetensors", "--dim", "h=8:4"], "from 8 to 4 there is nothing"),
+        (
+            ["python:own_module:make", "--samples", "two.safetensors", *TWO_INPUTS, "--output", "a", "--output", "b"],
+            "the model itself names its outputs logits, norm",
+        ),
+        (["torchvision:mnasnet0_5", "--weights", "random", "--samples", "x.safetensors"], "does not run on the sam"),
+        (["python:own_module:wide", "--samples", "x.safetensors", "--max-drop", "a lot"], "not percentage points"),
     ],
 )
 def test_what_does_not_fit_together_is_one_line(here: Path, photos: Path, options, said, capsys) -> None:
     two_inputs(here / "two.safetensors")
+    save_file({"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)}, here / "x.safetensors")
     assert run(["export", *options]) in (2, 4)
     error = capsys.readouterr().err
     assert said in error
@@ -297,6 +333,63 @@ def test_samples_that_do_not_fit_the_inputs_are_refused(here: Path) -> None:
         )  # fmt: skip
     with pytest.raises(UsageError, match="no tensor 'words' in it"):
         adopt("python:own_module:make", samples="two.safetensors", inputs=["words:int64[batch,6]"])
+
+
+def test_an_input_may_be_called_what_targets_are(here: Path) -> None:
+    draw = np.random.default_rng(0)
+    save_file({name: draw.integers(0, 50, (40, 6)) for name in ("source", "labels")}, here / "pairs.safetensors")
+    found = adopt(
+        "python:own_module:labelled", samples="pairs.safetensors",
+        inputs=["source:int64[batch,6]", "labels:int64[batch,6]"],
+    ).checkpoint  # fmt: skip
+    assert [spec.name for spec in found.signature.inputs] == ["source", "labels"]
+    samples = found.samples("evaluation")
+    assert samples is not None
+    assert samples.targets is None
+
+
+def test_arguments_of_a_function_are_passed_and_made_again_with(here: Path, capsys) -> None:
+    save_file({"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)}, here / "x.safetensors")
+    command = ["export", "python:own_module:wide", "--samples", "x.safetensors", "--set", "hidden=7"]
+    assert run([*command, "--max-batch", "9", "--max-drop", "0.5%", "--no-worth"]) == 0
+    (folder,) = Path("runs/wide").iterdir()
+    found = load_checkpoint(folder)
+    assert found.spec.kwargs == {"hidden": 7}
+    assert found.signature.max_batch == 9
+    again = ["export", "python:own_module:wide", "--reproduce", "artifacts/wide/onnx-fp32"]
+    assert run(again) == 0
+    assert "byte for byte the same" in capsys.readouterr().out
+
+
+def test_another_model_of_that_name_is_refused(here: Path, capsys) -> None:
+    save_file({"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)}, here / "x.safetensors")
+    (here / "other_module.py").write_text("from own_module import wide\n")
+    options = ["--samples", "x.safetensors", "--no-worth"]
+    assert run(["export", "python:own_module:wide", *options]) == 0
+    before = open_artifact("artifacts/wide/onnx-fp32").sha256
+    assert run(["export", "python:other_module:wide", *options]) == 2
+    assert "runs/wide holds python:own_module:wide, another model" in capsys.readouterr().err
+    assert open_artifact("artifacts/wide/onnx-fp32").sha256 == before
+    assert run(["export", "python:other_module:wide", *options, "--name", "other"]) == 0
+    # The same source again is no other.
+    assert run(["export", "python:own_module:wide", *options]) == 0
+
+
+def test_class_folders_may_be_numbers_of_a_functions_classes(here: Path) -> None:
+    draw = np.random.default_rng(0)
+    for label in ("0", "3"):
+        for number in range(12):
+            folder = here / "numbered" / label
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 255, (2, 1, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+    found = adopt(
+        "python:own_module:wide", samples=str(here / "numbered"), inputs=["x:float32[batch,3,2,1]"]
+    ).checkpoint
+    assert found.spec.labels == ("0", "1", "2", "3", "4")
+    samples = found.samples("evaluation")
+    assert samples is not None
+    assert samples.targets is not None
+    assert set(samples.targets.tolist()) == {0, 3}
 
 
 class Harmful:

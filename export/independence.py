@@ -1,0 +1,64 @@
+"""Whether each row is answered on its own: a service joins requests, and parity runs in other batches than tracing."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from dlops.errors import GateError, UsageError, first_line
+from dlops.export.module import eager_outputs, float64_outputs
+from dlops.export.parity import parity_batches
+from dlops.parity import compare, shortfalls, tolerance_for
+from dlops.signature import Feed, Signature
+from dlops.tasks import Task
+
+
+def check_independent(
+    module: nn.Module, feed: Feed, reference: Feed, signature: Signature, *, task: Task, title: str
+) -> None:
+    """Raise UsageError where the module's answer to a row depends on how many or which others are in its batch.
+
+    feed, reference: evaluation samples and the module's own answers. Where fp32 alone moves, float64 decides: other
+    batches are other sums, which an ill-conditioned network rounds otherwise.
+    """
+    count = len(next(iter(feed.values())))
+    for size in parity_batches(signature.max_batch):
+        # From the end, so that the largest batch has other rows in it than the reference had.
+        rows = (count - 1 - np.arange(size)) % count
+        here = {name: np.asarray(array)[rows] for name, array in feed.items()}
+        try:
+            outputs = eager_outputs(module, here, signature)
+        except Exception as error:  # modules raise what they like
+            raise UsageError(
+                f"{title}: the module does not run at batch {size}: {type(error).__name__}: {first_line(error)}",
+                hint="a service sends batches of any size up to the largest",
+            ) from error
+        moved = _moved(outputs, {name: array[rows] for name, array in reference.items()}, task)
+        if moved and _is_real(module, feed, rows, signature, task):
+            raise UsageError(
+                f"{title}: the module's answer to a sample depends on the rest of its batch: at batch {size} "
+                f"{moved[0]}",
+                hint="compute each row of a batch on its own (no statistics over the batch, no branch on its size); a "
+                "source takes --max-batch 1, for one sample a call",
+            )
+
+
+def _moved(outputs: Feed, reference: Feed, task: Task) -> list[str]:
+    try:
+        errors = compare(reference, outputs, task=task, edge=True)
+    except GateError:
+        return []  # NaN, say, or nothing detected: parity says so of the file
+    return shortfalls(errors, tolerance_for(task.name, "fp32"))
+
+
+def _is_real(module: nn.Module, feed: Feed, rows: np.ndarray, signature: Signature, task: Task) -> bool:
+    """Whether the same rows move in float64 too; where the module has no such, a detector's boxes of one score change
+    places, and the others move by more than rounding."""
+    try:
+        apart = float64_outputs(module, {name: np.asarray(array)[rows] for name, array in feed.items()}, signature)
+        among = float64_outputs(module, feed, signature)
+    except Exception:  # noqa: BLE001 - modules raise what they like
+        return task.name != "detection"
+    narrow = {name: array.astype(np.float32) if array.dtype == np.float64 else array for name, array in apart.items()}
+    whole = {name: array.astype(narrow[name].dtype)[rows] for name, array in among.items()}
+    return bool(_moved(narrow, whole, task))
