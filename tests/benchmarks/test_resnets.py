@@ -206,9 +206,9 @@ def _write(
         + "; "
         f"exported, each checked at its gates with a budget of {MAX_DROP:g} point ({MAX_DROP_PRUNED:g} for half of the "
         f"multiply-accumulates removed), and measured in turns in one run: {THREADS} threads, from arrays to arrays, "
-        f"accuracy on {samples} test images that took part in nothing else. *lost* are percentage points against the "
-        "checkpoint with their 95 % interval, *flips* decisions that differ. `*` marks rows that were not steady, – a "
-        "median that moved too much to have an interval.",
+        f"accuracy on {samples} test images that nothing was trained or calibrated on; the gates judge by them too. "
+        "*lost* are percentage points against the checkpoint with their 95 % interval, *flips* decisions that differ. "
+        "`*` marks rows that were not steady, – a median that moved too much to have an interval.",
         f"Against onnx-fp32 at batch {BATCHES[0]} and {BATCHES[1]}: {'; '.join(ratios)}.",
     ]
     if lost:
