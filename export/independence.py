@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
+import torch
 from torch import nn
 
+from dlops.blame import code_line
+from dlops.checkpoint import example_inputs
 from dlops.errors import GateError, UsageError, first_line
 from dlops.export.module import eager_outputs, float64_outputs
 from dlops.export.parity import parity_batches
@@ -37,10 +42,23 @@ def check_independent(
         if moved and _is_real(module, feed, rows, signature, task):
             raise UsageError(
                 f"{title}: the module's answer to a sample depends on the rest of its batch: at batch {size} "
-                f"{moved[0]}",
+                f"{moved[0]}{_branch(module, signature)}",
                 hint="compute each row of a batch on its own (no statistics over the batch, no branch on its size); a "
                 "source takes --max-batch 1, for one sample a call",
             )
+
+
+def _branch(module: nn.Module, signature: Signature) -> str:
+    """A clause with the line of a branch on values, which is a usual reason, where torch.export finds one."""
+    example = example_inputs(signature, batch=2)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.export.export(module, example)
+    except Exception as error:  # noqa: BLE001 - it raises classes of its own for what it cannot capture
+        line = code_line(error)
+        return f"; torch.export stops at {line}" if line else ""
+    return ""
 
 
 def _moved(outputs: Feed, reference: Feed, task: Task) -> list[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -292,14 +293,27 @@ def test_a_branch_on_values_is_refused_by_both_formats(save_digits_checkpoint: S
     assert not (tmp_path / "out").exists()
 
 
+def test_a_branch_that_the_samples_take_both_ways_is_named_with_its_line(
+    save_digits_checkpoint: SaveDigits, tmp_path: Path
+) -> None:
+    checkpoint = save_digits_checkpoint(tmp_path / "run", _Branching(limit=0.0))
+    line = r"torch\.export stops at .*test_plan\.py, line \d+: if flat\.sum\(\) > self\.limit:"
+    with pytest.raises(UsageError, match=f"depends on the rest of its batch: .*{line}"):
+        export_variants(checkpoint, variants=["onnx-fp32"], out=tmp_path / "out", model=partial(_Branching, limit=0.0))
+    assert not (tmp_path / "out").exists()
+
+
 class _Branching(nn.Module):
-    def __init__(self) -> None:
+    """No batch of digits passes the limit unless it is said lower."""
+
+    def __init__(self, limit: float = 1e6) -> None:
         super().__init__()
         self.linear = nn.Linear(64, 10)
+        self.limit = limit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(1)
-        if flat.sum() > 0:
+        if flat.sum() > self.limit:
             flat = -flat
         return self.linear(flat)
 
