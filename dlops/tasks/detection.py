@@ -20,6 +20,9 @@ _SURE = 0.5
 # A detection at the end of a full list falls off it where its score moves by as much as the others' do.
 _SLACK = 2.0
 _ROUNDING = 1e-6
+_KEYPOINTS = "keypoints"
+# Across a box, in torchvision's Keypoint R-CNN; of a box of a few pixels none is less than one of these.
+_HEAT_CELLS, _LEAST_CELL = 56, 1.0
 
 
 class Detection:
@@ -56,7 +59,8 @@ class Detection:
             )
 
     def pair(self, reference: Feed, outputs: Feed, *, min_iou: float = SAME_BOX_IOU) -> Pair:
-        """Detections of the same label matched by their overlap, each once.
+        """Detections of the same label matched by their overlap, each once. A keypoint that lies in another cell of its
+        heat map is a decision that changed, and those that stay are compared as numbers.
 
         Raises GateError where there is no detection on either side: that they agree would say nothing.
         """
@@ -75,10 +79,16 @@ class Detection:
         right = {name: _rows(outputs[name], [(place, other) for place, match in enumerate(matches)
                                              for _, other in match.pairs])
                  for name in reference}  # fmt: skip
-        agreement = np.array([len(match.pairs) / match.of if match.of else 1.0 for match in matches])
-        return Pair(
-            reference=left, outputs=right, agreement=agreement, decisions=sum(match.of for match in matches)
-        )  # fmt: skip
+        kept = np.array([len(match.pairs) for match in matches])
+        of = np.array([match.of for match in matches])
+        if (points := left.get(_KEYPOINTS)) is not None and points.ndim == 3 and points.shape[2] >= 2:
+            moved = _moved_keypoints(left, right)
+            right[_KEYPOINTS] = np.where(moved[..., None], points, right[_KEYPOINTS]).astype(points.dtype)
+            image = np.repeat(np.arange(len(matches)), kept)
+            kept = kept + np.bincount(image, weights=(~moved).sum(1), minlength=len(matches)).astype(np.int64)
+            of = of + np.bincount(image, minlength=len(matches)) * points.shape[1]
+        agreement = np.where(of > 0, kept / np.maximum(of, 1), 1.0)
+        return Pair(reference=left, outputs=right, agreement=agreement, decisions=int(of.sum()))
 
     def answer(self, outputs: Feed, *, labels: Sequence[str], top: int = 5) -> list[dict[str, Any]]:
         """`{"detections": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]}` a sample, the highest score first.
@@ -110,6 +120,20 @@ class _Match:
 
     def __init__(self, pairs: list[tuple[int, int]], of: int) -> None:
         self.pairs, self.of = pairs, of
+
+
+def _moved_keypoints(reference: Feed, outputs: Feed) -> NDArray[np.bool_]:
+    """(pairs, keypoints): which lie in another cell of their heat map.
+
+    Each is where its map is the hottest, and which of two spots of one heat that is is a matter of rounding: a
+    decision, as is the box that is kept of two, and no number that is off by the distance between them.
+    """
+    here, there = (np.asarray(side[_KEYPOINTS], np.float64)[..., :2] for side in (reference, outputs))
+    boxes = np.asarray(reference["boxes"], np.float64)
+    longest = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0.0)
+    cell = np.maximum(longest / _HEAT_CELLS, _LEAST_CELL)
+    moved: NDArray[np.bool_] = np.abs(here - there).max(axis=2, initial=0.0) > cell[:, None] / 2
+    return moved
 
 
 def _match(reference: Feed, outputs: Feed, place: int, min_iou: float) -> _Match:

@@ -120,6 +120,35 @@ def truth(*images: list[Found]) -> Array:
     return targets
 
 
+def with_keypoints(shift: Array | float = 0.0) -> dict[str, Array]:
+    """Five of each detection, about the middle of its box. shift: of those of the first box, in pixels."""
+    points = np.zeros((2, ROOM, 5, 3), np.float32)
+    middle = (REFERENCE["boxes"][..., :2] + REFERENCE["boxes"][..., 2:]) / 2
+    points[..., :2] = middle[:, :, None] + np.arange(5, dtype=np.float32)[:, None]
+    points[..., 2] = 1
+    points[0, 0, :, 0] += np.asarray(shift, np.float32)
+    return {**REFERENCE, "keypoints": points}
+
+
+def test_a_keypoint_of_two_spots_of_one_heat_is_a_decision() -> None:
+    found = errors(with_keypoints(np.array([0, 0, 20, 0, 0])), with_keypoints())
+    # Three boxes and fifteen keypoints, one of which is elsewhere.
+    assert (found.decisions, found.max_abs) == (18, 0.0)
+    assert found.agreement == pytest.approx((11 / 12 + 1) / 2)
+    # One of eighteen is more than fp32 may change; one of very many is not.
+    assert shortfalls(found, tolerance_for("detection", "fp32"))
+
+
+def test_keypoints_that_are_all_a_little_off_are_wrong() -> None:
+    for shift in (0.4, 2.0):
+        found = errors(with_keypoints(shift), with_keypoints())
+        assert shortfalls(found, tolerance_for("detection", "fp32")), shift
+    # Within the cell it is a number.
+    found = errors(with_keypoints(0.4), with_keypoints())
+    assert (found.agreement, found.max_abs > 0) == (1.0, True)
+    assert not shortfalls(errors(with_keypoints(1e-4), with_keypoints()), tolerance_for("detection", "fp32"))
+
+
 def test_average_precision_of_an_image() -> None:
     targets = truth([CAT, DOG], [COW])
     assert TASK.score(REFERENCE, targets).tolist() == [1.0, 1.0]
