@@ -29,7 +29,6 @@ from dlops.builders import (
 from dlops.checkpoint import NAME_PATTERN, Checkpoint, ModelSpec, import_model_source, load_checkpoint, misfits, rebuild
 from dlops.console import say
 from dlops.errors import DlopsError, UsageError, first_line
-from dlops.export.module import check_state
 from dlops.preprocess import Preprocess
 from dlops.saving import save_checkpoint
 from dlops.signature import DimRange, Signature, TensorSpec
@@ -98,6 +97,7 @@ def adopt(
     from torch import nn
 
     from dlops.adapters import task_of
+    from dlops.export.module import check_state
 
     specs, ranges = [parse_input(text) for text in inputs], parse_dims(dims)
     for option, names in (("--input", [spec.name for spec in specs]), ("--output", list(output_names))):

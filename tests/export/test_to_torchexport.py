@@ -292,8 +292,8 @@ class Branching(nn.Module):
         self.linear = nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # One answer for small batches, another for large ones.
-        return self.linear(x) if x.shape[0] < 9 else self.linear(x) * 2
+        # One way for small batches, another to the same answer for large ones.
+        return self.linear(x) if x.shape[0] < 9 else self.linear(x * 2) - self.linear(x) + self.linear.bias
 
 
 def test_a_module_that_branches_on_its_batch_is_refused(tmp_path: Path) -> None:
