@@ -29,7 +29,7 @@ from dlops.bench.scenarios import load_of
 from dlops.bench.telemetry import Recorder
 from dlops.bench.together import Together
 from dlops.bench.transport import Line, canonical
-from dlops.console import progress_bar, say
+from dlops.console import progress_bar, say, to_fraction
 from dlops.errors import MachineError
 from dlops.report import STARTS, TURNS, Measurement
 from dlops.timing import Interleaved, Local, TimingFailedError, TimingInterrupted, interleave
@@ -92,14 +92,8 @@ def _time(rows: Rows, served: Sequence[_Served], *, batch: int, concurrency: int
     title = f"batch {batch}, {concurrency} in flight"
     say(f"loading {len(served)} services in turns at {title}: {rows.lasting} a row, warm-up not included")
     open_more_files(concurrency * len(served))
-    budget_s, done = rows.lasting.first_s * len(served), 0
+    budget_s = rows.lasting.first_s * len(served)
     with _arms(served, concurrency) as arms, progress_bar(title, total=_PROGRESS_STEPS) as bar:
-
-        def advance(fraction: float) -> None:
-            nonlocal done
-            steps = round(fraction * _PROGRESS_STEPS) - done
-            done += steps
-            bar.advance(steps)
 
         def keep(timed: Interleaved, *, cut_short: str | None = None) -> None:
             _keep(rows, served, arms, timed, batch=batch, concurrency=concurrency, cut_short=cut_short)
@@ -107,8 +101,9 @@ def _time(rows: Rows, served: Sequence[_Served], *, batch: int, concurrency: int
         runs = {one.target: arm for one, arm in zip(served, arms, strict=True)}
         try:
             timed = interleave(
-                runs, budget_s=budget_s, max_warmup_s=max(3.0, rows.lasting.first_s), on_progress=advance
-            )
+                runs, budget_s=budget_s, max_warmup_s=max(3.0, rows.lasting.first_s),
+                on_progress=to_fraction(bar, _PROGRESS_STEPS),
+            )  # fmt: skip
         except TimingInterrupted as interruption:
             keep(interruption.partial, cut_short="interrupted")
             raise KeyboardInterrupt from None

@@ -16,7 +16,7 @@ from dlops.bench.launches import Launches
 from dlops.bench.results import row_key
 from dlops.bench.rows import Rows, Samples
 from dlops.bench.scenarios import Step
-from dlops.console import Bar, progress_bar, say
+from dlops.console import Bar, progress_bar, say, to_fraction
 from dlops.errors import MachineError
 from dlops.report import PROCESSES, STARTS, TURNS, Engine, Measurement
 from dlops.timing import Interleaved, TimingFailedError, TimingInterrupted, WarmUp
@@ -99,17 +99,11 @@ def _launch(rows: Rows, found: Launches, ready: Sequence[Started], bar: Bar, *, 
     read_energy = rows.energy.read if rows.energy.domains else None
     arms = [Attended(one.arm, read_energy) for one in ready]
     ready = [replace(one, arm=arm) for one, arm in zip(ready, arms, strict=True)]
-    done = 0
-
-    def advance(fraction: float) -> None:
-        nonlocal done
-        steps = round(fraction * _PROGRESS_STEPS) - done
-        done += steps
-        bar.advance(steps)
 
     def add(timed: Interleaved) -> None:
         found.add(timed, ready, [arm.turns for arm in arms])
 
+    advance = to_fraction(bar, _PROGRESS_STEPS)
     try:
         add(inprocess.time_targets(ready, lasting=rows.lasting, parts=parts, seed=len(found), on_progress=advance))
     except TimingInterrupted as interruption:

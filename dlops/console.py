@@ -61,6 +61,19 @@ def tell_instead(write: Callable[[str], None] | None) -> None:
     _instead = write
 
 
+def to_fraction(bar: Bar, total: int) -> Callable[[float], None]:
+    """What moves the bar, by `total` steps in all, to the fraction that it is called with."""
+    done = 0
+
+    def advance(fraction: float) -> None:
+        nonlocal done
+        steps = round(fraction * total) - done
+        done += steps
+        bar.advance(steps)
+
+    return advance
+
+
 @contextmanager
 def progress_bar(title: str, *, total: int, shown: bool = True) -> Iterator[Bar]:
     """A bar on a terminal; a line every few seconds elsewhere. `advance` moves it and may set a note.
