@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -151,7 +152,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
             f"{path}: weights do not fit the module: {wrong}",
             hint="pass the module that was trained, built with the same arguments",
         )
-    module.load_state_dict(tensors)
+    fill(module, tensors)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load tensors that fit, of the module's own version: torchvision's MNASNet asks for that, which no file of tensors
+    says."""
+    state = OrderedDict(tensors)
+    state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(state)
 
 
 def misfits(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> str:

@@ -18,6 +18,7 @@ from dlops.checkpoint import example_inputs
 from dlops.console import say
 from dlops.embedded import EXTRA_FILE
 from dlops.errors import GateError, UsageError, first_line
+from dlops.export.capture import capture
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.export.narrow import Narrowed
 from dlops.export.precision import MIN_SHARE
@@ -166,7 +167,7 @@ def _trace(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule:
             f"{first_line(error)}"
         ) from error
     baked = next((entry for entry in recorded if issubclass(entry.category, _TracerWarning)), None)
-    if baked is not None:
+    if baked is not None and not _follows_from_sizes(request):
         line = where(last_line([(baked.filename, baked.lineno)]))
         raise GateError(
             f"{request.title}: tracing would bake in what should depend on the input{line}: "
@@ -174,6 +175,17 @@ def _trace(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule:
             hint="rewrite that branch with tensor operations (torch.where), or export to onnx",
         )
     return frozen
+
+
+def _follows_from_sizes(request: ExportRequest) -> bool:
+    """Whether what became a Python number in the trace follows from sizes, and from no values: torch.export then takes
+    the module and reads nothing out of a tensor. That no size is baked in, parity shows at others."""
+    try:
+        program = capture(request, device=torch.device("cpu"))
+    except (GateError, UsageError):
+        return False
+    graphs = [one for one in program.graph_module.modules() if isinstance(one, torch.fx.GraphModule)]
+    return not any("_local_scalar_dense" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 def _script(request: ExportRequest, module: nn.Module) -> torch.jit.ScriptModule:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dlops import load_checkpoint, save_checkpoint
-from dlops.checkpoint import Checkpoint, PruningRecord, import_model_source, newest_checkpoint
+from dlops.checkpoint import Checkpoint, PruningRecord, fill, import_model_source, newest_checkpoint
 from dlops.errors import CorruptError, UsageError
 from dlops.preprocess import Decode, Preprocess, Scale
 from dlops.samples import Samples
@@ -392,3 +392,12 @@ def test_a_model_source_that_fails_is_the_users_mistake(
 def test_a_model_source_of_another_form_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=r"expected python:package\.module:function"):
         import_model_source(name)
+
+
+def test_weights_of_a_module_that_asks_for_their_version_are_loaded() -> None:
+    from torchvision.models import mnasnet0_5
+
+    torch.manual_seed(0)
+    trained, other = mnasnet0_5(), mnasnet0_5()
+    fill(other, {name: tensor.clone() for name, tensor in trained.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), other.parameters(), strict=True))

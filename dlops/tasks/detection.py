@@ -21,8 +21,8 @@ _SURE = 0.5
 _SLACK = 2.0
 _ROUNDING = 1e-6
 _KEYPOINTS = "keypoints"
-# Across a box, in torchvision's Keypoint R-CNN; of a box of a few pixels none is less than one of these.
-_HEAT_CELLS, _LEAST_CELL = 56, 1.0
+# Across a box, in torchvision's Keypoint R-CNN. Fewer bits, whose boxes may overlap by less, move within one.
+_HEAT_CELLS, _STRICT_IOU = 56, 0.75
 
 
 class Detection:
@@ -82,7 +82,7 @@ class Detection:
         kept = np.array([len(match.pairs) for match in matches])
         of = np.array([match.of for match in matches])
         if (points := left.get(_KEYPOINTS)) is not None and points.ndim == 3 and points.shape[2] >= 2:
-            moved = _moved_keypoints(left, right)
+            moved = _moved_keypoints(left, right, strict=min_iou >= _STRICT_IOU)
             right[_KEYPOINTS] = np.where(moved[..., None], points, right[_KEYPOINTS]).astype(points.dtype)
             image = np.repeat(np.arange(len(matches)), kept)
             kept = kept + np.bincount(image, weights=(~moved).sum(1), minlength=len(matches)).astype(np.int64)
@@ -122,8 +122,9 @@ class _Match:
         self.pairs, self.of = pairs, of
 
 
-def _moved_keypoints(reference: Feed, outputs: Feed) -> NDArray[np.bool_]:
-    """(pairs, keypoints): which lie in another cell of their heat map.
+def _moved_keypoints(reference: Feed, outputs: Feed, *, strict: bool) -> NDArray[np.bool_]:
+    """(pairs, keypoints): which lie in another cell of their heat map; where boxes must overlap strictly, in another
+    pixel of the box, to which the map is stretched.
 
     Each is where its map is the hottest, and which of two spots of one heat that is is a matter of rounding: a
     decision, as is the box that is kept of two, and no number that is off by the distance between them.
@@ -131,7 +132,7 @@ def _moved_keypoints(reference: Feed, outputs: Feed) -> NDArray[np.bool_]:
     here, there = (np.asarray(side[_KEYPOINTS], np.float64)[..., :2] for side in (reference, outputs))
     boxes = np.asarray(reference["boxes"], np.float64)
     longest = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0.0)
-    cell = np.maximum(longest / _HEAT_CELLS, _LEAST_CELL)
+    cell = np.ones_like(longest) if strict else np.maximum(longest / _HEAT_CELLS, 1.0)
     moved: NDArray[np.bool_] = np.abs(here - there).max(axis=2, initial=0.0) > cell[:, None] / 2
     return moved
 

@@ -26,7 +26,16 @@ from dlops.builders import (
     published_labels,
     published_weights,
 )
-from dlops.checkpoint import NAME_PATTERN, Checkpoint, ModelSpec, import_model_source, load_checkpoint, misfits, rebuild
+from dlops.checkpoint import (
+    NAME_PATTERN,
+    Checkpoint,
+    ModelSpec,
+    fill,
+    import_model_source,
+    load_checkpoint,
+    misfits,
+    rebuild,
+)
 from dlops.console import say
 from dlops.errors import DlopsError, UsageError, first_line
 from dlops.preprocess import Preprocess
@@ -36,7 +45,7 @@ from dlops.tensors import to_tensor
 from dlops.workflows.source_data import SourceData, as_known, read_images, read_tensors
 from dlops.workflows.source_weights import read_weights
 from dlops.workflows.source_words import chosen_preprocess, parse_dims, parse_input
-from dlops.workflows.untrained import scale_weights, settle_statistics
+from dlops.workflows.untrained import draw_zeros, scale_weights, settle_statistics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -170,6 +179,7 @@ def adopt(
 
 def _settle(module: nn.Module, data: SourceData, steps: Preprocess | None, source: str, *, scaled: bool) -> None:
     few = (data.calibration or data.evaluation).take(slice(_SETTLING)).feed(steps, "input")
+    draw_zeros(module)
     try:
         settle_statistics(module, few)
         if scaled:
@@ -260,7 +270,7 @@ def _module(
         problem = "" if fitting is None else misfits(fitting, module)
         if not problem:
             if fitting is not None:
-                module.load_state_dict(fitting)
+                fill(module, fitting)
             return module.eval(), attempt
     raise UsageError(
         f"{source}: the weights {weights} do not fit: {problem}",

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,7 @@ def try_network(name: str) -> list[Tried]:
     source = f"torchvision:{name}"
     kwargs = _arguments(name)
     try:
-        with torch.device("meta"):
-            parameters = sum(one.numel() for one in find_builder(source, {})(**kwargs).parameters())
+        parameters = _count_parameters(find_builder(source, {}), kwargs)
     except DlopsError as error:
         return all_of_them(None, error.message)
     if parameters > MAX_PARAMETERS:
@@ -154,6 +153,18 @@ def try_network(name: str) -> list[Tried]:
             )  # fmt: skip
             began = now
         return found
+
+
+def _count_parameters(build: Callable[..., Any], kwargs: dict[str, Any]) -> int:
+    import torch
+
+    try:
+        with torch.device("meta"):
+            module = build(**kwargs)
+    except NotImplementedError:
+        # RegNet reads its widths out of tensors, which those without memory do not have.
+        module = build(**kwargs)
+    return sum(one.numel() for one in module.parameters())
 
 
 def _arguments(name: str) -> dict[str, Any]:

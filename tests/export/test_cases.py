@@ -168,13 +168,38 @@ def test_an_edge_where_the_module_itself_is_rounding_is_not_held(made: dict[str,
     assert held_edges(artifact, rounding, "fp32") == {"black", "saturated", "tiny"}
 
 
+class Cubes(nn.Module):
+    """A hundredfold input is answered 10^12 times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, CLASSES, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        answer = self.layer(image) ** 2
+        return answer**3
+
+
+def test_where_the_answer_leaves_all_scale_nothing_is_demanded(made: dict[str, Path], checkpoint: Checkpoint) -> None:
+    growths = {case.name: case.growth for case in cases_of_one_size(Cubes(), checkpoint)}
+    assert growths["huge"] == pytest.approx(1e12, rel=0.5)
+    assert growths["saturated"] < 1e6
+    artifact = open_artifact(made["onnx-fp32"])
+    beyond = [replace(case, growth=1e7) if case.name == "huge" else case for case in clamped_cases(artifact)]
+    assert held_edges(artifact, beyond, "fp32") == {"black", "saturated", "tiny"}
+
+
 def own_errors(module: nn.Module, checkpoint: Checkpoint) -> dict[str, float]:
-    """By case, of a module that takes images of one size."""
+    return {case.name: case.own_error for case in cases_of_one_size(module, checkpoint)}
+
+
+def cases_of_one_size(module: nn.Module, checkpoint: Checkpoint) -> list[Case]:
+    """Of a module that takes images of one size."""
     signature = checkpoint.signature.model_copy(update={"outputs": checkpoint.signature.outputs[:1], "dims": {
         "batch": DimRange(max=4), "height": DimRange(min=20, max=20), "width": DimRange(min=24, max=24),
         "logits_2": DimRange(min=18, max=18), "logits_3": DimRange(min=22, max=22),
     }})  # fmt: skip
-    return {case.name: case.own_error for case in make_cases(module.eval(), {"image": images()}, signature)}
+    return make_cases(module.eval(), {"image": images()}, signature)
 
 
 class NormalizesEachImage(nn.Module):

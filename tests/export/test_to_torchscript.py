@@ -7,12 +7,17 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dlops.artifact import Artifact
 from dlops.errors import GateError
+from dlops.export.pipeline import export_variants
 from dlops.export.to_torchscript import check_written
+from dlops.samples import Samples
+from dlops.saving import save_checkpoint
 
 
 def two_inputs(image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -71,3 +76,43 @@ def test_a_written_file_has_no_source_locations_and_aligned_tensors(exported_den
                 entry.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
             )
             assert start % 64 == 0
+
+
+class _Sized(nn.Module):
+    """Compares sizes, which a trace takes for tensors, and computes with what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * int(2 * max(x.shape[1], x.shape[1] - 1))
+
+
+class _Reads(_Sized):
+    """A number read out of a tensor: 1 for every sample here, and not for others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * int(x.abs().amax() < 100)
+
+
+def _exported(model: nn.Module, folder: Path) -> Artifact:
+    x = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
+    checkpoint = save_checkpoint(
+        model.eval(), folder / "run", evaluation=Samples(raw=tuple(x), inputs={"x": x}), name="net", max_batch=8
+    )
+    [made] = export_variants(checkpoint, variants=["torchscript-fp32"], model=model, out=folder / "artifacts")
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
+def test_what_follows_from_sizes_may_become_a_number_in_the_trace(tmp_path: Path) -> None:
+    with pytest.warns(torch.jit.TracerWarning, match="Python (boolean|integer)") as recorded:
+        torch.jit.trace(_Sized().eval(), torch.zeros(2, 6), check_trace=False)
+    assert recorded
+    assert _exported(_Sized(), tmp_path).parity.batches == (1, 2, 7, 8)
+
+
+def test_what_is_read_out_of_a_tensor_may_not(tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="tracing would bake in"):
+        _exported(_Reads(), tmp_path)

@@ -143,7 +143,10 @@ def test_keypoints_that_are_all_a_little_off_are_wrong() -> None:
     for shift in (0.4, 2.0):
         found = errors(with_keypoints(shift), with_keypoints())
         assert shortfalls(found, tolerance_for("detection", "fp32")), shift
-    # Within the cell it is a number.
+    # A pixel in a box of forty is within a cell: in 8 bits a number, in fp32 a decision.
+    assert errors(with_keypoints(0.45), with_keypoints(), "int8").agreement == 1.0
+    assert errors(with_keypoints(0.7), with_keypoints()).agreement < 1
+    # Within the pixel it is a number.
     found = errors(with_keypoints(0.4), with_keypoints())
     assert (found.agreement, found.max_abs > 0) == (1.0, True)
     assert not shortfalls(errors(with_keypoints(1e-4), with_keypoints()), tolerance_for("detection", "fp32"))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlops.workflows.untrained import scale_weights
+from dlops.workflows.untrained import draw_zeros, scale_weights
 
 
 class _Twice(nn.Module):
@@ -21,6 +21,21 @@ class _Twice(nn.Module):
         x = torch.relu(self.twice(torch.relu(self.twice(x))))
         answer: torch.Tensor = self.last(x.mean((2, 3)))
         return answer
+
+
+def test_layers_of_zeros_are_drawn_alike_every_time_and_the_others_stay() -> None:
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 5))
+        nn.init.zeros_(made[2].weight)
+        return made
+
+    one, other, before = network(), network(), network()
+    for made in (one, other):
+        draw_zeros(made)
+    assert torch.equal(one[0].weight, before[0].weight)
+    assert torch.equal(one[2].weight, other[2].weight)
+    assert 0.01 < float(one[2].weight.detach().std()) < 0.03
 
 
 def test_what_each_layer_gives_first_deviates_by_one() -> None:

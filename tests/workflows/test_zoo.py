@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision import models
 from torchvision.models import list_models
 
 from dlops.errors import UsageError
@@ -123,6 +124,11 @@ def test_what_is_quantized_or_too_large_is_not_tried_and_says_why() -> None:
         found = try_network(name)
         assert [(one.passed, one.dlops_version) for one in found] == [(None, __version__)] * 2
         assert all(reason in one.reason for one in found)
+
+
+def test_parameters_are_counted_where_a_network_cannot_be_built_without_memory() -> None:
+    for name, count in (("regnet_x_400mf", 5_495_976), ("squeezenet1_1", 1_235_496)):
+        assert zoo._count_parameters(getattr(models, name), {}) == count
 
 
 @pytest.mark.slow
