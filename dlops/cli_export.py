@@ -142,7 +142,8 @@ def export(
         program = open_program(Path(checkpoint), trust=trust) if is_program(checkpoint) else None
         adopted = adopt(
             checkpoint if program is None else Path(checkpoint).name, samples=samples, weights=weights,
-            inputs=input_ or (program.inputs if program else []), dims=dim or [], preprocess=preprocess,
+            inputs=input_ or (program.inputs if program else []),
+            dims=dim or (program.dims if program and not input_ else []), preprocess=preprocess,
             arguments=parse_arguments(set_ or []), output_names=output or (program.outputs if program else []),
             name=name or (Path(checkpoint).stem if program else None), task=task,
             own=program.module if program else None,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from dlops.errors import CorruptError, UsageError
 
@@ -23,11 +23,19 @@ _SMALLEST = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedProgram:
-    """inputs: as `--input` has them. outputs: names, none where the program gives none. max_batch: 64 at most."""
+    """inputs, dims: as `--input` and `--dim` have them. outputs: names, none where the program gives none. max_batch:
+    64 at most."""
 
     module: nn.Module
     inputs: tuple[str, ...]
+    dims: tuple[str, ...]
     outputs: tuple[str, ...]
+    max_batch: int
+
+
+class _Described(TypedDict):
+    inputs: tuple[str, ...]
+    dims: tuple[str, ...]
     max_batch: int
 
 
@@ -40,8 +48,8 @@ def open_program(path: Path, *, trust: bool) -> OpenedProgram:
     """The program as a module with its inputs described.
 
     trust: take torch's own loader, which unpickles, for what dlops does not read by itself. Raises UsageError where it
-    is needed and not allowed, and where the batch of the program is fixed or another dim is not; CorruptError where the
-    file is damaged.
+    is needed and not allowed, and where the batch of the program is fixed or another dim has no end; CorruptError where
+    the file is damaged.
     """
     from dlops.program import read_program
 
@@ -57,8 +65,8 @@ def open_program(path: Path, *, trust: bool) -> OpenedProgram:
                 "unpickles and evaluates what the file holds: for files of people whom you trust",
             ) from None
         return _load_trusting(path)
-    specs, most = _described(path, program.inputs, program.ranges)
-    return OpenedProgram(module=program.module, inputs=specs, outputs=program.outputs, max_batch=most)
+    described = _described(path, program.inputs, program.ranges)
+    return OpenedProgram(module=program.module, outputs=program.outputs, **described)
 
 
 def _load_trusting(path: Path) -> OpenedProgram:
@@ -91,17 +99,17 @@ def _load_trusting(path: Path) -> OpenedProgram:
         str(symbol): (int(limits.lower), int(limits.upper) if limits.upper.is_Integer else None)
         for symbol, limits in program.range_constraints.items()
     }
-    specs, most = _described(path, found, ranges)
+    described = _described(path, found, ranges)
     module = program.module(check_guards=False)
     # torch's own refuses eval(), which would change nothing.
-    return OpenedProgram(module=torch.fx.GraphModule(module, module.graph), inputs=specs, outputs=(), max_batch=most)
+    return OpenedProgram(module=torch.fx.GraphModule(module, module.graph), outputs=(), **described)
 
 
 def _described(
     path: Path, inputs: tuple[ProgramInput, ...], ranges: Mapping[str, tuple[int, int | None]]
-) -> tuple[tuple[str, ...], int]:
-    """The inputs as `--input` has them, and the largest batch."""
-    specs, batches = [], set()
+) -> _Described:
+    """The inputs as `--input` has them, the ranges of their dims as `--dim` has them, and the largest batch."""
+    specs, batches, dims = [], set(), dict[str, str]()
     for one in inputs:
         if not one.shape or isinstance(one.shape[0], int):
             raise UsageError(
@@ -109,15 +117,33 @@ def _described(
                 hint='export it with dynamic_shapes, {0: Dim("batch")} for each input',
             )
         batches.add(one.shape[0])
-        if strange := [dim for dim in one.shape[1:] if not isinstance(dim, int)]:
-            raise UsageError(f"{path}: its input {one.name} has another dynamic dim than the batch ({strange[0]})")
+        for dim in one.shape[1:]:
+            if isinstance(dim, str) and dim not in dims:
+                dims[dim] = _range(path, one.name, dim, ranges)
         specs.append(f"{one.name}:{str(one.dtype).removeprefix('torch.')}[batch{_text(one.shape[1:], ',')}]")
     if len(batches) > 1:
         raise UsageError(f"{path}: its inputs have batches of their own ({', '.join(sorted(map(str, batches)))})")
     lowest, highest = ranges.get(str(next(iter(batches), "")), (0, None))
     if lowest > _SMALLEST:
         raise UsageError(f"{path}: its batch begins at {lowest}, and a service needs 1")
-    return tuple(specs), _MAX_BATCH if highest is None else min(_MAX_BATCH, highest)
+    if strange := batches & dims.keys():
+        raise UsageError(f"{path}: the batch is another dim of an input, too ({min(strange)})")
+    most = _MAX_BATCH if highest is None else min(_MAX_BATCH, highest)
+    return {"inputs": tuple(specs), "dims": tuple(dims.values()), "max_batch": most}
+
+
+def _range(path: Path, name: str, dim: str, ranges: Mapping[str, tuple[int, int | None]]) -> str:
+    if not dim.isidentifier():
+        raise UsageError(
+            f"{path}: a dim of its input {name} follows from another ({dim})", hint="give each a Dim of its own"
+        )
+    low, high = ranges.get(dim, (0, None))
+    if high is None:
+        raise UsageError(
+            f"{path}: a dim of its input {name} has no largest size ({dim})",
+            hint='export it with Dim("length", min=2, max=512), say',
+        )
+    return f"{dim}={low if low == 1 else max(low, _SMALLEST)}:{high}"
 
 
 def _text(shape: tuple[Any, ...], before: str = "") -> str:

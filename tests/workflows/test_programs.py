@@ -15,6 +15,7 @@ from torch import nn
 from dlops.artifact import open_artifact
 from dlops.cli import run
 from dlops.errors import UsageError
+from dlops.runtimes import open_session
 from dlops.workflows.programs import open_program
 
 
@@ -60,6 +61,50 @@ def test_its_artifact_is_made_again_by_naming_the_file(folder: Path, capsys) -> 
     assert run(["export", "scorer.pt2", "--samples", "samples.safetensors", "--no-worth"]) == 0
     assert run(["export", "scorer.pt2", "--reproduce", "artifacts/scorer/onnx-fp32"]) == 0
     assert "byte for byte the same" in capsys.readouterr().out
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids).mean(dim=1))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_length_of_a_program_stays_open(folder: Path, trust: bool) -> None:
+    dims = {0: torch.export.Dim("batch", max=16), 1: torch.export.Dim("length", min=2, max=32)}
+    program = torch.export.export(Pooled().eval(), (torch.zeros(3, 6, dtype=torch.int64),), dynamic_shapes=(dims,))
+    torch.export.save(program, str(folder / "pooled.pt2"))
+    save_file({"ids": np.random.default_rng(0).integers(0, 20, (40, 6))}, "ids.safetensors")
+    command = ["export", "pooled.pt2", "--samples", "ids.safetensors", "--no-worth", *["--trust"] * trust]
+    assert run(command) == 0
+    artifact = open_artifact(folder / "artifacts" / "pooled" / "onnx-fp32")
+    (name,) = set(artifact.signature.dims) - {"batch"}
+    assert (artifact.signature.dims[name].min, artifact.signature.dims[name].max) == (2, 32)
+    session = open_session(artifact)
+    for length in (2, 9, 32):
+        ids = np.random.default_rng(1).integers(0, 20, (5, length))
+        expected = program.module()(torch.from_numpy(ids)).detach().numpy()
+        np.testing.assert_allclose(session.run({"ids": ids})["logits"], expected, rtol=1e-4, atol=1e-5)
+    session.close()
+
+
+@pytest.mark.parametrize(
+    ("dims", "said"),
+    [
+        ({1: torch.export.Dim("length", min=2)}, "a dim of its input ids has no largest size"),
+        ({1: 2 * torch.export.Dim("half", min=2, max=16)}, "a dim of its input ids follows from another"),
+    ],
+    ids=["open end", "a multiple"],
+)
+def test_a_length_that_cannot_be_described_is_refused(folder: Path, dims: dict[int, object], said: str) -> None:
+    shapes = ({0: torch.export.Dim("batch", max=16), **dims},)
+    program = torch.export.export(Pooled().eval(), (torch.zeros(3, 6, dtype=torch.int64),), dynamic_shapes=shapes)
+    torch.export.save(program, str(folder / "pooled.pt2"))
+    with pytest.raises(UsageError, match=said):
+        open_program(folder / "pooled.pt2", trust=False)
 
 
 class Nested(nn.Module):
