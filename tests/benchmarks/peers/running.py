@@ -209,10 +209,18 @@ def check_answers(server: Server, artifact: Artifact) -> None:
     expected = artifact.samples().outputs["logits"]
     with awake(server):
         for request, logits in zip(server.requests, expected, strict=True):
-            answer = HttpTransport().ask(HOST, server.port, request, timeout_s=ASK_TIMEOUT_S)
+            answer = _ask(server, request)
             assert answer.status == 200, f"{server.name}: {answer.status} {answer.body[:300]!r}"
             found = np.asarray(server.decode(answer), np.float32).reshape(-1)
             np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-5, err_msg=server.name)
+
+
+def _ask(server: Server, request: bytes) -> Answer:
+    line = HttpTransport().dial(HOST, server.port, timeout_s=ASK_TIMEOUT_S)
+    try:
+        return line.ask(request)
+    finally:
+        line.close()
 
 
 def _binary(artifact: Artifact, name: str, port: int, pid: int | None, *, model: str) -> Server:
@@ -309,7 +317,7 @@ def _wait(child: subprocess.Popen[bytes], served: Sequence[Server], folder: Path
     for server in served:
         while True:
             try:
-                answer = HttpTransport().ask(HOST, server.port, server.requests[0], timeout_s=ASK_TIMEOUT_S)
+                answer = _ask(server, server.requests[0])
                 if answer.status == 200:
                     break
                 said = f"it answers {answer.status}"
