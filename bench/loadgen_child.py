@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dlops.bench.channel import Channel
+from dlops.bench.channel import Channel, telling
 from dlops.bench.child import Child
 from dlops.bench.loadgen import Driven, Said, Settings, Target, log_folder, read_test, run_test
 from dlops.errors import MachineError
@@ -68,18 +68,25 @@ def _watch(channel: Channel, over: int, target: Target, settings: Settings, fold
     """Until the test is over: end this process when the run says so, or is gone."""
     if over in select.select([channel.reader.fileno(), over], [], [])[0]:
         return
-    target.halt()
-    time.sleep(_WRITTEN_S)
     try:
-        # After a call that failed none is made, and LoadGen's times are of nothing.
-        driven = None if target.failure is not None else read_test(target, settings, folder, cut_short=True)
-    except MachineError:
-        driven = None  # there was no answer yet
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        _send(channel, driven)
+        with telling(channel, "LoadGen's test, interrupted"):
+            target.halt()
+            time.sleep(_WRITTEN_S)
+            driven = _measured(target, settings, folder)
+            # Before the answer, after which this process is ended.
+            shutil.rmtree(folder, ignore_errors=True)
+            _send(channel, driven)
     finally:
         os._exit(0)
+
+
+def _measured(target: Target, settings: Settings, folder: Path) -> Driven | None:
+    if target.failure is not None:
+        return None  # after a call that failed none is made, and LoadGen's times are of nothing
+    try:
+        return read_test(target, settings, folder, cut_short=True)
+    except MachineError:
+        return None  # there was no answer yet
 
 
 def _send(channel: Channel, driven: Driven | None) -> None:
