@@ -23,6 +23,9 @@ _ROUNDING = 1e-6
 _KEYPOINTS = "keypoints"
 # Across a box, in torchvision's Keypoint R-CNN. Fewer bits, whose boxes may overlap by less, move within one.
 _HEAT_CELLS, _STRICT_IOU = 56, 0.75
+_HEAT = "keypoints_scores"
+# Of the largest, as fp32's boxes and scores may be off.
+_SAME_HEAT = 1e-3
 
 
 class Detection:
@@ -84,6 +87,8 @@ class Detection:
         if (points := left.get(_KEYPOINTS)) is not None and points.ndim == 3 and points.shape[2] >= 2:
             moved = _moved_keypoints(left, right, strict=min_iou >= _STRICT_IOU)
             right[_KEYPOINTS] = np.where(moved[..., None], points, right[_KEYPOINTS]).astype(points.dtype)
+            if _HEAT in left and left[_HEAT].shape == moved.shape:
+                right[_HEAT] = np.where(moved, left[_HEAT], right[_HEAT]).astype(left[_HEAT].dtype)
             image = np.repeat(np.arange(len(matches)), kept)
             kept = kept + np.bincount(image, weights=(~moved).sum(1), minlength=len(matches)).astype(np.int64)
             of = of + np.bincount(image, minlength=len(matches)) * points.shape[1]
@@ -127,13 +132,18 @@ def _moved_keypoints(reference: Feed, outputs: Feed, *, strict: bool) -> NDArray
     pixel of the box, to which the map is stretched.
 
     Each is where its map is the hottest, and which of two spots of one heat that is is a matter of rounding: a
-    decision, as is the box that is kept of two, and no number that is off by the distance between them.
+    decision, as is the box that is kept of two, and no number that is off by the distance between them. So is the
+    number of pixels that a map is stretched to, which a box of almost a whole number of them decides, and by which its
+    heat changes: strictly, a keypoint of another heat counts as one that moved.
     """
     here, there = (np.asarray(side[_KEYPOINTS], np.float64)[..., :2] for side in (reference, outputs))
     boxes = np.asarray(reference["boxes"], np.float64)
     longest = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0.0)
     cell = np.ones_like(longest) if strict else np.maximum(longest / _HEAT_CELLS, 1.0)
     moved: NDArray[np.bool_] = np.abs(here - there).max(axis=2, initial=0.0) > cell[:, None] / 2
+    if strict and _HEAT in reference and reference[_HEAT].shape == moved.shape:
+        heat, other = (np.asarray(side[_HEAT], np.float64) for side in (reference, outputs))
+        moved |= np.abs(heat - other) > _SAME_HEAT * np.abs(heat).max(initial=0.0)
     return moved
 
 

@@ -139,6 +139,18 @@ def test_a_keypoint_of_two_spots_of_one_heat_is_a_decision() -> None:
     assert shortfalls(found, tolerance_for("detection", "fp32"))
 
 
+def test_a_keypoint_of_another_heat_is_a_decision_and_all_of_another_heat_are_wrong() -> None:
+    heat = np.full((2, ROOM, 5), 4.0, np.float32)
+    one = heat.copy()
+    one[0, 0, 3] = 4.1
+    found = errors({**with_keypoints(), "keypoints_scores": one}, {**with_keypoints(), "keypoints_scores": heat})
+    assert (found.decisions, found.max_abs, found.max_rel) == (18, 0.0, 0.0)
+    assert found.agreement == pytest.approx((11 / 12 + 1) / 2)
+    other = {**with_keypoints(), "keypoints_scores": heat * np.float32(1.01)}
+    found = errors(other, {**with_keypoints(), "keypoints_scores": heat})
+    assert shortfalls(found, tolerance_for("detection", "fp32"))
+
+
 def test_keypoints_that_are_all_a_little_off_are_wrong() -> None:
     for shift in (0.4, 2.0):
         found = errors(with_keypoints(shift), with_keypoints())
