@@ -41,7 +41,16 @@ def test_what_is_slower_is_found(make_artifact, serve, tmp_path) -> None:
     artifact = make_artifact()
     base, new = serve(artifact), serve(artifact)
     base.behave, new.behave = slower(0.002), slower(0.006)
-    measured = measure_in_turns([base.url, new.url], payload=artifact, batch=[1, 4], concurrency=[1, 3], duration_s=0.4)
+    # On a machine that stands still meanwhile nothing is certain, and rightly so.
+    for _ in range(3):
+        measured = measure_in_turns(
+            [base.url, new.url], payload=artifact, batch=[1, 4], concurrency=[1, 3], duration_s=0.4
+        )
+        comparison = compare_turns(measured, base="BASE", new="NEW")
+        words = {compared.judged[0].word for compared in comparison.rows}
+        assert words <= {"REGRESSED", "INCONCLUSIVE"}
+        if words == {"REGRESSED"}:
+            break
     rows = measured.measurements
     assert [(row.target, row.load.batch, row.load.concurrency) for row in rows] == [
         (server.url, batch, calls) for batch in (1, 4) for calls in (1, 3) for server in (base, new)
@@ -52,7 +61,6 @@ def test_what_is_slower_is_found(make_artifact, serve, tmp_path) -> None:
         # Calls that never wait between them: by Little's law what is in flight is the rate times the time.
         in_flight = row.throughput.value / row.load.batch * row.latency.mean_ns / 1e9
         assert in_flight == pytest.approx(row.load.concurrency, rel=1e-6)
-    comparison = compare_turns(measured, base="BASE", new="NEW")
     assert comparison.paired
     for compared in comparison.rows:
         p50 = compared.judged[0]

@@ -216,11 +216,16 @@ def test_a_service_of_known_capacity_is_found_out(make_artifact, serve, tmp_path
             time.sleep(0.005)
 
     server.behave = slow
-    # Under 200 a second at most, whatever the machine; what it certainly keeps within a second is well above 20.
-    measured = measure(
-        [server.url], payload=artifact, duration_s=0.5, offered=Offered(objective=parse_objective("p90=1s"))
-    )
-    (objective,) = measured.report.objectives.values()
+    # Under 200 a second at most, whatever the machine; what it certainly keeps within a second is well above 20. A
+    # machine that stands still meanwhile leaves a search unsure, and rightly so.
+    for _ in range(3):
+        measured = measure(
+            [server.url], payload=artifact, duration_s=0.5, offered=Offered(objective=parse_objective("p90=1s"))
+        )
+        (objective,) = measured.report.objectives.values()
+        if objective.rate is not None:
+            break
+        assert objective.unsure
     assert objective.rate is not None
     assert 15 < objective.rate < 220
     assert objective.missed is not None

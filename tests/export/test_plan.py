@@ -296,10 +296,17 @@ def test_a_branch_on_values_is_refused_by_both_formats(save_digits_checkpoint: S
 def test_a_branch_that_the_samples_take_both_ways_is_named_with_its_line(
     save_digits_checkpoint: SaveDigits, tmp_path: Path
 ) -> None:
-    checkpoint = save_digits_checkpoint(tmp_path / "run", _Branching(limit=0.0))
-    line = r"torch\.export stops at .*test_plan\.py, line \d+: if flat\.sum\(\) > self\.limit:"
+    unlimited = save_digits_checkpoint(tmp_path / "all", _Branching())
+    samples = unlimited.samples("evaluation")
+    assert samples is not None
+    # Half of the digits pass it alone; a batch of several is far below.
+    sums = samples.feed(unlimited.spec.preprocess, "input")["input"].sum(axis=(1, 2, 3))
+    limit = float(np.median(sums))
+    checkpoint = save_digits_checkpoint(tmp_path / "run", _Branching(limit=limit))
+    line = r"torch\.export stops too \(.*test_plan\.py, line \d+: if flat\.sum\(\) > self\.limit:"
+    build = partial(_Branching, limit=limit)
     with pytest.raises(UsageError, match=f"depends on the rest of its batch: .*{line}"):
-        export_variants(checkpoint, variants=["onnx-fp32"], out=tmp_path / "out", model=partial(_Branching, limit=0.0))
+        export_variants(checkpoint, variants=["onnx-fp32"], out=tmp_path / "out", model=build)
     assert not (tmp_path / "out").exists()
 
 
