@@ -92,7 +92,8 @@ def test_a_call_that_fails_ends_it_with_the_whole_rounds_of_both(make_artifact, 
 
     def fails_later(count: int) -> tuple[int, bytes] | None:
         time.sleep(0.002)
-        return (503, b"{}") if time.monotonic() - began > 4 else None
+        # After the warm-up and some rounds, on a busy machine too.
+        return (503, b"{}") if time.monotonic() - began > 4 and count > 1500 else None
 
     new.behave = fails_later
     measured = measure_in_turns([base.url, new.url], payload=artifact, batch=[1], concurrency=[2], duration_s=60)
