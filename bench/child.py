@@ -86,6 +86,14 @@ class Child:
         self.tell(order, payload)
         return self.receive(limit_s)
 
+    def receive_or_stop(self) -> tuple[dict[str, Any], bytes, bool]:
+        """The answer to an order that may be cut short, and whether Ctrl-C did so: what was done until then comes."""
+        try:
+            return *self.receive(), False
+        except KeyboardInterrupt:
+            self.tell({"stop": True})
+            return *self.receive(), True
+
     def tell(self, order: dict[str, Any], payload: bytes = b"") -> None:
         try:
             self._channel.send(order, payload)

@@ -8,11 +8,10 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,29 +195,50 @@ def _asyncios_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Caller:
     transport: Transport
     host: str
     port: int
     timeout_s: float
+    stopped: bool = False
+    connecting: set[asyncio.Timeout] = field(default_factory=set)
 
-    async def connect(self, *, instead_of: Connection | None) -> Connection:
+    async def connect(self, *, instead_of: Connection | None) -> Connection | None:
+        """None where the run ends first: else a server that takes long to accept would outlive it."""
         if instead_of is not None:
             await instead_of.aclose()
-        return await asyncio.wait_for(self.transport.connect(self.host, self.port), self.timeout_s)
+        if self.stopped:
+            return None
+        try:
+            # Not wait_for: what it cancels just when the connection is made is lost, and never closed.
+            async with asyncio.timeout(self.timeout_s) as limit:
+                self.connecting.add(limit)
+                try:
+                    return await self.transport.connect(self.host, self.port)
+                finally:
+                    self.connecting.discard(limit)
+        except TimeoutError:
+            if self.stopped:
+                return None
+            raise
+
+    def stop(self) -> None:
+        """Send no more, and connect no more; what is in flight is waited for."""
+        self.stopped = True
+        for limit in self.connecting:
+            limit.reschedule(asyncio.get_running_loop().time())
 
 
 async def _drive(
     caller: _Caller, requests: Sequence[bytes], recorder: _Recorder, concurrency: int, duration_s: float,
     max_warmup_s: float, on_warm: Callable[[], None] | None,
 ) -> None:  # fmt: skip
-    stop = asyncio.Event()
     workers = []
     for index in range(concurrency):
         # Each worker begins elsewhere in the list, so that not all send the same at the same time.
         own = [requests[(index + offset) % len(requests)] for offset in range(len(requests))]
-        workers.append(asyncio.create_task(_worker(caller, own, recorder, stop)))
+        workers.append(asyncio.create_task(_worker(caller, own, recorder)))
     try:
         await _warm_up(recorder, max_warmup_s)
         if on_warm is not None:
@@ -233,7 +253,7 @@ async def _drive(
             _notice_death(recorder)
     finally:
         recorder.ended_ns = time.perf_counter_ns()
-        stop.set()
+        caller.stop()
         task = asyncio.current_task()
         await _end(workers, caller.timeout_s, interrupted=task is not None and task.cancelling() > 0)
 
@@ -255,46 +275,37 @@ async def _end(workers: Sequence[asyncio.Task[None]], timeout_s: float, *, inter
             saying.cancel()
 
 
-async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorder, stop: asyncio.Event) -> None:
+async def _worker(caller: _Caller, requests: Sequence[bytes], recorder: _Recorder) -> None:
     connection: Connection | None = None
-    for request in cycle(requests):
-        if stop.is_set():
-            break
-        start = time.perf_counter_ns()
-        try:
-            if connection is None or not connection.is_open:
-                connection = await _unless_stopped(caller.connect(instead_of=connection), stop)
-                # What is sent now would be no call of the run.
-                if connection is None or stop.is_set():
-                    break
-            recorder.begun += recorder.began_ns is not None
-            # The time to connect anew is in the latency: where the server closes, every client has to.
-            answer = await connection.send(request, timeout_s=caller.timeout_s)
-        except asyncio.CancelledError:
-            # By a second Ctrl-C: what hangs is not to be missing from the latencies.
-            recorder.failure(start, pacing.outcome_name(pacing.ABANDONED))
-            raise
-        except (OSError, ValueError) as error:
-            recorder.failure(start, failure_kind(error))
-            await asyncio.sleep(_RECONNECT_PAUSE_S)
-            continue
-        if answer.status == pacing.ANSWERED:
-            recorder.success(start, answer.arrived_ns)
-        else:
-            recorder.failure(start, pacing.outcome_name(answer.status))
-    if connection is not None:
-        await connection.aclose()
-
-
-async def _unless_stopped(connecting: Coroutine[Any, Any, Connection], stop: asyncio.Event) -> Connection | None:
-    """What it gives; None where the run ends first: else a server that takes long to accept would outlive it."""
-    task, stopping = asyncio.create_task(connecting), asyncio.create_task(stop.wait())
-    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if task.done():
-        return await task
-    task.cancel()
-    return None
+    try:
+        for request in cycle(requests):
+            if caller.stopped:
+                break
+            start = time.perf_counter_ns()
+            try:
+                if connection is None or not connection.is_open:
+                    connection = await caller.connect(instead_of=connection)
+                    # What is sent now would be no call of the run.
+                    if connection is None or caller.stopped:
+                        break
+                recorder.begun += recorder.began_ns is not None
+                # The time to connect anew is in the latency: where the server closes, every client has to.
+                answer = await connection.send(request, timeout_s=caller.timeout_s)
+            except asyncio.CancelledError:
+                # By a second Ctrl-C: what hangs is not to be missing from the latencies.
+                recorder.failure(start, pacing.outcome_name(pacing.ABANDONED))
+                raise
+            except (OSError, ValueError) as error:
+                recorder.failure(start, failure_kind(error))
+                await asyncio.sleep(_RECONNECT_PAUSE_S)
+                continue
+            if answer.status == pacing.ANSWERED:
+                recorder.success(start, answer.arrived_ns)
+            else:
+                recorder.failure(start, pacing.outcome_name(answer.status))
+    finally:
+        if connection is not None:
+            await connection.aclose()
 
 
 async def _warm_up(recorder: _Recorder, limit_s: float) -> None:

@@ -173,12 +173,8 @@ def completer() -> Callable[[Sequence[Any]], None]:
 
 
 def drive_session(call: Callable[[], object], settings: Settings) -> Driven:
-    """One test of a session of this process. call: runs one batch."""
-    return drive(Direct(call, settings.batch), settings)
-
-
-def drive(target: Target, settings: Settings) -> Driven:
-    """Run LoadGen's test on the target, which is closed, and read its logs. Raises what a call of the target raised."""
+    """One test of a session of this process, to its end. call: runs one batch. Raises what that raised."""
+    target = Direct(call, settings.batch)
     with log_folder() as folder:
         run_test(target, settings, folder)
         return read_test(target, settings, folder)

@@ -47,13 +47,7 @@ def await_driven(child: Child, order: dict[str, Any], body: bytes = b"") -> tupl
     Raises what the child raised, and KeyboardInterrupt where nothing was measured before it.
     """
     child.tell(order, body)
-    interrupted = False
-    try:
-        header, arrays = child.receive()
-    except KeyboardInterrupt:
-        interrupted = True
-        child.tell({"stop": True})
-        header, arrays = child.receive()
+    header, arrays, interrupted = child.receive_or_stop()
     if header["said"] is None:
         raise KeyboardInterrupt
     starts, lag, latencies, service, succeeded = np.frombuffer(arrays, np.int64).reshape(5, -1)

@@ -110,8 +110,8 @@ class Remote:
             if connection is None or not connection.is_open:
                 if connection is not None:
                     await connection.aclose()
-                opening = self._transport.connect(self._job.host, self._job.port)
-                connection = await asyncio.wait_for(opening, self._job.timeout_s)
+                async with asyncio.timeout(self._job.timeout_s):
+                    connection = await self._transport.connect(self._job.host, self._job.port)
             answer = await connection.send(request, timeout_s=self._job.timeout_s)
         except (OSError, ValueError) as error:
             call.failed, call.end_ns = failure_kind(error), time.perf_counter_ns()

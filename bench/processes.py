@@ -38,12 +38,6 @@ class Process(Child):
         On Ctrl-C what was done until then is given, marked so.
         """
         self.tell({"schedule": {"give_up_ns": give_up_ns}}, due_ns.tobytes())
-        interrupted = False
-        try:
-            header, payload = self.receive()
-        except KeyboardInterrupt:
-            interrupted = True
-            self.tell({"stop": True})
-            header, payload = self.receive()
+        header, payload, interrupted = self.receive_or_stop()
         begun, ended = np.frombuffer(payload, np.int64).reshape(2, -1)
         return Kept(begun_ns=begun, ended_ns=ended, interrupted=interrupted or header["interrupted"])

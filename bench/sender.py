@@ -143,10 +143,10 @@ class Sender:
         self._numbers += 1
         number = self._numbers
         try:
-            opening = self._transport.open_wire(
-                self._host, self._port, number=number, listener=self, timeout_s=self._timeout_s
-            )
-            wire = await asyncio.wait_for(opening, self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                wire = await self._transport.open_wire(
+                    self._host, self._port, number=number, listener=self, timeout_s=self._timeout_s
+                )
         except OSError as error:
             self._note_failure()
             if self._start_ns:

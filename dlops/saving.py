@@ -62,7 +62,8 @@ def save_checkpoint(
     inputs, which `preprocess` turns into the module's. Evaluation samples are held out from training; calibration
     samples come from the training split. One of torchvision's detectors is taken as `dlops.adapters.Detector`, and
     gives boxes, scores and labels for one image at a time; RAFT gives its last flow of one pair. builder: how to
-    rebuild the module (a catalog name or "torchvision:NAME" with kwargs); without it, export asks for the module again.
+    rebuild the module (a catalog name or "torchvision:NAME"); without it, export asks for the module again, or for a
+    function that makes it. kwargs: of the builder or of that function.
     inputs, dims: names, dtypes and shapes of the inputs, in the order of the module's arguments, where sizes other than
     the batch vary, and the ranges of those. Raises UsageError where something does not fit together.
     """

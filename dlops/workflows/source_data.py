@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dlops import catalog
 from dlops.errors import CorruptError, UsageError, from_os_error
 from dlops.preprocess import Preprocess
 from dlops.probing import check_named
@@ -46,10 +47,9 @@ def read_images(samples: str, preprocess: Preprocess | None, source: str) -> Sou
     from dlops.train.finish import MAX_CALIBRATION, MAX_CALIBRATION_BYTES, chosen, read
     from dlops.train.images import undecodable
 
-    if preprocess is None and not Path(samples).exists():
-        # A name that is none says so.
-        open_data(samples, split_seed=_SPLIT_SEED)
     if preprocess is None:
+        if samples not in catalog.DATASETS and not Path(samples).expanduser().exists():
+            open_data(samples, split_seed=_SPLIT_SEED)  # which raises: there is nothing of that name
         raise UsageError(
             f"{source}: images are given, and nothing says what it makes of them",
             hint="--input name:float32[batch,3,224,224], sizes as numbers, or --preprocess FILE",

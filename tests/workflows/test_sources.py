@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_weights
 from torch import nn
 from torchvision import models
@@ -359,6 +359,18 @@ def test_arguments_of_a_function_are_passed_and_made_again_with(here: Path, caps
     again = ["export", "python:own_module:wide", "--reproduce", "artifacts/wide/onnx-fp32"]
     assert run(again) == 0
     assert "byte for byte the same" in capsys.readouterr().out
+
+
+def test_a_head_of_zeros_is_drawn_where_weights_are_random(here: Path) -> None:
+    save_file({"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)}, here / "x.safetensors")
+    (here / "zeros_module.py").write_text(
+        "from torch import nn\n\n"
+        "def make():\n    made = nn.Linear(6, 3)\n    nn.init.zeros_(made.weight)\n    return made\n"
+    )
+    for weights, drawn in (("random", True), (None, False)):
+        name = f"weights-{weights}"
+        found = adopt("python:zeros_module:make", samples="x.safetensors", weights=weights, name=name).checkpoint
+        assert bool(load_file(found.path("weights"))["weight"].any()) is drawn
 
 
 def test_another_model_of_that_name_is_refused(here: Path, capsys) -> None:
