@@ -11,8 +11,7 @@ import onnx
 
 from dlops.console import progress_bar
 from dlops.errors import GateError
-from dlops.export.quantize import spread
-from dlops.export.quantize_static import OPERATORS, Calibrated
+from dlops.export.quantize import Quantizer, spread
 from dlops.parity import run_batched
 from dlops.runtimes import SessionOptions
 from dlops.runtimes.onnxruntime import OnnxSession
@@ -79,7 +78,7 @@ class Ranking:
         return sum(error.layer.weights for error in self.layers)
 
 
-def rank_layers(calibrated: Calibrated, feed: Feed, signature: Signature) -> Ranking:
+def rank_layers(quantizer: Quantizer, feed: Feed, signature: Signature) -> Ranking:
     """Quantize one layer at a time, and order layers by the error at the model's outputs, largest first.
 
     feed: calibration samples, of which 64 are used, evenly spread. Raises GateError where nothing is quantized.
@@ -91,21 +90,21 @@ def rank_layers(calibrated: Calibrated, feed: Feed, signature: Signature) -> Ran
     in docs/benchmarks/int8-repair.md.
     """
     samples = spread(feed, RANKING_SAMPLES)
-    whole = calibrated.quantize()
-    layers = find_layers(calibrated.model, whole)
+    whole = quantizer.quantize()
+    layers = find_layers(quantizer, whole)
     if not layers:
-        raise GateError(f"{calibrated.title}: ONNX Runtime quantizes none of its operators, so there is none to rank")
-    local = _local_db(calibrated, whole, layers, samples, signature)
+        raise GateError(f"{quantizer.title}: ONNX Runtime quantizes none of its operators, so there is none to rank")
+    local = _local_db(quantizer, whole, layers, samples, signature)
 
     def outputs(model: onnx.ModelProto) -> dict[str, Array]:
-        return model_outputs(model, samples, signature, title=calibrated.title, precision=calibrated.precision)
+        return model_outputs(model, samples, signature, title=quantizer.title, precision=quantizer.precision)
 
-    expected = outputs(calibrated.model)
+    expected = outputs(quantizer.model)
     total = relative_noise(expected, outputs(whole))
     noises = []
-    with progress_bar(f"{calibrated.title}: layers", total=len(layers)) as bar:
+    with progress_bar(f"{quantizer.title}: layers", total=len(layers)) as bar:
         for layer in layers:
-            alone = calibrated.quantize(only=layer.nodes)
+            alone = quantizer.quantize(only=layer.nodes)
             noises.append(relative_noise(expected, outputs(alone)))
             bar.advance(note=layer.name)
     added = sum(noises)
@@ -117,17 +116,19 @@ def rank_layers(calibrated: Calibrated, feed: Feed, signature: Signature) -> Ran
     ]
     errors.sort(key=lambda error: -error.share)
     return Ranking(
-        title=calibrated.title,
+        title=quantizer.title,
         layers=tuple(errors),
         output_db=_db(total),
         samples=len(next(iter(samples.values()))),
     )
 
 
-def find_layers(model: onnx.ModelProto, quantized: onnx.ModelProto) -> list[Layer]:
-    """The operators of the fp32 graph `model` that `quantized` computes in int8 or fp8, in the graph's order."""
-    dequantized = {name for node in _of_type(quantized, "DequantizeLinear") for name in node.output}
-    inside = {node.name for node in quantized.graph.node if dequantized & set(node.input)}
+def find_layers(quantizer: Quantizer, quantized: onnx.ModelProto) -> list[Layer]:
+    """The operators of the quantizer's graph that `quantized` computes from narrow numbers, in the graph's order."""
+    model = quantizer.model
+    # Those that read what they did before are as they were; the others read rounded tensors, or became operators on
+    # integers under other names.
+    unchanged = {(node.name, *node.input) for node in quantized.graph.node}
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type in _FLOATS}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -135,7 +136,7 @@ def find_layers(model: onnx.ModelProto, quantized: onnx.ModelProto) -> list[Laye
             readers.setdefault(name, []).append(node)
     layers = []
     for node in model.graph.node:
-        if node.name not in inside or node.op_type not in OPERATORS - _FOLLOWERS:
+        if (node.name, *node.input) in unchanged or node.op_type not in quantizer.operators - _FOLLOWERS:
             continue
         own = [weights[name] for name in node.input if name in weights and len(weights[name].dims) > 1]
         layers.append(
@@ -175,13 +176,13 @@ def relative_noise(expected: Feed, found: Feed) -> float:
 
 
 def _local_db(
-    calibrated: Calibrated, whole: onnx.ModelProto, layers: Sequence[Layer], feed: Feed, signature: Signature
+    quantizer: Quantizer, whole: onnx.ModelProto, layers: Sequence[Layer], feed: Feed, signature: Signature
 ) -> dict[str, float | None]:
     """The SQNR of every layer's output by tensor: what the int8 model has there against what the fp32 model has."""
     places = _stand_ins(whole, [layer.output for layer in layers])
     runs = zip(
-        _all_outputs(calibrated, calibrated.model, list(places), feed, signature),
-        _all_outputs(calibrated, whole, list(places.values()), feed, signature),
+        _all_outputs(quantizer, quantizer.model, list(places), feed, signature),
+        _all_outputs(quantizer, whole, list(places.values()), feed, signature),
         strict=True,
     )
     noise, signal = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0.0)
@@ -193,7 +194,7 @@ def _local_db(
 
 
 def _all_outputs(
-    calibrated: Calibrated, model: onnx.ModelProto, tensors: Sequence[str], feed: Feed, signature: Signature
+    quantizer: Quantizer, model: onnx.ModelProto, tensors: Sequence[str], feed: Feed, signature: Signature
 ) -> Iterator[Feed]:
     """Those tensors of the graph, batch by batch."""
     wide = onnx.ModelProto()
@@ -205,7 +206,7 @@ def _all_outputs(
         signature=signature.model_copy(
             update={"outputs": tuple(TensorSpec(name=name, dtype="float32", shape=("batch",)) for name in tensors)}
         ),
-        precision=calibrated.precision, options=SessionOptions(device="cpu"), title=calibrated.title,
+        precision=quantizer.precision, options=SessionOptions(device="cpu"), title=quantizer.title,
     )  # fmt: skip
     size = min(_ALL_OUTPUTS_BATCH, signature.max_batch)
     try:

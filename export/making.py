@@ -43,7 +43,7 @@ from dlops.export.reduce import Lessons
 from dlops.export.repair import repair_layers
 from dlops.export.structures import Structure, Structures
 from dlops.export.summary import summary
-from dlops.export.to_onnx import calibrated
+from dlops.export.to_onnx import quantizer_of
 from dlops.export.worth import narrowed_widths, parent_of, weigh
 from dlops.export.zeros import check_zeros
 from dlops.manifest import Payload, sha256_of
@@ -286,7 +286,9 @@ class Export:
             settings=Settings(
                 max_drop=self.asked.max_drop, strict=self.asked.strict, device=self.options.device,
                 # What has no ranges to choose, and no layers to return, comes out the same by any.
-                calibration_method=self.asked.calibration_method if layered else "minmax",
+                calibration_method=(
+                    self.asked.calibration_method if layered and variant.precision in STATIC else "minmax"
+                ),
                 repair=self.asked.repair if layered else True,
                 image_size=self.asked.image_size if variant.raw else None,
                 recovery_budget_s=self.asked.recovery_budget_s if variant.sparsity else BUDGET_S,
@@ -297,13 +299,15 @@ class Export:
         """Whether quantization is what loses too much, and layers may be returned."""
         if not is_layered(variant) or not self.asked.repair:
             return False
+        if "calibration" not in self.checkpoint.files:
+            say(f"{variant.slug}: no calibration samples in the checkpoint, by which to look for layers at fault")
+            return False
         return self.gates.passes_unquantized(structure, variant.slug)
 
     def _rank(self, variant: Variant, structure: Structure, title: str) -> Ranking:
         with tempfile.TemporaryDirectory(prefix="dlops-export-") as folder:
             request = self._request(variant, structure, Path(folder), title)
-            assert request.calibration is not None
-            return rank_layers(calibrated(request), request.calibration, self.signature)
+            return rank_layers(quantizer_of(request), self._ranking_feed(), self.signature)
 
     def _export(
         self, variant: Variant, structure: Structure, folder: Path, title: str, excluded: tuple[str, ...]
@@ -385,6 +389,14 @@ class Export:
             for role, record in structure.records.items():
                 files[role] = writer.add(f"{role}.json", record.encode())
             return writer.commit(artifact.model_copy(update={"files": files}))
+
+    def _ranking_feed(self) -> Feed:
+        """Calibration samples, which a variant that is made without them is ranked on all the same."""
+        if self.calibration_feed is None:
+            calibration = self.checkpoint.samples("calibration")
+            assert calibration is not None
+            self.calibration_feed = self._calibration_feed(calibration)
+        return self.calibration_feed
 
     def _calibration_feed(self, calibration: Samples) -> Feed:
         """Its tensors, which must fit the model and be other ones than those that accuracy is measured on."""

@@ -154,15 +154,16 @@ def rank_variant(
         [variant], checkpoint, max_drop=100.0, strict=False, calibration_method=calibration_method
     )
     if not is_layered(planned):
-        why = (
-            "it is quantized by another quantizer" if planned.precision in STATIC
-            else "the scales of its activations are each input's own" if planned.precision == "int8dyn"
-            else "its weights alone are quantized" if planned.precision == "int8wo"
-            else "none of its layers is quantized"
-        )  # fmt: skip
+        another = planned.precision in STATIC
+        why = "it is quantized by another quantizer" if another else "none of its layers is quantized"
         raise UsageError(
             f"{planned.slug}: {why}, and its layers are not ranked",
-            hint="onnx-int8, onnx-fp8, openvino-int8 and those of tensorrt can be explained, each also with -prunedNN",
+            hint="quantized variants of onnx, openvino and tensorrt can be explained, each also with -prunedNN",
+        )
+    if "calibration" not in checkpoint.files:
+        raise UsageError(
+            f"{planned.slug}: layers are ranked on calibration samples, and checkpoint {checkpoint.name!r} has none",
+            hint="train it again with this version, or pass calibration= to save_checkpoint",
         )
     # The layers are those of the model inside, whatever is around it.
     planned = planned.model_copy(update={"raw": False})

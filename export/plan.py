@@ -72,6 +72,8 @@ _NO_DTYPES: Mapping[str, frozenset[str]] = {
 FROM_ONNX = ("onnx", "openvino", "tensorrt")
 # Quantized by what calibration samples give.
 STATIC = ("int8", "fp8")
+# Quantized without them.
+UNCALIBRATED = ("int8dyn", "int8wo")
 # With fewer, what recovery holds out says nothing of when to stop.
 MIN_RECOVERY_SAMPLES = 16
 # Beyond these a network is left whole, or with a channel or two a layer.
@@ -146,7 +148,7 @@ def needs_calibration(variant: Variant) -> bool:
 
 def is_layered(variant: Variant) -> bool:
     """Whether layers of it can be ranked, and returned to fp32."""
-    return variant.precision in STATIC and variant.format in FROM_ONNX
+    return variant.format in FROM_ONNX and variant.precision in (*STATIC, *UNCALIBRATED)
 
 
 def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str], *, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What every quantization of an ONNX file shares: its preparation, weights as integers, and how ONNX Runtime fails."""
+"""What every quantization of an ONNX file shares: its form, its preparation, weights as integers, and its failures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -23,6 +24,47 @@ from dlops.signature import Array, Feed
 Notes = dict[str, str | int | float | bool]
 # Symmetric, so that zero is exact and no zero point is added in the products.
 _LARGEST = 127
+
+
+class Quantizer(Protocol):
+    """An fp32 graph and what makes its quantized form, whole or in part.
+
+    model: batch norms folded, every node with a name of its own. operators: the types of those that it quantizes.
+    """
+
+    @property
+    def model(self) -> onnx.ModelProto: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def operators(self) -> frozenset[str]: ...
+
+    def quantize(self, *, only: Collection[str] = (), excluded: Collection[str] = ()) -> onnx.ModelProto:
+        """A new graph. only: names of the nodes to quantize, all if empty. excluded: of those that stay in fp32.
+
+        Raises GateError where nothing of it can be quantized.
+        """
+        ...
+
+    def notes(self, quantized: onnx.ModelProto) -> Notes:
+        """How a graph of it was made, for the provenance."""
+        ...
+
+
+def is_chosen(node: onnx.NodeProto, only: Collection[str], excluded: Collection[str]) -> bool:
+    """Whether `Quantizer.quantize` is to take this node, by its name."""
+    return node.name not in excluded and (not only or node.name in only)
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Give every node a name of its own: nodes are kept out of quantization by name, and names may be left out."""
+    taken = {""}
+    for place, node in enumerate(model.graph.node):
+        if node.name in taken:
+            node.name = f"{node.op_type}_{place}"
+        taken.add(node.name)
 
 
 @contextmanager

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
+from onnxruntime.quantization.onnx_model import ONNXModel
 
 from dlops.errors import GateError
-from dlops.export.quantize import Notes, drop_unused, float_weights, quantizing, rounded, saturates
+from dlops.export.quantize import (
+    Notes,
+    drop_unused,
+    explained,
+    float_weights,
+    is_chosen,
+    name_nodes,
+    quantizing,
+    rounded,
+    saturates,
+)
 
-# What ONNX Runtime's own quantizer turns into operators that have kernels on the CPU; Gemm becomes MatMul first.
+# What ONNX Runtime's own quantizer turns into operators that have kernels on the CPU; Gemm becomes MatMul before.
 _PRODUCTS = ("MatMul", "LSTM")
 INTEGER_OPERATORS = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM")
 # ConvInteger's CPU kernel takes unsigned weights with one zero point alone.
@@ -22,40 +37,77 @@ _MIDDLE = 128
 _MIDDLE_NAME = "dlops_weight_zero_point"
 
 
-def quantize_dynamic(model: onnx.ModelProto, *, title: str) -> tuple[onnx.ModelProto, Notes]:
-    """The model with its matrix products, LSTMs and convolutions on integers, and how it was made.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dynamic:
+    """An fp32 graph whose products can be put on integers, with the range of an activation from each call's whole
+    batch: a `Quantizer`."""
 
-    The range of an activation is that of the whole batch of a call. Raises GateError where the model has none of those
-    operators with weights of its own.
-    """
-    reduce_range = saturates()
-    with quantizing(model, title=title) as (folder, prepared):
-        products = Path(folder, "products.onnx")
-        ort_quantize_dynamic(
-            _without_shapes_of_weights(onnx.load(prepared)),
-            products,
-            op_types_to_quantize=list(_PRODUCTS),
-            per_channel=True,
-            reduce_range=reduce_range,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
-        )
-        result = onnx.load(products)
-    _quantize_convolutions(result.graph)
-    kinds = Counter(node.op_type for node in result.graph.node)
-    if not any(kinds[kind] for kind in INTEGER_OPERATORS):
-        raise GateError(
-            f"{title}: int8dyn has nothing to quantize: no MatMul, Gemm, LSTM or Conv with weights of its own among "
-            f"its operators ({', '.join(sorted(kinds))})",
-            hint="take another precision: onnx-fp16, say",
-        )
-    # Products of unsigned with unsigned, as in the convolutions, do not overflow.
-    reduced = reduce_range and kinds["ConvInteger"] < sum(kinds[kind] for kind in INTEGER_OPERATORS)
-    return result, {
-        "activations": "uint8, a scale each call",
-        "weights": "int8 per channel" + (", 7 bits in matrix products" if reduced else ""),
-        **{f"{kind}_nodes": kinds[kind] for kind in INTEGER_OPERATORS if kinds[kind]},
-    }
+    model: onnx.ModelProto
+    title: str
+    precision: Literal["int8dyn"] = "int8dyn"
+
+    @property
+    def operators(self) -> frozenset[str]:
+        return frozenset({*_PRODUCTS, "Conv"})
+
+    def quantize(self, *, only: Collection[str] = (), excluded: Collection[str] = ()) -> onnx.ModelProto:
+        """The model with its matrix products, LSTMs and convolutions on integers.
+
+        Raises GateError where it has none of those operators with weights of its own.
+        """
+        # The quantizer writes into the model that it is given.
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        with tempfile.TemporaryDirectory(prefix="dlops-quantize-") as name:
+            folder, products = Path(name), Path(name, "products.onnx")
+            with explained(title=self.title, folder=folder, model_bytes=model.ByteSize()):
+                ort_quantize_dynamic(
+                    model,
+                    products,
+                    op_types_to_quantize=list(_PRODUCTS),
+                    nodes_to_quantize=list(only),
+                    nodes_to_exclude=list(excluded),
+                    per_channel=True,
+                    reduce_range=saturates(),
+                    weight_type=QuantType.QInt8,
+                    extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+                )
+                result = onnx.load(products)
+        _quantize_convolutions(result.graph, lambda node: is_chosen(node, only, excluded))
+        kinds = _kinds(result)
+        if not any(kinds[kind] for kind in INTEGER_OPERATORS):
+            raise GateError(
+                f"{self.title}: int8dyn has nothing to quantize: no MatMul, Gemm, LSTM or Conv with weights of its own "
+                f"among its operators ({', '.join(sorted(kinds))})",
+                hint="take another precision: onnx-fp16, say",
+            )
+        return result
+
+    def notes(self, quantized: onnx.ModelProto) -> Notes:
+        """How it was made, for the provenance."""
+        kinds = _kinds(quantized)
+        # Products of unsigned with unsigned, as in the convolutions, do not overflow.
+        reduced = saturates() and kinds["ConvInteger"] < sum(kinds[kind] for kind in INTEGER_OPERATORS)
+        return {
+            "activations": "uint8, a scale each call",
+            "weights": "int8 per channel" + (", 7 bits in matrix products" if reduced else ""),
+            **{f"{kind}_nodes": kinds[kind] for kind in INTEGER_OPERATORS if kinds[kind]},
+        }
+
+
+def prepare_dynamic(model: onnx.ModelProto, *, title: str) -> Dynamic:
+    """Prepare an fp32 model for dynamic int8. Raises GateError where ONNX Runtime cannot take the model."""
+    with quantizing(model, title=title) as (_, prepared):
+        whole = ONNXModel(onnx.load(prepared))
+        # The quantizer would do so by itself, and its nodes would have other names than those that are kept out.
+        whole.replace_gemm_with_matmul()
+    named = _without_shapes_of_weights(whole.model)
+    name_nodes(named)
+    return Dynamic(model=named, title=title)
+
+
+def _kinds(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
 
 
 def _without_shapes_of_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -67,8 +119,8 @@ def _without_shapes_of_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _quantize_convolutions(graph: onnx.GraphProto) -> None:
-    """Each convolution with a weight of its own as ConvInteger, in place.
+def _quantize_convolutions(graph: onnx.GraphProto, is_wanted: Callable[[onnx.NodeProto], bool]) -> None:
+    """Each convolution that is wanted and has a weight of its own as ConvInteger, in place.
 
     ONNX Runtime's quantizer gives the whole weight one scale; here each output channel has its own, which is multiplied
     in afterwards, beside the activation's.
@@ -78,7 +130,7 @@ def _quantize_convolutions(graph: onnx.GraphProto) -> None:
     added: dict[str, onnx.TensorProto] = {}
     quantized: set[str] = set()
     for node in graph.node:
-        if node.op_type != "Conv" or node.input[1] not in weights:
+        if node.op_type != "Conv" or node.input[1] not in weights or not is_wanted(node):
             nodes.append(node)
             continue
         source, name, output = node.input[0], node.input[1], node.output[0]

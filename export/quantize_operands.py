@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from dlops.errors import GateError
-from dlops.export.quantize import Notes, drop_unused
+from dlops.export.quantize import Notes, drop_unused, is_chosen
 from dlops.export.quantize_static import Calibrated
 
 Number = Literal["fp8", "int8"]
@@ -74,7 +74,7 @@ class CalibratedOperands(Calibrated):
         made = _Made(graph, largest, self.precision, stored=self.stored)
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
-            wanted = node.op_type in _PRODUCTS and node.name not in excluded and (not only or node.name in only)
+            wanted = node.op_type in _PRODUCTS and is_chosen(node, only, excluded)
             if wanted and made.has_both(node) and (self.stored or made.has_kernel(node)):
                 for place in (0, 1):
                     added, node.input[place] = made.rounded(node, place)

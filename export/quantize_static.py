@@ -16,7 +16,7 @@ from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from dlops.export.calibrate import PERCENTILE, activation_ranges
 from dlops.export.formats import Calibration
-from dlops.export.quantize import Notes, explained, quantizing, saturates, spread
+from dlops.export.quantize import Notes, explained, name_nodes, quantizing, saturates, spread
 from dlops.signature import Feed
 
 # Ranges settle well before this many samples, and every one of them is run with all activations kept.
@@ -39,6 +39,10 @@ class Calibrated:
     method: Calibration
     title: str
     precision: Literal["int8", "fp8"] = "int8"
+
+    @property
+    def operators(self) -> frozenset[str]:
+        return OPERATORS
 
     def quantize(self, *, only: Collection[str] = (), excluded: Collection[str] = ()) -> onnx.ModelProto:
         """The model with int8 weights (symmetric, a scale a channel) and uint8 activations.
@@ -91,19 +95,10 @@ def calibrate(model: onnx.ModelProto, calibration: Feed, *, method: Calibration,
     samples = spread(calibration, MAX_CALIBRATION_SAMPLES)
     with quantizing(model, title=title) as (folder, prepared):
         named = onnx.load(prepared)
-        _name_nodes(named)
+        name_nodes(named)
         onnx.save(named, prepared)
         ranges = activation_ranges(prepared, samples, method=method, operators=sorted(OPERATORS), folder=folder)
         shaped = load_model_with_shape_infer(prepared)
     return Calibrated(
         model=shaped, ranges=ranges, samples=len(next(iter(samples.values()))), method=method, title=title
     )
-
-
-def _name_nodes(model: onnx.ModelProto) -> None:
-    """Give every node a name of its own: nodes are kept out of quantization by name, and names may be left out."""
-    taken = {""}
-    for place, node in enumerate(model.graph.node):
-        if node.name in taken:
-            node.name = f"{node.op_type}_{place}"
-        taken.add(node.name)

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from dlops.export import quantize_operands
 from dlops.export.external_data import weight_bytes, write_in_two
 from dlops.export.formats import EXAMPLE_BATCH, Exported, ExportRequest, check_embedded
 from dlops.export.graft import graft
+from dlops.export.plan import UNCALIBRATED
 from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE, check_precision
-from dlops.export.quantize_dynamic import quantize_dynamic
+from dlops.export.quantize import Quantizer
+from dlops.export.quantize_dynamic import Dynamic, prepare_dynamic
 from dlops.export.quantize_operands import CalibratedOperands
 from dlops.export.quantize_static import Calibrated, calibrate
-from dlops.export.quantize_weights import quantize_weights
+from dlops.export.quantize_weights import WeightsAlone, prepare_weights
 from dlops.export.trace_onnx import trace_detector
 from dlops.signature import DimRange, Signature
 
@@ -52,16 +55,10 @@ def export(request: ExportRequest) -> Exported:
     match request.variant.precision:
         case "fp16":
             model = to_half(model, title=request.title)
-        case "int8" | "fp8":
-            ranges = calibrated(request)
-            model = ranges.quantize(excluded=request.excluded)
-            notes |= ranges.notes(model)
-        case "int8dyn":
-            model, found = quantize_dynamic(model, title=request.title)
-            notes |= found
-        case "int8wo":
-            model, found = quantize_weights(model, title=request.title)
-            notes |= found
+        case "int8" | "fp8" | "int8dyn" | "int8wo":
+            quantizer = quantizer_of(request)
+            model = quantizer.quantize(excluded=request.excluded)
+            notes |= quantizer.notes(model)
     if request.raw is not None:
         model = graft(model, request.raw)
     _label(model, request)
@@ -108,6 +105,18 @@ def fp32_graph(request: ExportRequest) -> onnx.ModelProto:
     return onnx.load_from_string(request.captured["onnx"])
 
 
+def quantizer_of(request: ExportRequest) -> Quantizer:
+    """What makes the request's variant of its fp32 graph, once for a module."""
+    precision = request.variant.precision
+    if precision not in UNCALIBRATED:
+        return calibrated(request)
+    if (key := f"onnx {precision}") not in request.captured:
+        prepare = prepare_dynamic if precision == "int8dyn" else prepare_weights
+        request.captured[key] = prepare(fp32_graph(request), title=request.title)
+    found: Dynamic | WeightsAlone = request.captured[key]
+    return replace(found, title=request.title)
+
+
 def calibrated(request: ExportRequest) -> Calibrated:
     """The fp32 graph with the ranges that its int8 or fp8 form is made of, once for a module and a way to choose
     ranges."""
@@ -117,7 +126,7 @@ def calibrated(request: ExportRequest) -> Calibrated:
         request.captured[key] = calibrate(
             fp32_graph(request), request.calibration, method=request.calibration_method, title=request.title
         )
-    found: Calibrated = request.captured[key]
+    found: Calibrated = replace(request.captured[key], title=request.title)
     match request.variant.format, request.variant.precision:
         case "tensorrt", "int8" | "fp8" as number:
             return CalibratedOperands.of(found, number, stored=False)

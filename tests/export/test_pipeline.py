@@ -363,8 +363,7 @@ def test_the_catalog_and_the_table_of_variants_name_the_same_formats() -> None:
 @pytest.mark.parametrize(
     ("slug", "why"),
     [
-        ("onnx-fp32", "none of its layers is quantized"), ("onnx-int8wo", "its weights alone are quantized"),
-        ("onnx-int8dyn", "the scales of its activations are each input's own"),
+        ("onnx-fp32", "none of its layers is quantized"), ("executorch-int8", "it is quantized by another quantizer"),
     ],
 )  # fmt: skip
 def test_layers_that_cannot_be_ranked_are_refused_with_the_reason(

@@ -15,7 +15,7 @@ from torch import nn
 from dlops.artifact import Artifact, open_artifact
 from dlops.errors import GateError
 from dlops.export.pipeline import export_variants
-from dlops.export.quantize_dynamic import quantize_dynamic
+from dlops.export.quantize_dynamic import prepare_dynamic
 from dlops.runtimes import SessionOptions, open_session
 from dlops.saving import save_checkpoint
 
@@ -68,8 +68,9 @@ def _two_channels() -> onnx.ModelProto:
 
 def test_each_channel_of_a_convolution_has_its_own_scale() -> None:
     model = _two_channels()
-    quantized, notes = quantize_dynamic(model, title="it")
-    assert notes["ConvInteger_nodes"] == 1
+    dynamic = prepare_dynamic(model, title="it")
+    quantized = dynamic.quantize()
+    assert dynamic.notes(quantized)["ConvInteger_nodes"] == 1
     feed = {"x": np.random.default_rng(1).standard_normal((4, 3, 8, 8)).astype(np.float32)}
     expected, got = (
         ort.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed)[0]

@@ -109,6 +109,45 @@ def test_the_sqnr_of_a_layers_own_output_holds_the_error_that_came_in(ranking: R
     assert innocent.local_db < 10 < 25 < innocent.alone_db
 
 
+@pytest.mark.parametrize("precision", ["int8dyn", "int8wo"])
+def test_layers_that_are_quantized_without_ranges_are_ranked_and_returned(
+    unequal: Checkpoint, small_net: type[nn.Module], tmp_path: Path, precision: str
+) -> None:
+    slug = f"onnx-{precision}"
+    with pytest.raises(LossError):
+        export_variants(unequal, variants=[slug], out=tmp_path, model=small_net, repair=False)
+    ranking = rank_variant(unequal, variant=slug, model=small_net)
+    # The convolution that reads the wide channel; weights before it have a scale a channel.
+    assert names(ranking)[0] == "features.3"
+    assert set(names(ranking)) == {"features.0", "features.3", "features.7", "classify"}
+    assert all(error.layer.weights for error in ranking.layers)
+    (made,) = export_variants(unequal, variants=[slug], out=tmp_path, model=small_net)
+    assert made.repair is not None
+    assert made.repair.layers[0].name == "features.3"
+    assert len(made.repair.layers) <= 2
+    left = {layer.name for layer in made.repair.layers}
+    floats = {
+        one.name.removesuffix(".weight")
+        for one in onnx.load(made.path("model")).graph.initializer
+        if one.data_type == onnx.TensorProto.FLOAT and one.name.endswith(".weight") and len(one.dims) > 1
+    }
+    assert floats == left
+    assert made.accuracy is not None
+    assert made.accuracy.drop_points <= 1
+    assert reproduce_artifact(made, unequal, model=small_net).same == "file"
+
+
+def test_without_calibration_samples_layers_at_fault_are_not_looked_for(
+    digits_model: nn.Module, save_digits_checkpoint: SaveDigits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_digits_checkpoint(tmp_path / "run", widened(digits_model, 1), calibration=None)
+    with pytest.raises(UsageError, match="ranked on calibration samples, and checkpoint 'digits' has none"):
+        rank_variant(run, variant="onnx-int8wo", model=SmallNet)
+    with pytest.raises(LossError):
+        export_variants(run, variants=["onnx-int8wo"], out=tmp_path / "out", model=SmallNet)
+    assert "no calibration samples in the checkpoint" in capsys.readouterr().err
+
+
 def test_without_repair_it_is_refused(
     unequal: Checkpoint, small_net: type[nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,7 +314,7 @@ def _tiny(folder: Path) -> ExportRequest:
 def test_a_file_that_is_int8_in_name_only_is_refused_for_its_weights_or_its_size(tmp_path: Path) -> None:
     request = _tiny(tmp_path)
     calibrated = to_onnx.calibrated(request)
-    first, second = find_layers(calibrated.model, calibrated.quantize())
+    first, second = find_layers(calibrated, calibrated.quantize())
     assert (first.weights, second.weights) == (32, 64)
     with pytest.raises(GateError, match=r"int8 was asked for, \d\d% of the weights") as light:
         to_onnx.export(replace(request, excluded=second.nodes))

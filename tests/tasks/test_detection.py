@@ -81,6 +81,22 @@ def test_boxes_that_lie_on_one_another_find_their_own_by_the_score() -> None:
     assert (found.agreement, found.max_abs) == (1.0, 0.0)
 
 
+def test_another_of_two_proposals_that_lie_on_one_another_is_a_decision() -> None:
+    kept = ((10.0, 10.0, 50.0, 40.0), 0.400, 1)
+    other = ((10.0, 10.4, 50.0, 40.0), 0.402, 1)
+    crowd = [((100.0 + 60 * place, 10.0, 150.0 + 60 * place, 60.0), 0.9, 2) for place in range(100)]
+    found = errors(detections([other, *crowd], room=101), detections([kept, *crowd], room=101))
+    assert found.agreement == pytest.approx(100 / 101)
+    assert (found.max_abs, found.max_rel) == (0.0, 0.0)
+    assert not shortfalls(found, tolerance_for("detection", "fp32"))
+    # Fewer bits move scores by as much, so there it is the same one, and its numbers count.
+    narrow = errors(detections([other, *crowd], room=101), detections([kept, *crowd], room=101), "fp16")
+    assert (narrow.agreement, narrow.max_abs > 0) == (1.0, True)
+    # Scores that are all a little off are not so many other proposals.
+    scaled = {**REFERENCE, "scores": REFERENCE["scores"] * np.float32(1.002)}
+    assert shortfalls(errors(scaled), tolerance_for("detection", "fp32"))
+
+
 def test_what_falls_off_a_full_list_by_a_tie_counts_neither_way() -> None:
     def full(last: Found) -> dict[str, Array]:
         return detections([CAT, DOG, last], room=3)
