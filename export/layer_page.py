@@ -22,9 +22,9 @@ _METHOD = (
     "Share of the error: each layer is quantized alone, the model is run on calibration samples, and the power of the "
     "error at its outputs is compared with fp32. The shares are of the sum over all layers. This is the order in which "
     "the export returns layers to fp32 where a gate refuses the model.",
-    "Model dB: signal-to-quantization-noise ratio of the model's outputs with this layer alone in int8. 20 dB is an "
+    "Model dB: signal-to-quantization-noise ratio of the model's outputs with this layer alone quantized. 20 dB is an "
     "error of a tenth of the signal's amplitude, 40 dB of a hundredth.",
-    "Own dB: the same ratio at the layer's own output with all layers in int8. It holds the error that comes in "
+    "Own dB: the same ratio at the layer's own output with all layers quantized. It holds the error that comes in "
     "from before, so it falls along the network and says less about who is at fault.",
 )
 
@@ -58,7 +58,7 @@ def _summary(ranking: Ranking) -> str:
         reached += layers[most].share
         most += 1
     figures = [
-        (_decibels(ranking.output_db), "of the outputs, all layers in int8"),
+        (_decibels(ranking.output_db), "of the outputs, all layers quantized"),
         (f"{most} of {len(layers)}", f"layers add {reached:.0%} of the error"),
         (f"{layers[0].share:.0%}", f"is added by {layers[0].layer.name}"),
     ]

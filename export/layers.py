@@ -94,33 +94,44 @@ def rank_layers(quantizer: Quantizer, feed: Feed, signature: Signature) -> Ranki
     layers = find_layers(quantizer, whole)
     if not layers:
         raise GateError(f"{quantizer.title}: ONNX Runtime quantizes none of its operators, so there is none to rank")
-    local = _local_db(quantizer, whole, layers, samples, signature)
+    local = _local(quantizer, whole, layers, samples, signature)
 
     def outputs(model: onnx.ModelProto) -> dict[str, Array]:
         return model_outputs(model, samples, signature, title=quantizer.title, precision=quantizer.precision)
 
     expected = outputs(quantizer.model)
     total = relative_noise(expected, outputs(whole))
-    noises = []
+    alone = []
     with progress_bar(f"{quantizer.title}: layers", total=len(layers)) as bar:
         for layer in layers:
-            alone = quantizer.quantize(only=layer.nodes)
-            noises.append(relative_noise(expected, outputs(alone)))
+            alone.append(relative_noise(expected, outputs(quantizer.quantize(only=layer.nodes))))
             bar.advance(note=layer.name)
-    added = sum(noises)
+    return order_layers(
+        layers, local=local, alone=alone, total=total, title=quantizer.title, samples=len(next(iter(samples.values())))
+    )
+
+
+def order_layers(
+    layers: Sequence[Layer], *, local: Mapping[str, float], alone: Sequence[float], total: float, title: str,
+    samples: int,
+) -> Ranking:  # fmt: skip
+    """The ranking by noise over signal.
+
+    local: of each layer's own output, by tensor, in the model that is quantized throughout. alone: of the outputs where
+    each layer alone is quantized, in the order of `layers`; total: where all are.
+    """
+    added = sum(alone)
     errors = [
         LayerError(
-            layer=layer, local_db=local[layer.output], alone_db=_db(noise), share=noise / added if added else 0.0
+            layer=layer,
+            local_db=_db(local[layer.output]),
+            alone_db=_db(noise),
+            share=noise / added if added else 0.0,
         )
-        for layer, noise in zip(layers, noises, strict=True)
+        for layer, noise in zip(layers, alone, strict=True)
     ]
     errors.sort(key=lambda error: -error.share)
-    return Ranking(
-        title=quantizer.title,
-        layers=tuple(errors),
-        output_db=_db(total),
-        samples=len(next(iter(samples.values()))),
-    )
+    return Ranking(title=title, layers=tuple(errors), output_db=_db(total), samples=samples)
 
 
 def find_layers(quantizer: Quantizer, quantized: onnx.ModelProto) -> list[Layer]:
@@ -166,31 +177,60 @@ def model_outputs(
         session.close()
 
 
+@dataclass(slots=True)
+class Noise:
+    """Power of an error and of the signal that it is in, summed over batches."""
+
+    error: float = 0.0
+    signal: float = 0.0
+
+    def add(self, found: Array, expected: Array) -> None:
+        wanted = np.asarray(expected, np.float64)
+        self.error += float(np.square(np.asarray(found, np.float64) - wanted).sum())
+        self.signal += float(np.square(wanted).sum())
+
+    @property
+    def ratio(self) -> float:
+        if self.signal:
+            return self.error / self.signal
+        return 0.0 if self.error == 0 else math.inf
+
+
 def relative_noise(expected: Feed, found: Feed) -> float:
     """Power of the error over the power of the signal, the mean over the outputs."""
     ratios = []
     for name, array in expected.items():
-        noise, signal = _error_power(found[name], array), _power(array)
-        ratios.append(noise / signal if signal else (0.0 if noise == 0 else math.inf))
+        noise = Noise()
+        noise.add(found[name], array)
+        ratios.append(noise.ratio)
     return sum(ratios) / len(ratios)
 
 
-def _local_db(
+def kind_of(dims: Sequence[int], *, groups: int | None) -> str:
+    """What sort of its operator a layer is, by the shape of its weight; groups: of a convolution, else null."""
+    if not dims:
+        return "–"
+    if groups is None:
+        return "×".join(map(str, dims))
+    grouped = "" if groups == 1 else " depthwise" if dims[1] == 1 else f" in {groups} groups"
+    return "×".join(map(str, dims[2:])) + grouped
+
+
+def _local(
     quantizer: Quantizer, whole: onnx.ModelProto, layers: Sequence[Layer], feed: Feed, signature: Signature
-) -> dict[str, float | None]:
-    """The SQNR of every layer's output by tensor: what the int8 model has there against what the fp32 model has."""
+) -> dict[str, float]:
+    """Noise over signal of every layer's output by tensor: of what the quantized model has against the fp32 model's."""
     places = _stand_ins(whole, [layer.output for layer in layers])
     runs = zip(
         _all_outputs(quantizer, quantizer.model, list(places), feed, signature),
         _all_outputs(quantizer, whole, list(places.values()), feed, signature),
         strict=True,
     )
-    noise, signal = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0.0)
+    noises = {name: Noise() for name in places}
     for expected, found in runs:
         for name, place in places.items():
-            noise[name] += _error_power(found[place], expected[name])
-            signal[name] += _power(expected[name])
-    return {name: _db(noise[name] / signal[name] if signal[name] else math.inf) for name in places}
+            noises[name].add(found[place], expected[name])
+    return {name: noise.ratio for name, noise in noises.items()}
 
 
 def _all_outputs(
@@ -246,26 +286,13 @@ def _layer_name(node: onnx.NodeProto, own: Sequence[onnx.TensorProto]) -> str:
 
 
 def _kind(node: onnx.NodeProto, own: Sequence[onnx.TensorProto]) -> str:
-    if not own:
-        return "–"
-    dims = list(own[0].dims)
-    if node.op_type not in ("Conv", "ConvTranspose"):
-        return "×".join(map(str, dims))
     groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-    grouped = "" if groups == 1 else " depthwise" if dims[1] == 1 else f" in {groups} groups"
-    return "×".join(map(str, dims[2:])) + grouped
+    convolution = node.op_type in ("Conv", "ConvTranspose")
+    return kind_of(list(own[0].dims) if own else [], groups=groups if convolution else None)
 
 
 def _of_type(model: onnx.ModelProto, kind: str) -> Iterator[onnx.NodeProto]:
     return (node for node in model.graph.node if node.op_type == kind)
-
-
-def _power(values: Array) -> float:
-    return float(np.square(np.asarray(values, np.float64)).sum())
-
-
-def _error_power(found: Array, expected: Array) -> float:
-    return _power(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
 
 
 def _db(noise: float) -> float | None:

@@ -307,6 +307,12 @@ class Export:
     def _rank(self, variant: Variant, structure: Structure, title: str) -> Ranking:
         with tempfile.TemporaryDirectory(prefix="dlops-export-") as folder:
             request = self._request(variant, structure, Path(folder), title)
+            # Says which package is missing, if one is.
+            catalog.resolve(catalog.FORMATS, "format", variant.format)
+            if variant.format == "executorch":
+                from dlops.export.layers_executorch import rank_program
+
+                return rank_program(request, self._ranking_feed())
             return rank_layers(quantizer_of(request), self._ranking_feed(), self.signature)
 
     def _export(

@@ -16,7 +16,7 @@ from dlops.export.latency import Fitted, fit_latency
 from dlops.export.layers import Ranking
 from dlops.export.making import Asked, Export
 from dlops.export.origin import checkpoint_digest
-from dlops.export.plan import STATIC, is_layered, plan_variants
+from dlops.export.plan import is_layered, plan_variants
 from dlops.export.raw_inputs import Size
 from dlops.runtimes.session import Device
 
@@ -154,11 +154,9 @@ def rank_variant(
         [variant], checkpoint, max_drop=100.0, strict=False, calibration_method=calibration_method
     )
     if not is_layered(planned):
-        another = planned.precision in STATIC
-        why = "it is quantized by another quantizer" if another else "none of its layers is quantized"
         raise UsageError(
-            f"{planned.slug}: {why}, and its layers are not ranked",
-            hint="quantized variants of onnx, openvino and tensorrt can be explained, each also with -prunedNN",
+            f"{planned.slug}: none of its layers is quantized, so there is none to rank",
+            hint="those in int8, int8dyn, int8wo and fp8 can be explained, each also with -prunedNN",
         )
     if "calibration" not in checkpoint.files:
         raise UsageError(

@@ -68,7 +68,7 @@ _NO_DTYPES: Mapping[str, frozenset[str]] = {
     "executorch": frozenset({"bfloat16", *_UNSIGNED}),
     "tensorrt": frozenset({"bfloat16", "float64", "int16", *_UNSIGNED}),
 }
-# Those whose int8 is made of the calibrated ONNX graph: by other methods, and with layers returned to fp32.
+# Those whose int8 is made of the calibrated ONNX graph, and can have its ranges by other methods.
 FROM_ONNX = ("onnx", "openvino", "tensorrt")
 # Quantized by what calibration samples give.
 STATIC = ("int8", "fp8")
@@ -148,7 +148,7 @@ def needs_calibration(variant: Variant) -> bool:
 
 def is_layered(variant: Variant) -> bool:
     """Whether layers of it can be ranked, and returned to fp32."""
-    return variant.format in FROM_ONNX and variant.precision in (*STATIC, *UNCALIBRATED)
+    return variant.precision in (*STATIC, *UNCALIBRATED)
 
 
 def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str], *, title: str) -> None:
@@ -187,7 +187,7 @@ def _check_method(method: str, variants: Sequence[Variant]) -> None:
             "ranges",
             hint="add onnx-int8 or openvino-int8, or leave the method out",
         )
-    others = [v.slug for v in variants if v.precision == "fp8" or (v.precision in STATIC and not is_layered(v))]
+    others = [v.slug for v in variants if v.precision == "fp8" or (v.precision in STATIC and v.format not in FROM_ONNX)]
     if method != "minmax" and others:
         raise UsageError(
             f"calibration {method} was asked for, and {', '.join(others)} has ranges by minmax alone",

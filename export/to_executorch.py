@@ -19,7 +19,7 @@ from dlops.artifact import Precision
 from dlops.blame import code_line, operator_line, where
 from dlops.errors import CorruptError, GateError, UsageError
 from dlops.export.formats import Exported, ExportRequest
-from dlops.export.precision import MIN_SHARE
+from dlops.export.precision import MIN_REPAIRED_SHARE, MIN_SHARE
 from dlops.export.quantize import spread
 from dlops.export.quantize_static import MAX_CALIBRATION_SAMPLES
 from dlops.runtimes.eager import ordered_outputs
@@ -67,19 +67,25 @@ def export(request: ExportRequest) -> Exported:
     captured: list[torch.export.ExportedProgram] = []
     with _quiet(), torch.no_grad(), _explained(title, captured):
         if request.variant.precision == "int8":
-            module, samples = _quantized(module, request)
+            prepared, samples = calibrated(request)
+            module = converted(prepared)
             notes |= {
                 "calibration_samples": samples, "calibration_method": request.calibration_method,
                 "activations": "int8", "weights": "int8 per channel",
             }  # fmt: skip
         program = _captured(module, signature)
         captured.append(program)
-        _check_precision(program, request.variant.precision, title=title)
+        _check_precision(
+            program, request.variant.precision, title=title,
+            min_share=MIN_REPAIRED_SHARE if request.excluded else MIN_SHARE,
+        )  # fmt: skip
         edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         nodes = _placed(edge.exported_program().graph_module)
         lowered = edge.to_executorch()
     request.into.write_bytes(lowered.buffer)
     _check_written(request)
+    if request.excluded:
+        _check_smaller(request)
     taken = sum(nodes.get(DELEGATE, {}).values())
     total = sum(sum(counts.values()) for counts in nodes.values())
     notes |= {"delegated": f"{taken} of {total} operators to XNNPACK", NODES: nodes}
@@ -132,18 +138,36 @@ def _example(signature: Signature, sizes: dict[str, int]) -> tuple[torch.Tensor,
     )
 
 
-def _quantized(module: nn.Module, request: ExportRequest) -> tuple[nn.Module, int]:
-    """Weights symmetric with a scale a channel, activations int8 with ranges from calibration samples; and how many."""
+def calibrated(request: ExportRequest) -> tuple[torch.fx.GraphModule, int]:
+    """The program with the ranges of what will be quantized, from calibration samples, and from how many.
+
+    Weights are to be symmetric with a scale a channel, activations int8. Nodes that the request excludes are left.
+    """
     assert request.calibration is not None
     samples = spread(request.calibration, MAX_CALIBRATION_SAMPLES)
     count = len(next(iter(samples.values())))
     quantizer = XNNPACKQuantizer().set_global(_config())
-    prepared = prepare_pt2e(_captured(module, request.signature).module(), quantizer)
+    quantizer.set_filter_function(lambda node: node.name not in request.excluded)
+    module: nn.Module = _InOrder(request.module, request.signature).eval()
+    prepared: torch.fx.GraphModule = prepare_pt2e(_captured(module, request.signature).module(), quantizer)
     size = min(_CALIBRATION_BATCH, request.signature.max_batch)
     for start in range(0, count, size):
         arrays = (np.ascontiguousarray(samples[spec.name][start : start + size]) for spec in request.signature.inputs)
         prepared(*(torch.from_numpy(array) for array in arrays))
-    return convert_pt2e(prepared), count
+    return prepared, count
+
+
+def converted(prepared: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Rounded where it was prepared to be; it is used up."""
+    module: torch.fx.GraphModule = convert_pt2e(prepared)
+    return module
+
+
+@contextmanager
+def quietly(title: str) -> Iterator[None]:
+    """For what is done with a program besides `export`: nothing is announced, and errors are explained as there."""
+    with _quiet(), _explained(title, []):
+        yield
 
 
 def _config() -> Any:
@@ -177,8 +201,21 @@ def _operators(graph: torch.fx.GraphModule) -> Iterator[str]:
         yield name.removeprefix("aten.").partition(".")[0]
 
 
-def _check_precision(program: torch.export.ExportedProgram, precision: Precision, *, title: str) -> None:
-    """Raise GateError unless 90 % of the weights that go into the file are stored as asked for."""
+def _check_smaller(request: ExportRequest) -> None:
+    """Raise GateError where a quantized file with layers left in fp32 no longer saves anything."""
+    quantized = request.into.stat().st_size
+    dense = sum(4 * tensor.numel() for tensor in request.module.state_dict().values() if tensor.is_floating_point())
+    if quantized >= dense:
+        raise GateError(
+            f"{request.title}: with {len(request.excluded)} operators left in fp32 the file has {quantized} bytes, and "
+            f"all weights in fp32 have {dense}: {request.variant.precision} in name only"
+        )
+
+
+def _check_precision(
+    program: torch.export.ExportedProgram, precision: Precision, *, title: str, min_share: float = MIN_SHARE
+) -> None:
+    """Raise GateError unless that share of the weights that go into the file is stored as asked for."""
     total, kept, left = 0, 0, Counter[str]()
     for tensor, users in _weights(program):
         quantized = tensor.dtype in _STORED["int8"]
@@ -191,7 +228,7 @@ def _check_precision(program: torch.export.ExportedProgram, precision: Precision
                 left.update(dict.fromkeys(users, tensor.numel()))
     if not total and precision != "fp32":
         raise GateError(f"{title}: {precision} was asked for, the program holds no weights")
-    if kept < MIN_SHARE * total:
+    if kept < min_share * total:
         named = ", ".join(f"{user} ({count})" for user, count in left.most_common(5))
         raise GateError(
             f"{title}: {precision} was asked for, {kept / total:.0%} of the weights are in it; left over: {named}",

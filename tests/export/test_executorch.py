@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,14 +19,14 @@ from dlops.artifact import Artifact, Variant, open_artifact
 from dlops.bench.run import measure
 from dlops.checkpoint import Checkpoint
 from dlops.embedded import read_embedded
-from dlops.errors import CorruptError, GateError, MachineError, UsageError
+from dlops.errors import CorruptError, GateError, LossError, MachineError, UsageError
 from dlops.export.formats import ExportRequest
 from dlops.export.pipeline import export_variants, rank_variant
 from dlops.manifest import Payload
 from dlops.runtimes import SessionOptions, open_session
 from dlops.signature import DimRange, Signature, TensorSpec
 
-from .conftest import PREPROCESS, split
+from .conftest import PREPROCESS, SmallNet, split
 
 OPTIONS = SessionOptions(device="cpu", threads=1)
 IMAGE = TensorSpec(name="x", dtype="float32", shape=("batch", 1, 8, 8))
@@ -249,11 +250,57 @@ def test_what_it_cannot_run_on_is_refused(made: Mapping[str, Artifact], options:
         open_session(made["fp32"], options)
 
 
-def test_other_ranges_and_explanations_are_refused_before_any_work(small: Checkpoint) -> None:
+def test_other_ranges_are_refused_before_any_work(small: Checkpoint) -> None:
     with pytest.raises(UsageError, match="executorch-int8 has ranges by minmax alone"):
         export_variants(small, variants=["executorch-int8"], model=network, calibration_method="entropy")
-    with pytest.raises(UsageError, match="executorch-int8: it is quantized by another quantizer"):
-        rank_variant(small, variant="executorch-int8", model=network)
+
+
+@pytest.fixture(scope="module")
+def unequal(
+    small: Checkpoint, save_digits_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    """The same function with one channel so wide that the others are left no step of 256."""
+    model = small.build_module(network)
+    with torch.no_grad():
+        model[1].weight[5] *= 1000
+        model[1].bias[5] *= 1000
+        model[4].weight[:, 5 * 36 : 6 * 36] /= 1000
+    return save_digits_checkpoint(tmp_path_factory.mktemp("unequal") / "run", model.eval())
+
+
+def test_layers_at_fault_are_ranked_and_returned_to_fp32(unequal: Checkpoint, tmp_path: Path) -> None:
+    slug = "executorch-int8"
+    with pytest.raises(LossError, match="int8"):
+        export_variants(unequal, variants=[slug], out=tmp_path, model=network, repair=False)
+    ranking = rank_variant(unequal, variant=slug, model=network)
+    found = {error.layer.name: error for error in ranking.layers}
+    assert set(found) == {"0", "4"}
+    assert (found["0"].layer.operator, found["0"].layer.kind, found["0"].layer.weights) == ("conv2d", "3×3", 144)
+    assert (found["4"].layer.operator, found["4"].layer.kind, found["4"].layer.weights) == ("linear", "10×576", 5760)
+    assert sum(error.share for error in ranking.layers) == pytest.approx(1)
+    assert ranking.output_db is not None
+    # What comes out of the wide channel's layer is right by its own measure, and useless to the next.
+    assert found["0"].local_db is not None
+    assert found["0"].local_db > 20 > ranking.output_db
+
+
+def test_as_few_layers_stay_in_fp32_as_pass(
+    digits_model: nn.Module, save_digits_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    model = copy.deepcopy(digits_model)
+    with torch.no_grad():
+        model.features[1].weight[5] *= 1000
+        model.features[1].bias[5] *= 1000
+        model.features[3].weight[:, 5] /= 1000
+    run = save_digits_checkpoint(tmp_path / "run", model)
+    (made,) = export_variants(run, variants=["executorch-int8"], out=tmp_path / "out", model=SmallNet)
+    assert made.repair is not None
+    assert {layer.name for layer in made.repair.layers} <= {"features.0", "features.3"}
+    assert made.repair.of == 4
+    assert made.files["model"].bytes < 0.9 * run.files["weights"].bytes
+    assert made.accuracy is not None
+    assert made.accuracy.drop_points <= 1.0
+    assert open_artifact(made.directory).repair == made.repair
 
 
 @pytest.mark.parametrize("table", ["RUNTIMES", "FORMATS"])
