@@ -1,7 +1,8 @@
 """Whole numbers that every worker of a server adds to and any of them can read.
 
 A worker maps a file of its own into memory and adds to it without a lock or a call: no two of them write to the same
-place, and a killed one's counts stay. Which cells mean what stands in a second file beside it, a line each.
+place, and a killed one's counts stay: the worker that is started in its place takes over its file and counts on. Which
+cells mean what stands in a second file beside it, a line each.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import fcntl
 import json
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ _SUFFIX = ".cells"
 # Of one worker: a model needs hundreds, each version that it gets about a hundred more. What is not used takes no room.
 _CELLS = 1024 * 1024
 _KEY_BYTES = 8 * 1024 * 1024
+# Of the second file, at a time.
+_READ_BYTES = 64 * 1024
+# The first cell: the process that the file is of.
+_PID = 0
 
 Key = tuple[str, tuple[str, ...]]
 """A name and the values of its labels."""
@@ -44,19 +50,33 @@ class Cells:
     def __init__(self, folder: Path | str | None = None) -> None:
         self._folder = None if folder is None else Path(folder)
         self._places: dict[Key, tuple[int, int]] = {}
-        self._used = 0
+        self._used = _PID + 1
+        # What was read of the workers' keys, and up to where.
+        self._known: dict[Path, tuple[dict[Key, tuple[int, int]], int]] = {}
         descriptor = -1
         if self._folder is not None:
-            descriptor, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=_SUFFIX, dir=self._folder)
-            # Now, and not page by page: adding to a page that a full disk has no room for would end the process.
-            _take_room(descriptor, _CELLS * _BYTES)
-            # Never closed, so held for as long as this process lives: by it the others see that it does.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            keys = os.open(Path(name).with_suffix(".keys"), os.O_RDWR | os.O_CREAT)
+            # Neither is closed: the lock is held for as long as this process lives, and by it the others see that it
+            # does.
+            descriptor, path = _left_behind(self._folder) or _new_file(self._folder)
+            keys = os.open(path.with_suffix(".keys"), os.O_RDWR | os.O_CREAT)
             _take_room(keys, _KEY_BYTES)
-            self._keys, self._keys_end = mmap.mmap(keys, _KEY_BYTES), 0
+            self._keys = mmap.mmap(keys, _KEY_BYTES)
+            self._places, self._keys_end = self._keys_of(path)
+            self._places = dict(self._places)
+            self._used = max([self._used, *(first + count for first, count in self._places.values())])
+            # A line that a killed worker had begun.
+            rest = self._keys.find(b"\0", self._keys_end) - self._keys_end
+            self._keys[self._keys_end : self._keys_end + rest] = bytes(rest)
         self.values = memoryview(mmap.mmap(descriptor, _CELLS * _BYTES)).cast("q")
         """Add to them at the index that `index` gave."""
+        self.values[_PID] = os.getpid()
+
+    def clear(self, name: str) -> None:
+        """Set this process's cells of that name to 0, where a worker before it has left them."""
+        for (known, _), (first, count) in self._places.items():
+            if known == name:
+                for place in range(first, first + count):
+                    self.values[place] = 0
 
     def index(self, name: str, labels: tuple[str, ...] = (), *, count: int = 1) -> int:
         """Of the first of `count` cells for this key; the same at every call."""
@@ -87,8 +107,8 @@ class Cells:
         found = []
         for path in self._folder.glob(f"*{_SUFFIX}"):
             with path.open("rb") as file:
-                if _is_locked(file.fileno()):
-                    found.append(int(path.name.partition("-")[0]))
+                if _is_whole(file.fileno()) and _is_locked(file.fileno()):
+                    found.append(int.from_bytes(file.read(_BYTES), sys.byteorder))
         return found
 
     def workers(self) -> Iterator[Worker]:
@@ -97,15 +117,66 @@ class Cells:
             yield _read(self.values, self._places, lives=True)
             return
         for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
-            if path.stat().st_size < _CELLS * _BYTES:  # it is being made
-                continue
+            with path.open("rb") as file:
+                if not _is_whole(file.fileno()):
+                    continue
             with (
                 path.open("rb") as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
                 memoryview(mapped) as plain,
                 plain.cast("q") as values,
             ):
-                yield _read(values, dict(_keys(path.with_suffix(".keys"))), lives=_is_locked(file.fileno()))
+                yield _read(values, self._keys_of(path)[0], lives=_is_locked(file.fileno()))
+
+    def _keys_of(self, path: Path) -> tuple[dict[Key, tuple[int, int]], int]:
+        """Where a worker's cells are, and where in the second file the next line will begin. Lines are only added, so
+        what was read once is not read again."""
+        places, end = self._known.setdefault(path, ({}, 0))
+        keys = path.with_suffix(".keys")
+        if not keys.exists():  # between a worker's two files
+            return places, end
+        with keys.open("rb") as file:
+            file.seek(end)
+            written = b""
+            while not (part := file.read(_READ_BYTES)).count(b"\0") and part:
+                written += part
+        written += part.partition(b"\0")[0]
+        for line in written.splitlines(keepends=True):
+            if line.endswith(b"\n"):  # else it is being written
+                name, labels, first, count = json.loads(line)
+                places[name, tuple(labels)] = first, count
+                end += len(line)
+        self._known[path] = places, end
+        return places, end
+
+
+def _left_behind(folder: Path) -> tuple[int, Path] | None:
+    """The locked file of a worker that has ended, which nobody counts in any more."""
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        if _is_whole(descriptor):
+            return descriptor, path
+        os.close(descriptor)
+    return None
+
+
+def _new_file(folder: Path) -> tuple[int, Path]:
+    descriptor, name = tempfile.mkstemp(suffix=_SUFFIX, dir=folder)
+    # Before it is whole: until then nobody takes it for one that was left.
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # Now, and not page by page: adding to a page that a full disk has no room for would end the process.
+    _take_room(descriptor, _CELLS * _BYTES)
+    return descriptor, Path(name)
+
+
+def _is_whole(descriptor: int) -> bool:
+    """Whether it has been made."""
+    return os.fstat(descriptor).st_size >= _CELLS * _BYTES
 
 
 def _take_room(descriptor: int, size: int) -> None:
@@ -125,16 +196,6 @@ def _read(values: memoryview[int], places: Mapping[Key, tuple[int, int]], *, liv
     return Worker(
         lives=lives, values={key: values[first : first + count].tolist() for key, (first, count) in places.items()}
     )
-
-
-def _keys(path: Path) -> Iterator[tuple[Key, tuple[int, int]]]:
-    if not path.exists():  # between a worker's two files
-        return
-    written, _, _ = path.read_bytes().partition(b"\0")
-    for line in written.splitlines(keepends=True):
-        if line.endswith(b"\n"):  # else it is being written
-            name, labels, first, count = json.loads(line)
-            yield (name, tuple(labels)), (first, count)
 
 
 def _is_locked(descriptor: int) -> bool:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvicorn.config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from dlops.console import say
@@ -62,6 +64,9 @@ _JSON_DIGITS = 4
 # Of the first line and the headers; what a connection reads at once may be more and is taken.
 _MAX_HEAD_BYTES = 64 * 1024
 _LARGE_BYTES = 64 * 1024
+# Of requests that wait for the answer to one before them on their connection: with more than this no more is read, and
+# more requests than that, each of next to no bytes, are refused.
+_MAX_AHEAD_BYTES, _MAX_AHEAD = 64 * 1024, 256
 # What uvicorn warns of, request by request: counted, and the client's affair and not the log's, which junk would fill.
 _CLIENTS_AFFAIR = frozenset(("Invalid HTTP request received.", "Unsupported upgrade request."))
 
@@ -86,9 +91,12 @@ class Door(HttpToolsProtocol):
         self._completed = False
         # No request has begun to come.
         self._between = True
+        # What is wrong with what came behind requests that are still to be answered.
+        self._refusal: InputError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Reading(transport, self._has_enough)
         self._outgoing = Outgoing(transport)
         if Door._swept is not self.server_state:
             Door._swept = self.server_state
@@ -102,6 +110,9 @@ class Door(HttpToolsProtocol):
         for connection in list(self.connections):
             if not isinstance(connection, Door):
                 continue
+            if connection.flow.read_paused and connection._waiting_since is not None:
+                # It is we who do not read.
+                connection._waiting_since = now
             if (connection._waiting_since or limit) < limit:
                 connection._time_out()
             if connection._outgoing.stalled_s(now) > self.application.send_timeout_s:
@@ -112,6 +123,10 @@ class Door(HttpToolsProtocol):
             self.loop.call_later(_SWEEP_S, self._sweep)
 
     def _time_out(self) -> None:
+        self._waiting_since = None
+        if self._is_answering():
+            self._refuse(_too_slow())
+            return
         call = self._receiving
         if call is not None and not call.response_complete:
             call.time_out()
@@ -135,7 +150,23 @@ class Door(HttpToolsProtocol):
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
+    def _has_enough(self) -> bool:
+        """Whether nothing more is to be read before something is answered."""
+        return self._refusal is not None or sum(len(cycle.body) for cycle, _ in self.pipeline) > _MAX_AHEAD_BYTES
+
+    def _is_answering(self) -> bool:
+        """Whether a request that came whole, before the one at hand, is still to be answered."""
+        unanswered = (one for one in (self._call, self._running) if one is not None and not one.response_complete)
+        at_hand = self._at_hand()
+        return any(one is not at_hand for one in unanswered) or any(cycle is not at_hand for cycle, _ in self.pipeline)
+
+    def _at_hand(self) -> _Call | RequestResponseCycle | None:
+        """The request whose head has come and whose body has not."""
+        return None if self._between or self._in_head else self._receiving or self.cycle
+
     def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
         # The parser ends a request with an upgrade at its head, and uvicorn then drops the body.
         if self._between:
             data = without_upgrade(data)
@@ -150,10 +181,20 @@ class Door(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, in the form of all our errors."""
-        self._refuse(InputError("this is no HTTP request that can be understood"))
+        if len(self.pipeline) > _MAX_AHEAD:
+            self._refuse(InputError(f"more than {_MAX_AHEAD} requests on one connection wait for their answers"))
+        else:
+            self._refuse(InputError("this is no HTTP request that can be understood"))
 
     def _refuse(self, error: InputError) -> None:
-        """Answer what no request was made of, and end the connection."""
+        """Answer what no request was made of, and end the connection; both once the requests before it are answered,
+        as the client would take it for the answer to one of those."""
+        if self._is_answering():
+            if self.pipeline and self.pipeline[0][0] is self._at_hand():
+                self.pipeline.popleft()
+            self._refusal = error
+            self.flow.pause_reading()
+            return
         response = error_response(error)
         now_ns = time.perf_counter_ns()
         self.application.accounts.count("other", "-", response.status_code, None, now_ns, failed=True, caller=Caller())
@@ -173,6 +214,9 @@ class Door(HttpToolsProtocol):
         call = self._usual_inference()
         if call is None:
             super().on_headers_complete()
+            if len(self.pipeline) > _MAX_AHEAD:
+                # Which ends the parsing of what was read.
+                raise RuntimeError("too many requests wait")
             # What waits stops the reading. Of the usual way's requests the one under way asks for more, and so learns
             # that the client has left; ours does not ask.
             if len(self.pipeline) == 1 and self._call is not None and not self._call.response_complete:
@@ -196,9 +240,18 @@ class Door(HttpToolsProtocol):
         else:
             self._receiving.run()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # One that waited has become the one under way.
+        self.flow.resume_reading()
+        if self._refusal is not None and not self._is_answering() and not self.transport.is_closing():
+            self._refuse(self._refusal)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._disconnect()
         super().connection_lost(exc)
+        # They hold the connection as it holds them, and their bodies.
+        self.pipeline.clear()
         # Not uvicorn's `cycle`: that is of what came last, which may wait behind this.
         if self._call is not None and not self._call.response_complete:
             self._call.abandon()
@@ -262,6 +315,18 @@ class Door(HttpToolsProtocol):
             text = b"".join([b"%s: %s\r\n" % header for header in current])
             Door._date = (current, text)
         return text
+
+
+class _Reading(FlowControl):
+    """uvicorn's, which reads on whenever one of several requests in a row asks it to. has_enough: whether not to."""
+
+    def __init__(self, transport: asyncio.Transport, has_enough: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._has_enough = has_enough
+
+    def resume_reading(self) -> None:
+        if self.read_paused and not self._has_enough():
+            super().resume_reading()
 
 
 class _Call:
@@ -369,7 +434,7 @@ class _Call:
     def time_out(self) -> None:
         """The body did not come."""
         self.keep_alive = False
-        self._fail(ReceiveTimeoutError("the request did not come whole in time", field="body"))
+        self._fail(_too_slow())
 
     def abandon(self) -> None:
         """The client has gone: what has not run is not run."""
@@ -438,6 +503,10 @@ class _Call:
         application.accounts.count(
             INFER, "POST", status, self._model, self._started_ns, failed=status >= 400, caller=self._caller()
         )
+
+
+def _too_slow() -> ReceiveTimeoutError:
+    return ReceiveTimeoutError("the request did not come whole in time", field="body")
 
 
 def _text(value: bytes | None) -> str | None:

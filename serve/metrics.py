@@ -49,11 +49,8 @@ class _Family:
             place = self._places[labels] = self._cells.index(self._name, labels, count=count)
         return place
 
-    def sums(self) -> dict[Labels, list[int]]:
-        """The cells of all workers together, by labels."""
-        return self._summed(self._cells.workers())
-
-    def _summed(self, workers: Iterable[Worker]) -> dict[Labels, list[int]]:
+    def summed(self, workers: Iterable[Worker]) -> dict[Labels, list[int]]:
+        """The cells of all those workers together, by labels."""
         sums: defaultdict[Labels, list[int]] = defaultdict(list)
         for worker in workers:
             for (name, labels), values in worker.values.items():
@@ -71,7 +68,7 @@ class Counter(_Family):
     def metric(self, workers: Sequence[Worker]) -> Metric:
         """What all workers counted, those that have ended too."""
         metric = CounterMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, (value,) in self._summed(workers).items():
+        for labels, (value,) in self.summed(workers).items():
             metric.add_metric(labels, value)
         return metric
 
@@ -79,17 +76,22 @@ class Counter(_Family):
 class Gauge(_Family):
     """Goes up and down; those of living workers are summed."""
 
+    def __init__(self, cells: Cells, name: str, text: str, labels: Sequence[str] = ()) -> None:
+        super().__init__(cells, name, text, labels)
+        # Nothing of what a worker before this one had waits or runs any more.
+        cells.clear(name)
+
     def set(self, *labels: str, to: int) -> None:
         self._cells.values[self._place(labels)] = to
 
     def metric(self, workers: Sequence[Worker]) -> Metric:
         metric = GaugeMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, (value,) in self._summed(workers).items():
+        for labels, (value,) in self.summed(workers).items():
             metric.add_metric(labels, value)
         return metric
 
-    def _summed(self, workers: Iterable[Worker]) -> dict[Labels, list[int]]:
-        return super()._summed(worker for worker in workers if worker.lives)
+    def summed(self, workers: Iterable[Worker]) -> dict[Labels, list[int]]:
+        return super().summed(worker for worker in workers if worker.lives)
 
 
 class Presence(Gauge):
@@ -97,7 +99,7 @@ class Presence(Gauge):
 
     def metric(self, workers: Sequence[Worker]) -> Metric:
         metric = GaugeMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, (value,) in self._summed(workers).items():
+        for labels, (value,) in self.summed(workers).items():
             if value:
                 metric.add_metric(labels, 1)
         return metric
@@ -125,7 +127,7 @@ class Histogram(_Family):
     def metric(self, workers: Sequence[Worker]) -> Metric:
         metric = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         ends = [*[f"{bound * self._unit:g}" for bound in self.bounds], "+Inf"]
-        for labels, (*counts, total) in self._summed(workers).items():
+        for labels, (*counts, total) in self.summed(workers).items():
             below, buckets = 0, []
             for end, found in zip(ends, counts, strict=True):
                 below += found
@@ -196,6 +198,10 @@ class Metrics(Collector):
             self.busy_instances.set(name, to=busy)
             self.broken_instances.set(name, to=broken)
         self._shown = set(loads)
+
+    def any_ready(self) -> bool:
+        """Whether any living worker of the server serves."""
+        return any(value for (value,) in self.ready.summed(self.cells.workers()).values())
 
     def collect(self) -> Iterator[Metric]:
         """One family after another, as prometheus_client asks for them."""

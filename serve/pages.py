@@ -139,13 +139,14 @@ def model_document(model: ServedModel) -> dict[str, Any]:
 
 def live_document(metrics: Metrics) -> dict[str, Any]:
     """What waits and runs now, and the latencies of all requests so far, counted by bounds."""
+    workers = list(metrics.cells.workers())
     counts = [0] * (len(metrics.seconds.bounds) + 1)
-    for (_, _, part), cells in metrics.seconds.sums().items():
+    for (_, _, part), cells in metrics.seconds.summed(workers).items():
         if part == "total":
             counts = [a + b for a, b in zip(counts, cells[:-1], strict=True)]
     return {
-        "queue_rows": sum(cells[0] for cells in metrics.queue_rows.sums().values()),
-        "busy_instances": sum(cells[0] for cells in metrics.busy_instances.sums().values()),
+        "queue_rows": sum(cells[0] for cells in metrics.queue_rows.summed(workers).values()),
+        "busy_instances": sum(cells[0] for cells in metrics.busy_instances.summed(workers).values()),
         "requests": sum(counts),
         "bounds_ms": [bound / 1e6 for bound in metrics.seconds.bounds],
         "counts": counts,

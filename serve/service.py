@@ -27,6 +27,8 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 # How long calls over gRPC may go on that were accepted before the end.
 _GRPC_GRACE_S = 60.0
 _AGAIN_S = 5.0
+# How often a worker that loads looks whether it is to end.
+_LOOK_S = 0.2
 
 
 def _stop(error: DlopsError) -> NoReturn:
@@ -115,6 +117,10 @@ class Service:
         )
         self._loading = asyncio.create_task(_load())
         self._refreshing = asyncio.create_task(application.keep_gauges())
+        if application.metrics.any_ready():
+            # In the place of one that has ended: until it can answer, the others take what comes.
+            while not (self._loading.done() or application.draining):
+                await asyncio.wait({self._loading}, timeout=_LOOK_S)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:

@@ -63,6 +63,55 @@ def test_all_workers_are_summed_and_a_killed_ones_counts_stay(other_worker, tmp_
     assert lines(metrics, "dlops_ready") == ["dlops_ready 1.0"]
 
 
+def test_the_next_worker_counts_on_in_the_file_of_one_that_has_ended(other_worker, tmp_path: Path) -> None:
+    metrics = Metrics(Cells(tmp_path))
+    metrics.requests.add("digits", "/predict", "POST", "200")
+    files = sorted(tmp_path.iterdir())
+    os.kill(other_worker.pid, signal.SIGKILL)
+    other_worker.wait(10)
+    next_one = Metrics(Cells(tmp_path))
+    assert sorted(tmp_path.iterdir()) == files
+    assert lines(metrics, "dlops_requests_total") == [
+        'dlops_requests_total{method="POST",model="digits",route="/predict",status="200"} 6.0'
+    ]
+    # The killed one was ready, and the one in its place is not yet.
+    assert lines(metrics, "dlops_ready") == ["dlops_ready 0.0"]
+    next_one.requests.add("digits", "/predict", "POST", "200")
+    next_one.requests.add("digits", "/v2/models/{model}/infer", "POST", "429")
+    next_one.ready.set(to=1)
+    assert (
+        lines(metrics, "dlops_requests_total")
+        == lines(next_one, "dlops_requests_total")
+        == [
+            'dlops_requests_total{method="POST",model="digits",route="/predict",status="200"} 7.0',
+            'dlops_requests_total{method="POST",model="digits",route="/v2/models/{model}/infer",status="429"} 1.0',
+        ]
+    )
+    assert lines(metrics, "dlops_ready") == ["dlops_ready 1.0"]
+    assert metrics.cells.living() == [os.getpid()] * 2
+
+
+def test_a_line_that_a_killed_worker_had_begun_is_written_over(tmp_path: Path) -> None:
+    killed = subprocess.run(
+        [
+            sys.executable, "-c",
+            "import sys; from dlops.serve.cells import Cells; cells = Cells(sys.argv[1])\n"
+            "cells.values[cells.index('n')] = 3\n"
+            "rest = b'[\"a name that is longer than the next one\", [\"'\n"
+            "cells._keys[cells._keys_end : cells._keys_end + len(rest)] = rest",
+            str(tmp_path),
+        ],
+        check=True,
+    )  # fmt: skip
+    assert killed.returncode == 0
+    cells = Cells(tmp_path)
+    cells.values[cells.index("m")] = 4
+    cells.values[cells.index("n")] += 1
+    for reader in (cells, Cells(tmp_path)):
+        values = [worker.values for worker in reader.workers() if worker.values]
+        assert values == [{("n", ()): [4], ("m", ()): [4]}]
+
+
 def test_a_histogram_is_cumulative_and_in_seconds() -> None:
     metrics = Metrics(Cells())
     for ms in (0.05, 0.1, 3, 100_000):
@@ -121,10 +170,10 @@ def test_a_file_that_is_being_made_is_not_read_yet(tmp_path: Path) -> None:
 def test_a_gauge_is_that_of_the_living(other_worker, tmp_path: Path) -> None:
     metrics = Metrics(Cells(tmp_path))
     metrics.ready.set(to=1)
-    assert metrics.ready.sums() == {(): [2]}
+    assert metrics.ready.summed(metrics.cells.workers()) == {(): [2]}
     other_worker.kill()
     other_worker.wait(10)
-    assert metrics.ready.sums() == {(): [1]}
+    assert metrics.ready.summed(metrics.cells.workers()) == {(): [1]}
 
 
 def test_room_is_taken_at_once_so_that_a_full_disk_ends_nothing_later(tmp_path: Path, monkeypatch) -> None:

@@ -265,6 +265,84 @@ def test_pipelined_requests_are_answered_in_order(port) -> None:
     assert found == list(range(1, 8))
 
 
+def waiting_bytes() -> int:
+    (door,) = Door._swept.connections
+    return sum(len(cycle.body) for cycle, _ in door.pipeline)
+
+
+def test_what_waits_behind_a_request_is_not_read_without_end(threaded_port, session) -> None:
+    session.gate.clear()
+    # What is read at once may be a quarter of a megabyte more.
+    limit = 400_000
+    with connected(threaded_port) as connection:
+        connection.send(request_of(images(0)))
+        assert session.entered.wait(10)
+        values = [1 + place % 7 for place in range(120)]
+        rest = b"".join(request_of(images(value), parameters={"pad": "x" * 60_000}) for value in values)
+        sending = threading.Thread(target=connection.send, args=(rest,))
+        sending.start()
+        (door,) = Door._swept.connections
+        assert within(10, lambda: waiting_bytes() > 64 * 1024 and door.flow.read_paused)
+        most = waiting_bytes()
+        session.gate.set()
+        for value in [0, *values]:
+            response, body = connection.answer()
+            assert logits_in(response, body)[0, 0] == value
+            most = max(most, waiting_bytes())
+        sending.join(10)
+    assert most < limit
+
+
+@pytest.mark.parametrize("headers", ["", "Accept-Encoding: gzip\r\n"], ids=["ours", "the usual way"])
+@pytest.mark.parametrize("behind", ["no request", "half a request", "half a request the usual way"])
+def test_what_is_wrong_behind_a_request_is_said_after_its_answer(
+    digits_artifact, session, monkeypatch, headers: str, behind: str
+) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    settings = Settings(receive_timeout_s=0.5)
+    app = Application(settings)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    more = {
+        "no request": b"\x16\x03\x01 garbage\r\n\r\n",
+        "half a request": request_of(images(2))[:-100],
+        "half a request the usual way": request_of(images(2), headers="Accept-Encoding: gzip\r\n")[:-100],
+    }[behind]
+    session.gate.clear()
+    with listening(app, model) as port, connected(port) as connection:
+        connection.send(request_of(images(1), headers=headers))
+        assert session.entered.wait(10)
+        connection.send(more)
+        (door,) = Door._swept.connections
+        assert within(10, lambda: door._refusal is not None)
+        session.gate.set()
+        assert logits_in(*connection.answer())[0, 0] == 1
+        response, body = connection.answer()
+        assert response.status == (400 if behind == "no request" else 408), body
+        assert response.headers["connection"] == "close"
+        assert connection.is_at_end()
+    assert app.bodies.pending_bytes == 0
+    assert model.queue.close(timeout_s=10)
+
+
+def test_more_requests_in_a_row_than_may_wait_are_refused_after_those_that_may(threaded_port, session) -> None:
+    session.gate.clear()
+    with connected(threaded_port) as connection:
+        connection.send(request_of(images(0)))
+        assert session.entered.wait(10)
+        connection.send(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        (door,) = Door._swept.connections
+        assert within(10, lambda: door._refusal is not None)
+        session.gate.set()
+        assert logits_in(*connection.answer())[0, 0] == 0
+        statuses = []
+        while not statuses or statuses[-1] == 200:
+            response, body = connection.answer()
+            statuses.append(response.status)
+        assert (len(statuses), statuses[-1]) == (257, 400)
+        assert "more than 256 requests" in json.loads(body)["error"]
+        assert connection.is_at_end()
+
+
 def test_a_body_that_comes_in_pieces_is_put_together(port, usual) -> None:
     request = request_of(images(3))
     with connected(port) as connection:

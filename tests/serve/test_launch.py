@@ -87,6 +87,35 @@ def test_the_server_and_all_that_it_started_end_with_the_block(digits_artifact) 
         httpx.get(url)
 
 
+def test_a_worker_in_the_place_of_a_killed_one_takes_nothing_before_it_can_answer(digits_artifact) -> None:
+    def ready(client: httpx.Client) -> str:
+        return next(line for line in client.get("/metrics").text.splitlines() if line.startswith("dlops_ready "))
+
+    with (
+        ServerProcess(digits_artifact, workers=2) as server,
+        # A connection each, which goes to whichever worker accepts it.
+        httpx.Client(base_url=server.url, headers={"Connection": "close"}, timeout=30) as client,
+    ):
+        until = time.monotonic() + 60
+        while ready(client) != "dlops_ready 2.0":
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        folder = server.log_path.parent
+        files = sorted(folder.rglob("*.cells"))
+        killed, _ = psutil.Process(server.pid).children()
+        killed.kill()
+        killed.wait(10)
+        assert ready(client) == "dlops_ready 1.0"
+        statuses = set()
+        while ready(client) != "dlops_ready 2.0":
+            assert time.monotonic() < until
+            statuses |= {client.get("/v2/health/ready").status_code for _ in range(5)}
+        assert statuses == {200}
+        # It counts on in the file of the one before it.
+        assert len(files) == 2
+        assert sorted(folder.rglob("*.cells")) == files
+
+
 def test_an_artifact_that_fails_its_self_test_never_turns_ready(make_digits_artifact, tmp_path) -> None:
     broken = make_digits_artifact(tmp_path / "broken", scale=1.5)
     with pytest.raises(GateError, match="outputs differ from the reference"), ServerProcess(broken):

@@ -89,7 +89,7 @@ def _send(connection: socket.socket, requests: bytes) -> None:
 
 
 def dropped(app: Application) -> int:
-    return sum(value for (value,) in app.metrics.unread.sums().values())
+    return sum(value for (value,) in app.metrics.unread.summed(app.metrics.cells.workers()).values())
 
 
 @pytest.mark.parametrize("requests", [USUAL, BINARY], ids=["usual", "binary"])
