@@ -157,10 +157,14 @@ def newest_manifest(root: Path, kind: type[M], *, make_one: str) -> M:
 
 def explain_validation(error: ValidationError) -> str:
     """All that is wrong with a record, one clause each, without pydantic's decoration."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {_uncapital(problem['msg'])}"
-        for problem in error.errors(include_url=False)
-    )
+    clauses = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        # What is said of several fields together names them itself.
+        said = problem["msg"].removeprefix("Value error, ")
+        alone = not place and problem["type"] == "value_error"
+        clauses.append(said if alone else f"{place or 'document'}: {_uncapital(said)}")
+    return "; ".join(clauses)
 
 
 def _uncapital(text: str) -> str:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from dlops.serve.model import ServedModel
 
 # What a header of this name asks for is done on the usual way.
-_UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"sec-fetch-site"))
+_UNUSUAL = frozenset((b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"sec-fetch-site", b"origin"))
 _REQUEST_ID = REQUEST_ID.encode()
 _PARENT = PARENT.encode()
 _TIMING = TIMING_HEADER.lower().encode()
@@ -61,7 +61,7 @@ _SECURITY = b"".join([f"{name}: {value}\r\n".encode() for name, value in SECURIT
 _SWEEP_S = 0.5
 # Of the JSON's length: up to 9,999 bytes are read on the event loop in well under a millisecond.
 _JSON_DIGITS = 4
-# Of the first line and the headers; what a connection reads at once may be more and is taken.
+# Of the first line and the headers.
 _MAX_HEAD_BYTES = 64 * 1024
 _LARGE_BYTES = 64 * 1024
 # Of requests that wait for the answer to one before them on their connection: with more than this no more is read, and
@@ -87,12 +87,14 @@ class Door(HttpToolsProtocol):
         self._call: _Call | None = None
         # When the request that has not come whole yet began to; at first, when the connection was made.
         self._waiting_since: float | None = self.loop.time()
-        self._in_head, self._head_bytes = False, 0
+        self._in_head, self._head_bytes, self._chunk_bytes = False, 0, 0
         self._completed = False
         # No request has begun to come.
         self._between = True
         # What is wrong with what came behind requests that are still to be answered.
         self._refusal: InputError | None = None
+        # Why the parser was stopped, where it was not by itself.
+        self._stopped: InputError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -170,21 +172,23 @@ class Door(HttpToolsProtocol):
         # The parser ends a request with an upgrade at its head, and uvicorn then drops the body.
         if self._between:
             data = without_upgrade(data)
-        self._completed = False
+        self._completed, self._chunk_bytes = False, len(data)
         super().data_received(data)
         # The parser keeps what is not complete yet to itself, however long it grows. Of a chunk that ends a request and
         # begins another nobody says how much is the other's: that part is not counted.
         if self._in_head and not self._completed:
             self._head_bytes += len(data)
             if self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._refuse(HeadTooLargeError(f"address and headers are larger than {_MAX_HEAD_BYTES} bytes"))
+                self._refuse(_too_large())
 
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, in the form of all our errors."""
-        if len(self.pipeline) > _MAX_AHEAD:
-            self._refuse(InputError(f"more than {_MAX_AHEAD} requests on one connection wait for their answers"))
-        else:
-            self._refuse(InputError("this is no HTTP request that can be understood"))
+        self._refuse(self._stopped or InputError("this is no HTTP request that can be understood"))
+
+    def _stop_parsing(self, error: InputError) -> None:
+        """Leave what else was read; call from the parser."""
+        self._stopped = error
+        raise RuntimeError(error.message)
 
     def _refuse(self, error: InputError) -> None:
         """Answer what no request was made of, and end the connection; both once the requests before it are answered,
@@ -210,13 +214,15 @@ class Door(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        # What came in one piece was not counted above.
+        if self._chunk_bytes > _MAX_HEAD_BYTES and self._head_size() > _MAX_HEAD_BYTES:
+            self._stop_parsing(_too_large())
         self._in_head = False
         call = self._usual_inference()
         if call is None:
             super().on_headers_complete()
             if len(self.pipeline) > _MAX_AHEAD:
-                # Which ends the parsing of what was read.
-                raise RuntimeError("too many requests wait")
+                self._stop_parsing(InputError(f"more than {_MAX_AHEAD} requests on one connection wait"))
             # What waits stops the reading. Of the usual way's requests the one under way asks for more, and so learns
             # that the client has left; ours does not ask.
             if len(self.pipeline) == 1 and self._call is not None and not self._call.response_complete:
@@ -226,6 +232,10 @@ class Door(HttpToolsProtocol):
         # From here on uvicorn treats it as one of its own: what is pipelined behind it waits, shutting down too.
         self.cycle = call  # type: ignore[assignment]
         call.admit()
+
+    def _head_size(self) -> int:
+        """Of address and headers, without what stands between them."""
+        return len(self.url) + sum([len(name) + len(value) for name, value in self.headers])
 
     def on_body(self, body: bytes) -> None:
         if self._receiving is None:
@@ -270,10 +280,16 @@ class Door(HttpToolsProtocol):
             if name == b"content-length":
                 length = value
             elif name == b"inference-header-content-length":
+                if json_bytes is not None:
+                    return None  # of two the usual way takes the first, and so do we
                 json_bytes = value
             elif name == b"x-request-timeout-ms":
+                if deadline_ms is not None:
+                    return None
                 deadline_ms = value
             elif name == b"authorization":
+                if authorization is not None:
+                    return None
                 authorization = value
             elif name == _REQUEST_ID:
                 identity = value
@@ -503,6 +519,10 @@ class _Call:
         application.accounts.count(
             INFER, "POST", status, self._model, self._started_ns, failed=status >= 400, caller=self._caller()
         )
+
+
+def _too_large() -> HeadTooLargeError:
+    return HeadTooLargeError(f"address and headers are larger than {_MAX_HEAD_BYTES} bytes")
 
 
 def _too_slow() -> ReceiveTimeoutError:

@@ -30,6 +30,7 @@ from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedErr
 from dlops.serve.classes import check_classes
 from dlops.serve.guard import REQUEST_ID
 from dlops.serve.model import ServedModel
+from dlops.serve.outcome import OverloadedError
 from dlops.serve.protocol import Wanted
 from dlops.serve.raws import PIXELS, RawInput
 from dlops.serve.routes import Application
@@ -67,8 +68,9 @@ class GrpcServer:
         if settings.model_control == "none" and not any(model.raw_input for model in models):
             max_bytes = min(max_bytes, max(protocol.json_limit(model.signature) for model in models))
         self._closing = asyncio.Event()
+        most_calls = max(_LEAST_CALLS, settings.max_pending_bytes // max_bytes)
         self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=max(_LEAST_CALLS, settings.max_pending_bytes // max_bytes),
+            maximum_concurrent_rpcs=most_calls,
             options=[
                 ("grpc.max_receive_message_length", max_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -76,7 +78,8 @@ class GrpcServer:
                 ("grpc.so_reuseport", 1),
             ],
         )
-        self._server.add_generic_rpc_handlers((_handlers(_Servicer(application, self._closing)),))
+        servicer = _Servicer(application, self._closing, most_streams=most_calls // 2)
+        self._server.add_generic_rpc_handlers((_handlers(servicer),))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if tls is None:
@@ -97,9 +100,11 @@ class GrpcServer:
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    def __init__(self, application: Application, closing: asyncio.Event) -> None:
+    def __init__(self, application: Application, closing: asyncio.Event, *, most_streams: int) -> None:
         self._application = application
         self._closing = closing
+        # A stream may be open for hours and ask for nothing, and each is one of the calls at once.
+        self._streams, self._most_streams = 0, most_streams
 
     async def ServerLive(self, request: Any, context: Context) -> Any:
         return await self._answered("ServerLive", context, lambda: service_pb2.ServerLiveResponse(live=True))
@@ -173,12 +178,25 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         """One answer a request, in their order; an error is an answer here, and the stream goes on."""
+        await self._answered("ModelStreamInfer", context, self._check_streams, opens=True)
+        self._streams += 1
+        try:
+            async for answer in self._stream(requests, context):
+                yield answer
+        finally:
+            self._streams -= 1
+
+    def _check_streams(self) -> bool:
+        if self._streams >= self._most_streams:
+            raise OverloadedError(f"{self._streams} streams are open, which is as many as may be")
+        return True
+
+    async def _stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         async for request in _until(self._closing, requests):
             started_ns = time.perf_counter_ns()
             answer, status = service_pb2.ModelStreamInferResponse(), grpc.StatusCode.OK
             model, identity = None, ""
             try:
-                self._guard("ModelStreamInfer", context)
                 if isinstance(request, InputError):
                     raise request
                 model, identity = self._asked(request), request.id
@@ -192,9 +210,13 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             yield answer
 
     async def _answered(
-        self, name: str, context: Context, answer: Callable[[], Any], *, model: ServedModel | None = None
-    ) -> Any:
-        """The answer, counted; errors end the call with the status that means what HTTP's would."""
+        self, name: str, context: Context, answer: Callable[[], Any], *, model: ServedModel | None = None,
+        opens: bool = False,
+    ) -> Any:  # fmt: skip
+        """The answer, counted; errors end the call with the status that means what HTTP's would.
+
+        opens: that it may begin is no answer yet, and counted is only that it may not.
+        """
         started_ns = time.perf_counter_ns()
         status, found = grpc.StatusCode.OK, None
         try:
@@ -208,7 +230,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         except asyncio.CancelledError:
             self._count(name, grpc.StatusCode.CANCELLED, started_ns, model, context)
             raise
-        self._count(name, status, started_ns, model, context)
+        if found is None or not opens:
+            self._count(name, status, started_ns, model, context)
         if found is None:
             await context.abort(status, text)
         return found

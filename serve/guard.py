@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hmac
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -27,6 +28,8 @@ _OPEN = frozenset(("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"))
 _SCHEME, _BROWSERS = "bearer", "basic"
 # By which no page of another site can change anything: browsers say so of every request of theirs.
 _HARMLESS = frozenset(("GET", "HEAD", "OPTIONS"))
+# Of this very server, or a person's own doing: a page of another port of this host is another's.
+_OWN = frozenset(("same-origin", "none"))
 REQUEST_ID = "x-request-id"
 
 
@@ -48,6 +51,11 @@ class Guard:
 
     def __init__(self, token: str | None) -> None:
         self._token = None if token is None else token.encode()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody may ask."""
+        return self._token is None
 
     def check(self, authorization: str | None) -> None:
         """Raise UnauthorizedError unless this header's value has the token."""
@@ -113,8 +121,11 @@ class GuardMiddleware:
             await send(message)
 
         try:
-            if asked.get("sec-fetch-site") == "cross-site" and scope["method"] not in _HARMLESS:
-                raise CrossSiteError("a page of another site may not ask this server to do anything")
+            if scope["method"] not in _HARMLESS and _is_another_sites(asked):
+                raise CrossSiteError(
+                    "a page of another site may not ask this server to do anything",
+                    hint="a proxy in front of it has to pass the Host header on as it came",
+                )
             if scope["path"] not in _OPEN:
                 self._guard.check(asked.get("authorization"))
         except (CrossSiteError, UnauthorizedError) as error:
@@ -130,6 +141,16 @@ class GuardMiddleware:
             return
         if wrong is not None:
             await self._refuse({**scope, "dlops.error": wrong}, receive, secured)
+
+
+def _is_another_sites(asked: Headers) -> bool:
+    """Whether a browser says that another page than one of ours sent it; what is no browser says nothing of that."""
+    site = asked.get("sec-fetch-site")
+    if site is not None:
+        return site not in _OWN
+    # That header comes over TLS and on this machine alone; this one from everywhere.
+    origin = asked.get("origin")
+    return origin is not None and urlsplit(origin).netloc.lower() != asked.get("host", "").lower()
 
 
 def _is_plain_error(start: Message) -> bool:

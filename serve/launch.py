@@ -76,7 +76,7 @@ def serve_artifacts(
     given = Settings.of(
         artifact=absolute(sources), device=device, threads=threads, workers=workers, trust=trust or None,
         grpc_host=grpc_address if grpc_port is not None or grpc_address != _LOOPBACK else None,
-        grpc_port=None if grpc_port is None else usable_port(grpc_address, grpc_port),
+        grpc_port=None if grpc_port is None else usable_port(grpc_address, grpc_port, option="--grpc-port"),
         model_control=model_control, versions=versions, tls_cert=tls_cert, tls_key=tls_key,
         tls_client_ca=tls_client_ca,
     )  # fmt: skip
@@ -162,7 +162,7 @@ class ServerProcess:
         self.url = f"{'http' if tls is None else 'https'}://{authority(reachable(address), self.port)}"
         settings = self._settings
         if self._wanted_grpc_port is not None:
-            self.grpc_port = usable_port(address, self._wanted_grpc_port)
+            self.grpc_port = usable_port(address, self._wanted_grpc_port, option="--grpc-port")
             settings = settings.model_copy(update={"grpc_host": address, "grpc_port": self.grpc_port})
         self._folder = tempfile.TemporaryDirectory(prefix="dlops-serve-")
         failure_file = Path(self._folder.name) / "failure.json"

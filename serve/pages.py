@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, Response
 
 from dlops.artifact import Artifact
 from dlops.serve.answers import json_response
+from dlops.serve.guard import Guard
 from dlops.serve.metrics import Metrics
 from dlops.serve.models import Models
 from dlops.serve.openapi import PAGE, PAGE_POLICY, openapi_document
@@ -45,9 +46,10 @@ class Sample:
 class Pages:
     """Their routes."""
 
-    def __init__(self, models: Models, metrics: Metrics) -> None:
+    def __init__(self, models: Models, metrics: Metrics, guard: Guard) -> None:
         self._models = models
         self._metrics = metrics
+        self._guard = guard
 
     def table(self) -> list[tuple[str, str, Handler]]:
         """Method, path and handler."""
@@ -76,7 +78,7 @@ class Pages:
 
     async def _model(self, request: Request) -> Response:
         document = await asyncio.to_thread(model_document, self._shown(request))
-        return json_response(document | {"models": self._models.names})
+        return json_response(document | {"models": self._models.names, "token": not self._guard.is_open})
 
     async def _live(self, request: Request) -> Response:
         self._metrics.show_load(self._models)

@@ -19,7 +19,7 @@ def hold_port(host: str, port: int) -> int:
     even between now and when the first of them does. Raises MachineError where it is taken.
     """
     address = numeric_host(host)
-    number = usable_port(address, port)
+    number = usable_port(address, port, option="--grpc-port")
     holder = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
@@ -43,8 +43,9 @@ def numeric_host(host: str) -> str:
         raise UsageError(f"host {host!r}: {error}", hint="127.0.0.1 for this machine, 0.0.0.0 for all") from None
 
 
-def usable_port(address: str, port: int) -> int:
-    """That port, or a free one for 0. Raises MachineError where it is taken or not allowed."""
+def usable_port(address: str, port: int, *, option: str = "--port") -> int:
+    """That port, or a free one for 0; option: by which it is chosen. Raises MachineError where it is taken or not
+    allowed."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As the server does: a port whose last connections are in TIME_WAIT is free.
@@ -55,7 +56,7 @@ def usable_port(address: str, port: int) -> int:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise MachineError(
-                    f"port {port} on {address} is in use", hint="pass another --port, or 0 for a free one"
+                    f"port {port} on {address} is in use", hint=f"pass another {option}, or 0 for a free one"
                 ) from None
             raise from_os_error(error, doing=f"listening on {authority(address, port)}") from None
         return int(probe.getsockname()[1])

@@ -146,7 +146,7 @@ class Application:
             ("POST", "/models/{name}/predict", self.predict),
             ("POST", "/models/{name}/versions/{version}/predict", self.predict),
             ("GET", "/metrics", self.render_metrics),
-            *Pages(self.models, self.metrics).table(),
+            *Pages(self.models, self.metrics, self.guard).table(),
             ("GET", "/v2", self.server_metadata),
             ("GET", "/v2/", self.server_metadata),
             ("GET", "/v2/health/live", self.live),
@@ -176,7 +176,6 @@ class Application:
         everything = list(_METHODS[:5])
         for what in _UNSUPPORTED:
             routes.append(Route(what, self._answered("unsupported", self.unsupported), methods=everything))
-        routes.append(Route("/v2/{rest:path}", self._answered("other", self.unknown), methods=everything))
         routes.append(_Elsewhere("/{rest:path}", self._answered("other", self.unknown), methods=list(_METHODS)))
         return routes
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -16,6 +17,10 @@ from dlops.preprocess import MAX_PIXELS
 from dlops.runtimes.session import Device
 
 _PREFIX = "DLOPS_"
+# Variables of this name's kind that are no settings, and so no misspelt ones.
+_OTHERS = frozenset(("DLOPS_CELLS_DIR", "DLOPS_ARBITER_PID", "DLOPS_FAILURE_FILE", "DLOPS_STOP_ON_STDIN_EOF"))
+# Of the letters that are the same in both.
+_NEXT_TO = 0.88
 ModelControl = Literal["none", "explicit"]
 
 
@@ -117,6 +122,7 @@ class Settings(Record):
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Read `DLOPS_ARTIFACT`, `DLOPS_DEVICE`, ... Raises UsageError naming every variable with a bad value."""
         environment = os.environ if environment is None else environment
+        _check_names(environment, [variable(name) for name in cls.model_fields])
         given = {name: environment.get(variable(name)) for name in cls.model_fields}
         # Empty is as good as not set, but for what guards the server: a secret that is missing must not open it.
         told = {name: value for name, value in given.items() if value or (name == "token" and value is not None)}
@@ -130,6 +136,15 @@ class Settings(Record):
         alone."""
         values = self.model_dump(exclude_unset=True)
         return {variable(name): _text(value) for name, value in values.items()}
+
+
+def _check_names(environment: Mapping[str, str], known: Sequence[str]) -> None:
+    """Raise UsageError for one that is next to a setting's name: passed over, a token leaves the server open."""
+    for name in environment:
+        if not name.startswith(_PREFIX) or name in known or name in _OTHERS:
+            continue
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=_NEXT_TO):
+            raise UsageError(f"{name} is no setting", hint=f"did you mean {near[0]}?")
 
 
 def _text(value: object) -> str:

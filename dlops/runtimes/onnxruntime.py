@@ -133,7 +133,7 @@ class OnnxBound:
         if graph is not None and self._unsized:
             raise MachineError(
                 f"no CUDA graph: the size of the output {self._unsized[0]} depends on the data",
-                hint="leave --cuda-graph out",
+                hint="leave --cuda-graph (of a service: DLOPS_CUDA_GRAPHS) out",
             )
         self.copy_in(feed)
         for _ in range(_CAPTURE_RUNS if graph is not None else 0):
@@ -246,7 +246,7 @@ def _open(
         if options.cuda_graph:
             raise MachineError(
                 f"{title}: ONNX Runtime cannot run it as a CUDA graph: {first_line(error)}",
-                hint="leave --cuda-graph out",
+                hint="leave --cuda-graph (of a service: DLOPS_CUDA_GRAPHS) out",
             ) from error
         raise CorruptError(f"{title}: ONNX Runtime cannot load it: {first_line(error)}") from error
     used = session.get_providers()[0]

@@ -24,6 +24,10 @@ async function start() {
   try {
     const response = await fetch(about("./ui/model.json"));
     const document_ = await response.json();
+    if (response.status === 404 && named !== null) {
+      $("about").textContent = document_.error;
+      return;
+    }
     if (!response.ok) throw new Error(document_.error);
     model = document_;
   } catch (error) {
@@ -77,9 +81,9 @@ function addSample(number) {
 
 async function askSample(number) {
   const response = await fetch(about(`./ui/samples/${number}`));
-  if (!response.ok) return show({ error: `there is no sample ${number}` });
+  if (!response.ok) return show({ error: `sample ${number}: ${(await response.json()).error}` });
   if (model.input === "image") {
-    const from = `curl -s ${quoted(response.url)} | `;
+    const from = `curl -s${bearer()} ${quoted(response.url)} | `;
     return ask(await response.blob(), response.headers.get("Content-Type"), "--data-binary @-", from);
   }
   if (model.input === "text") {
@@ -111,6 +115,8 @@ function askText() {
   return ask(text, "text/plain", `--data-raw ${quoted(text)}`);
 }
 
+// The server's token is in nobody's page: whoever copies the line has it in a variable.
+const bearer = () => (model.token ? ' -H "Authorization: Bearer $DLOPS_TOKEN"' : "");
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 // data: how curl is told what to send. from: what comes before it in the shell.
@@ -118,7 +124,7 @@ async function ask(body, kind, data, from = "") {
   // What a browser cannot show the model may still read.
   const picture = body instanceof Blob ? await createImageBitmap(body).catch(() => null) : null;
   const predict = model.models.length < 2 ? "./predict" : `./models/${encodeURIComponent(model.name)}/predict`;
-  const curl = `${from}curl ${data} -H ${quoted(`Content-Type: ${kind}`)} ${new URL(predict, location.href).href}`;
+  const curl = `${from}curl${bearer()} ${data} -H ${quoted(`Content-Type: ${kind}`)} ${new URL(predict, location.href).href}`;
   let response;
   try {
     response = await fetch(predict, { method: "POST", body, headers: { "Content-Type": kind, "X-Server-Timing": "1" } });

@@ -649,6 +649,35 @@ def test_what_is_no_request_or_a_far_too_large_one_is_said_in_json(port, text: b
         assert logits_in(*connection.answer())[0, 0] == 5
 
 
+def test_a_head_that_is_too_large_is_refused_however_it_comes(port, session) -> None:
+    long = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nLong: " + b"a" * 70_000 + b"\r\n\r\n"
+    with connected(port) as connection:
+        connection.send(request_of(images(4)) + long)
+        assert logits_in(*connection.answer())[0, 0] == 4
+        response, body = connection.answer()
+        assert response.status == 431
+        assert json.loads(body)["error"]
+        assert connection.is_at_end()
+    with connected(port) as connection:
+        connection.send(long)
+        assert connection.answer()[0].status == 431
+
+
+def test_of_a_header_that_comes_twice_the_first_holds_on_both_ways(digits_artifact, session, monkeypatch) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    settings = Settings(token="the token of the test")
+    app = Application(settings)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    right, wrong = "Authorization: Bearer the token of the test\r\n", "Authorization: Bearer wrong\r\n"
+    with listening(app, model) as port:
+        for more in ("", "Accept-Encoding: gzip\r\n"):
+            for headers, status in ((right + wrong, 200), (wrong + right, 401)):
+                with connected(port) as connection:
+                    connection.send(request_of(images(4), headers=headers + more))
+                    assert connection.answer()[0].status == status
+    assert model.queue.close(timeout_s=10)
+
+
 def test_what_came_before_does_not_count_as_the_next_ones_head(port) -> None:
     # All in one, with the beginning of another behind it: more than a head may have, and none of it one.
     many = [request_of(images(value)) for value in np.linspace(0, 1, 200)]

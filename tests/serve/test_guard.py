@@ -82,6 +82,17 @@ def test_a_page_of_another_site_changes_nothing(guarded, binary) -> None:
         refused = ask(guarded, "POST", path, binary, {**BEARER, "Sec-Fetch-Site": "cross-site"})
         assert refused.status_code == 403, path
         assert "another site" in refused.json()["error"]
+    # Another port of this host is another's page.
+    same_site = ask(guarded, "POST", "binary", binary, {**BEARER, "Sec-Fetch-Site": "same-site"})
+    assert same_site.status_code == 403
+    host = {"Host": "10.0.0.5:3000"}
+    # Where a browser says nothing else, over plain HTTP, it says whose page it is.
+    for origin, status in (
+        ("http://evil.example", 403), ("null", 403), ("http://10.0.0.5:80", 403), ("http://10.0.0.5:3000", 200),
+    ):  # fmt: skip
+        for path in ("binary", "/v2/repository/index"):
+            answer = ask(guarded, "POST", path, binary, {**BEARER, **host, "Origin": origin})
+            assert answer.status_code == status, (path, origin)
     for site in ("same-origin", "none"):
         assert ask(guarded, "POST", "binary", binary, {**BEARER, "Sec-Fetch-Site": site}).status_code == 200
     # A link to the page may be followed.
@@ -108,6 +119,16 @@ def test_with_the_token_all_is_as_ever(guarded, binary, method: str, path: str) 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready"])
 def test_health_needs_no_token(guarded, path: str) -> None:
     assert guarded.get(path).status_code == 200
+
+
+def test_a_misspelt_variable_is_not_passed_over() -> None:
+    with pytest.raises(UsageError, match="DLOPS_TOKNE is no setting") as caught:
+        Settings.from_environment({"DLOPS_TOKNE": TOKEN, "DLOPS_CELLS_DIR": "x"})
+    assert caught.value.hint == "did you mean DLOPS_TOKEN?"
+    # Others of this name's kind are somebody's own.
+    assert Settings.from_environment({"DLOPS_PHOTOS": "x", "DLOPS_PEERS": "x"}) == Settings()
+    with pytest.raises(UsageError, match=r"variables: tls_cert and tls_key go together"):
+        Settings.from_environment({"DLOPS_TLS_KEY": "x"})
 
 
 def test_a_short_token_is_refused_before_anything_starts() -> None:

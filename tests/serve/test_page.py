@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -84,6 +85,28 @@ def test_a_file_is_asked_about_and_the_curl_line_gives_the_same(visit, digit_png
     )
     (prediction,) = json.loads(answer.stdout)["predictions"]
     assert [one["label"] for one in prediction["top"]] == found
+
+
+def test_a_model_that_is_not_there_is_said_and_not_waited_for(tab: Tab, server) -> None:
+    tab.visit(f"{server.url}/?model=nope")
+    tab.wait_for("document.getElementById('about').textContent.includes('nope')")
+    said = tab.tell("document.getElementById('about').textContent")
+    assert "unknown model" in said
+    assert "trying again" not in said
+
+
+def test_the_curl_line_of_a_guarded_server_shows_the_token(tab: Tab, digits_artifact) -> None:
+    token = "the token of the test"
+    with ServerProcess(digits_artifact, env={"DLOPS_TOKEN": token}) as guarded:
+        tab.ask("Network.enable")
+        tab.ask("Network.setExtraHTTPHeaders", headers={"Authorization": f"Bearer {token}"})
+        tab.visit(f"{guarded.url}/?sample=0")
+        found = labels_in(tab)
+        command = tab.tell("document.getElementById('curl').textContent")
+        assert token not in command
+        env = {**os.environ, "DLOPS_TOKEN": token}
+        answer = subprocess.run(["bash", "-c", command], capture_output=True, env=env, timeout=60, check=True)
+    assert [one["label"] for one in json.loads(answer.stdout)["predictions"][0]["top"]] == found
 
 
 def test_an_image_that_cannot_be_read_is_said_and_the_next_one_works(visit, digit_pngs, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -230,6 +231,50 @@ def test_a_token_guards_all_but_health(digits_artifact, x) -> None:
             client.infer("digits", [an_input(x)], headers={"authorization": "Bearer wrong"})
         found = client.infer("digits", [an_input(x)], headers={"authorization": f"Bearer {TOKEN}"})
         assert found.as_numpy("logits").shape == (len(x), 10)
+        # A stream says who it is when it is opened, and not when it first asks for something.
+        answers: queue.Queue = queue.Queue()
+        client.start_stream(callback=lambda result, error: answers.put((result, error)))
+        assert "UNAUTHENTICATED" in str(answers.get(timeout=30)[1].status())
+        client.stop_stream()
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        client.start_stream(callback=lambda result, error: answers.put((result, error)), headers=headers)
+        client.async_stream_infer("digits", [an_input(x[:1])])
+        assert answers.get(timeout=30)[1] is None
+        client.stop_stream()
+
+
+def test_streams_that_ask_for_nothing_leave_room_for_others(digits_artifact, x) -> None:
+    with ServerProcess(digits_artifact, grpc_port=0, env={"DLOPS_MAX_PENDING_BYTES": "100000000"}) as server:
+        address = f"127.0.0.1:{server.grpc_port}"
+        with grpc.insecure_channel(address) as channel, triton_grpc.InferenceServerClient(url=address) as client:
+            ended = threading.Event()
+
+            def nothing():
+                ended.wait(60)
+                yield from ()
+
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            streams = [stub.ModelStreamInfer(nothing()) for _ in range(600)]
+            refused: queue.Queue = queue.Queue()
+            for stream in streams:
+                stream.add_callback(lambda stream=stream: refused.put(stream.code()))
+            # Those that are too many are told so, and the others wait.
+            assert refused.get(timeout=30) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert client.is_server_live()
+            assert client.infer("digits", [an_input(x)]).as_numpy("logits").shape == (len(x), 10)
+            for stream in streams:
+                stream.cancel()
+            ended.set()
+            answers: queue.Queue = queue.Queue()
+            until = time.monotonic() + 30
+            while True:
+                client.start_stream(callback=lambda result, error: answers.put((result, error)))
+                client.async_stream_infer("digits", [an_input(x[:1])])
+                _, error = answers.get(timeout=30)
+                client.stop_stream()
+                if error is None:
+                    break
+                assert time.monotonic() < until, error
 
 
 def test_what_was_accepted_before_the_end_is_answered(slow_artifact) -> None:
