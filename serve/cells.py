@@ -13,6 +13,7 @@ import mmap
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ _KEY_BYTES = 8 * 1024 * 1024
 _READ_BYTES = 64 * 1024
 # The first cell: the process that the file is of.
 _PID = 0
+# How long another process may need to look at a file.
+_LOOKED_WITHIN_S = 2.0
 
 Key = tuple[str, tuple[str, ...]]
 """A name and the values of its labels."""
@@ -108,7 +111,7 @@ class Cells:
         for path in self._folder.glob(f"*{_SUFFIX}"):
             with path.open("rb") as file:
                 if _is_whole(file.fileno()) and _is_locked(file.fileno()):
-                    found.append(int.from_bytes(file.read(_BYTES), sys.byteorder))
+                    found.append(_pid(file.fileno()))
         return found
 
     def workers(self) -> Iterator[Worker]:
@@ -154,15 +157,38 @@ def _left_behind(folder: Path) -> tuple[int, Path] | None:
     """The locked file of a worker that has ended, which nobody counts in any more."""
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
         descriptor = os.open(path, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            continue
-        if _is_whole(descriptor):
+        if _is_whole(descriptor) and _lock(descriptor):
             return descriptor, path
         os.close(descriptor)
     return None
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether it could be: not where its worker lives. One that looks whether it does has it for a moment."""
+    until = time.monotonic() + _LOOKED_WITHIN_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if _lives(_pid(descriptor)) or time.monotonic() > until:
+                return False
+            time.sleep(0.002)
+        else:
+            return True
+
+
+def _pid(descriptor: int) -> int:
+    return int.from_bytes(os.pread(descriptor, _BYTES, _PID * _BYTES), sys.byteorder)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _new_file(folder: Path) -> tuple[int, Path]:

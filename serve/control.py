@@ -55,17 +55,24 @@ class LoadError(DlopsError):
     """A model could not be loaded; what was served before still is."""
 
 
+def _nothing(message: str) -> None:
+    """Said by another worker."""
+
+
 class Control:
-    """Of one worker. folder: the server's, with the state that `write_state` left there."""
+    """Of one worker. folder: the server's, with the state that `write_state` left there. worker: which, from 1."""
 
     def __init__(
-        self, models: Models, repository: Repository, settings: Settings, metrics: Metrics, folder: Path
-    ) -> None:
+        self, models: Models, repository: Repository, settings: Settings, metrics: Metrics, folder: Path, *,
+        worker: int = 1,
+    ) -> None:  # fmt: skip
         self._models = models
         self._repository = repository
         self._settings = settings
         self._metrics = metrics
         self._folder = folder
+        # All workers serve the same, so one says what.
+        self._say = say if worker == 1 else _nothing
         self._generation = 0
         self._serving: dict[Entry, ServedModel] = {}
         self._aside: dict[Entry, ServedModel] = {}
@@ -237,7 +244,7 @@ class Control:
         for entry, model in self._serving.items():
             if entry not in before:
                 self._metrics.model.set(*model.describe().values(), to=1)
-                say(f"serving {model.summary()}: self-test passed, ready")
+                self._say(f"serving {model.summary()}: self-test passed, ready")
         for name in {entry.name for entry in (*before, *entries)}:
             instances = sum(len(model.instances) for model in self._serving.values() if model.name == name)
             self._metrics.instances.set(name, to=instances)
@@ -245,7 +252,7 @@ class Control:
     async def _retire(self, model: ServedModel, *, served: bool) -> None:
         await model.retire()
         if served:
-            say(f"no longer serving {model.title} ({model.artifact.slug})")
+            self._say(f"no longer serving {model.title} ({model.artifact.slug})")
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is kept until it is done: the event loop itself would not."""

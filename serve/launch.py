@@ -93,7 +93,9 @@ def serve_artifacts(
         where = f"{'http' if tls is None else 'https'}://{authority(address, port)}"
         say(f"starting {_titles(entries)} on {where} (Ctrl-C ends it)")
         env = {**os.environ, **settings.to_environment()}
-        process = _start(address, port, failure_file=failure_file, env=env, log=sys.stderr.fileno())
+        # BentoML's lines about its hooks and workers would be more than those about what is served.
+        quiet = [] if os.environ.get("BENTOML_DEBUG") else ["--quiet"]
+        process = _start(address, port, failure_file=failure_file, env=env, log=sys.stderr.fileno(), more=quiet)
         received = _wait_forwarding_signals(process)
         failure = read_failure(failure_file)
         if failure is not None:
@@ -231,10 +233,12 @@ def _titles(entries: Sequence[Entry]) -> str:
     return shown + (f" and {len(entries) - _TITLES} more" if len(entries) > _TITLES else "")
 
 
-def _start(address: str, port: int, *, failure_file: Path, env: Mapping[str, str], log: int) -> subprocess.Popen[bytes]:
-    """env: all that the server's environment is to be, what this module adds apart."""
+def _start(
+    address: str, port: int, *, failure_file: Path, env: Mapping[str, str], log: int, more: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """env: all that the server's environment is to be, what this module adds apart. more: options of bentoml serve."""
     check_installed()
-    command = [sys.executable, "-m", "bentoml", "serve", _SERVICE, "--host", address, "--port", str(port)]
+    command = [sys.executable, "-m", "bentoml", "serve", _SERVICE, "--host", address, "--port", str(port), *more]
     child_env = dict(env)
     # A server within a server's environment would take that one's places for its own.
     for name in (ARBITER_PID, CELLS_DIR):

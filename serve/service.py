@@ -110,12 +110,14 @@ class Service:
         # BentoML has set up its own lines by now.
         application.log.begin()
         supervision.end_with_arbiter()
-        take_own_gpu(bentoml.server_context.worker_index or 1, settings)
+        worker = bentoml.server_context.worker_index or 1
+        take_own_gpu(worker, settings)
         drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
         application.control = Control(
-            application.models, _repository(), settings, application.metrics, Path(os.environ[supervision.CELLS_DIR])
-        )
-        self._loading = asyncio.create_task(_load())
+            application.models, _repository(), settings, application.metrics, Path(os.environ[supervision.CELLS_DIR]),
+            worker=worker,
+        )  # fmt: skip
+        self._loading = asyncio.create_task(_load(worker))
         self._refreshing = asyncio.create_task(application.keep_gauges())
         if application.metrics.any_ready():
             # In the place of one that has ended: until it can answer, the others take what comes.
@@ -155,7 +157,7 @@ def _check_address() -> None:
     )
 
 
-async def _load() -> None:
+async def _load(worker: int) -> None:
     control = application.control
     try:
         if settings.trace_sample:
@@ -171,6 +173,8 @@ async def _load() -> None:
         return
     supervision.note_served()
     application.models.is_loaded = True
+    if worker > 1:
+        say(f"worker {worker} of {settings.workers}: self-test passed, ready")
     # A full collection of a large heap would stall requests; what is loaded by now stays until the end.
     gc.collect()
     gc.freeze()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,19 @@ def test_the_next_worker_counts_on_in_the_file_of_one_that_has_ended(other_worke
     )
     assert lines(metrics, "dlops_ready") == ["dlops_ready 1.0"]
     assert metrics.cells.living() == [os.getpid()] * 2
+
+
+def test_a_file_that_somebody_looks_at_is_taken_over_all_the_same(other_worker, tmp_path: Path) -> None:
+    os.kill(other_worker.pid, signal.SIGKILL)
+    other_worker.wait(10)
+    files = sorted(tmp_path.iterdir())
+    (path,) = tmp_path.glob("*.cells")
+    with path.open("rb") as looking:
+        fcntl.flock(looking.fileno(), fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (looking.fileno(), fcntl.LOCK_UN)).start()
+        cells = Cells(tmp_path)
+    assert sorted(tmp_path.iterdir()) == files
+    assert cells.living() == [os.getpid()]
 
 
 def test_a_line_that_a_killed_worker_had_begun_is_written_over(tmp_path: Path) -> None:
