@@ -155,7 +155,8 @@ def save_report(measured: Measured, directory: Path | str | None = None) -> Repo
 
     A kill leaves the old report or the new one, at worst without its page, and never a page of another report.
 
-    directory: by default reports/<time> in the working folder. Raises MachineError where it cannot be written.
+    directory: by default reports/<time> in the working folder. Raises MachineError where it cannot be written,
+    UsageError where something else is in its place or the working folder is gone.
     """
     directory = _fresh_directory() if directory is None else Path(directory)
     with DirectoryWriter(directory) as writer:

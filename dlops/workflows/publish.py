@@ -13,7 +13,7 @@ from dlops.bench.results import HTML_NAME, Measured, save_report
 from dlops.bench.table import render_table, to_csv, to_markdown
 from dlops.console import out, say
 from dlops.directory import check_writable, write_copy
-from dlops.errors import MachineError, UsageError
+from dlops.errors import DlopsError, MachineError, UsageError
 from dlops.report import Report
 
 _DONE, _MISSED, NO_VERDICT = 0, 1, 3
@@ -115,27 +115,29 @@ def save_or_rescue(measured: Measured, directory: Path | None) -> Report:
     """The report, written to its folder.
 
     Raises MachineError where it cannot be. Then it goes to the folder for temporary files where that has room, and the
-    error says so: what took long to measure is not lost with a full disk.
+    error says so: what took long to measure is not lost with a full disk, or with a folder that is gone.
     """
     try:
         return save_report(measured, directory)
-    except MachineError as error:
+    except DlopsError as error:
         raise _rescued(measured, error) from None
 
 
-def _rescued(measured: Measured, error: MachineError) -> MachineError:
+def _rescued(measured: Measured, error: DlopsError) -> MachineError:
     """The error, saying where else the report lies now, if anywhere."""
+    # Of the machine whatever it was: the folder could be made when the command line was read.
+    lost = MachineError(error.message, hint=error.hint)
     try:
         folder = Path(tempfile.mkdtemp(prefix="dlops-report-"))
     except OSError:
         # As full as the other, or there is none.
-        return error
+        return lost
     try:
         save_report(measured, folder)
-    except MachineError:
+    except DlopsError:
         shutil.rmtree(folder, ignore_errors=True)
-        return error
-    return MachineError(f"{error.message}; the report is in {folder} instead", hint="make room and move it there")
+        return lost
+    return MachineError(f"{lost.message}; the report is in {folder} instead", hint="make room and move it there")
 
 
 def exit_status(report: Report) -> int:

@@ -162,6 +162,45 @@ def test_what_a_full_disk_did_not_take_goes_to_the_temporary_folder(example, tmp
     assert "onnx-int8-pruned50" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what", ["a file", "no working folder", "/proc"])
+def test_a_folder_that_cannot_be_made_any_more_costs_no_report(what, example, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    out, said = tmp_path / "late", "file exists"
+    if what == "a file":
+        out.write_text("mine")
+    elif what == "/proc":
+        out, said = Path("/proc/late"), "no such file or directory"
+    else:
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        out, said = None, "no such file or directory"
+    with pytest.raises(MachineError, match=f"{said}.*; the report is in"):
+        publish(example(), Outputs(directory=out))
+    (folder,) = tmp_path.glob("dlops-report-*")
+    assert len(read_report(folder).raw_samples()) > 0
+    assert "onnx-int8-pruned50" in capsys.readouterr().out
+
+
+def test_a_comparison_loses_nothing_to_a_file_in_its_place(make_artifact, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def meanwhile(measured, **options):
+        (tmp_path / "late").write_text("mine")
+        return measured
+
+    monkeypatch.setattr("dlops.workflows.compare.calibrated", meanwhile)
+    pair = [str(make_artifact(slug).directory) for slug in ("onnx-fp32", "onnx-int8")]
+    options = ["--duration", "0.1", "--processes", "1", "--out", str(tmp_path / "late")]
+    assert run(["compare", *pair, *options]) == 4
+    said = capsys.readouterr()
+    assert "file exists" in said.err
+    assert "onnx-int8" in said.out
+    (folder,) = tmp_path.glob("dlops-report-*")
+    assert len(read_report(folder).measurements) == 2
+    assert (tmp_path / "late").read_text() == "mine"
+
+
 def test_no_copy_replaces_a_file_of_what_is_read(make_artifact, example, tmp_path, capsys) -> None:
     report = save_report(example(), tmp_path / "report")
     before = (tmp_path / "report" / "report.json").read_bytes()
