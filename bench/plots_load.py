@@ -145,7 +145,7 @@ def _objective(frame: Frame, objective: Objective) -> list[str]:
         return parts
     x = frame.x(objective.rate)
     if frame.left <= x <= right:
-        kept = f"kept to {objective.rate:,.5g} a second"
+        kept = f"kept {'at least ' if objective.stopped else ''}to {objective.rate:,.5g} a second"
         anchor = "end" if x + text_width(kept) + 6 > right else "start"
         parts.append(line_between(x, y, x, bottom, "limit"))
         parts.append(text_at("limit-name", x + (-6 if anchor == "end" else 6), bottom - 6, kept, anchor=anchor))

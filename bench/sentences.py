@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dlops.bench.cells import OUTSIDE, groups, milliseconds, name, per_second, significant
 from dlops.bench.knee import knee
 from dlops.bench.pilot import WANTED
+from dlops.bench.slo import INTERRUPTED
 from dlops.report import Measurement, Objective, Report, ServerTime
 
 _NUMBER = re.compile(r"(?<![A-Za-z\d])[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?")
@@ -68,12 +69,22 @@ def objectives(report: Report) -> list[str]:
         how = "could not be judged, for the reasons of its row" if one.unsure else "did not"
         if one.rate is None:
             tried = "none was tried" if missed is None else f"the lowest, {missed} a second, {how}"
-            lines.append(f"{target}: no rate tried certainly kept {wanted}; {tried}")
+            parts = [f"no rate tried certainly kept {wanted}", tried]
         else:
-            beyond = "the search ended there" if missed is None else f"{missed} {how}"
-            kept = f"{per_second(one.rate)} requests a second is the highest rate that kept {wanted}"
-            lines.append(f"{target}: {kept}; {beyond}{_in_spite_of(report, one)}")
+            is_highest = "kept" if one.stopped else "is the highest rate that kept"
+            parts = [f"{per_second(one.rate)} requests a second {is_highest} {wanted}"]
+            if missed is not None or not one.stopped:
+                parts.append("the search ended there" if missed is None else f"{missed} {how}")
+        if one.stopped:
+            parts.append(_cut_short(one))
+        lines.append(f"{target}: {'; '.join(parts)}{_in_spite_of(report, one)}")
     return lines
+
+
+def _cut_short(one: Objective) -> str:
+    if one.stopped != INTERRUPTED:
+        return f"the search ended early: {one.stopped}"
+    return "the search was interrupted" + (" before a higher one was judged" if one.missed is None else "")
 
 
 def _in_spite_of(report: Report, one: Objective) -> str:

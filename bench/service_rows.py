@@ -15,7 +15,7 @@ from dlops.bench.oip import Endpoint
 from dlops.bench.rates import Warm, measure_rate, warm_up
 from dlops.bench.rows import Rows
 from dlops.bench.scenarios import Step
-from dlops.bench.slo import Found, Outcome, found_among, judge, samples_for, search
+from dlops.bench.slo import INTERRUPTED, Found, Outcome, found_among, judge, samples_for, search
 from dlops.console import say
 from dlops.errors import MachineError
 from dlops.report import STARTS, Engine, Measurement, Objective
@@ -149,16 +149,26 @@ class _Offering:
                 raise
             say(str(error))
             rows.failures.append(error)
-            found = found_among(outcomes)
+            stopped = error.message.removeprefix(f"{self._endpoint.url}: ")
+            self._keep(objective, found_among(outcomes), judged, first, stopped=stopped)
         except KeyboardInterrupt:
             if outcomes:
-                self._keep(objective, found_among(outcomes), judged, first)
+                self._keep(objective, found_among(outcomes), judged, first, stopped=INTERRUPTED)
             raise
-        self._keep(objective, found, judged, first)
+        else:
+            self._keep(objective, found, judged, first)
 
-    def _keep(self, objective: Objective, found: Found, judged: Sequence[str], first: int) -> None:
-        """What was found of the objective by the rows of those samples, which are among those from number `first`."""
+    def _keep(
+        self, objective: Objective, found: Found, judged: Sequence[str], first: int, *, stopped: str | None = None
+    ) -> None:
+        """What was found of the objective by the rows of those samples, which are among those from number `first`.
+
+        stopped: what cut the search short.
+        """
         rows = self._rows
         rows.rows[first:] = sorted(rows.rows[first:], key=lambda row: row.load.rate or 0.0)
-        update = {"rate": found.met, "missed": found.missed, "unsure": found.unsure, "tried": tuple(judged)}
+        update = {
+            "rate": found.met, "missed": found.missed, "unsure": found.unsure, "stopped": stopped,
+            "tried": tuple(judged),
+        }  # fmt: skip
         rows.objectives[cells.service(rows.rows[first])] = objective.model_copy(update=update)

@@ -16,6 +16,9 @@ from dlops.report import Measurement, Objective
 
 Outcome = Literal["met", "missed", "unsure"]
 
+# Why a search ended that Ctrl-C cut short.
+INTERRUPTED = "interrupted"
+
 # Bisection ends where the lowest rate that missed is at most this much above the highest that met.
 RESOLUTION = 0.1
 _CONFIDENCE = 0.975

@@ -304,5 +304,8 @@ class Objective(Record):
     """[requests/s] The lowest rate above that which did not, or could not be judged; null where all did."""
     unsure: bool = False
     """Whether `missed` could not be judged, tried twice: by too few independent requests, or because they left late."""
+    stopped: str | None = None
+    """Why the search ended before it had found the highest: `interrupted` by Ctrl-C, or what the target failed with;
+    null where nothing cut it short."""
     tried: tuple[str, ...] = ()
     """The keys of the rows that it was looked for with, in order."""

@@ -71,6 +71,8 @@ def test_curves_have_a_point_a_quantile_the_limit_and_the_knee(width: int) -> No
     assert text.count("<circle") == 2 * len(RATES)
     assert "p99 ≤ 20.0 ms" in text
     assert "kept to 700 a second" in text
+    cut_short = kept.model_copy(update={"stopped": "interrupted"})
+    assert "kept at least to 700 a second" in plots_load.latency_against_rate(drawn, width, [cut_short])
     assert "knee: 500" in text
     places = [float(x) for x in re.findall(r'class="limit" x1="([\d.]+)"', text)]
     assert len(places) == 2

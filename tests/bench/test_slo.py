@@ -161,6 +161,24 @@ def test_a_rate_that_could_not_be_judged_is_not_said_to_have_missed(
     assert ("could not be judged" in said) is unsure
 
 
+def test_a_search_that_was_cut_short_names_no_highest_rate(example) -> None:
+    def said(**found: object) -> str:
+        objective = Objective(quantile="p99", limit_ns=2e7, **found)
+        return sentences.objectives(example().report.model_copy(update={"objectives": {"it": objective}}))[0]
+
+    wanted = "p99 ≤ 20.0 ms"
+    assert (
+        said(rate=50.0) == f"it: 50.0 requests a second is the highest rate that kept {wanted}; the search ended there"
+    )
+    assert said(rate=50.0, missed=100.0, stopped="interrupted") == (
+        f"it: 50.0 requests a second kept {wanted}; 100 did not; the search was interrupted"
+    )
+    assert said(missed=25.0, stopped="the server was gone") == (
+        f"it: no rate tried certainly kept {wanted}; the lowest, 25.0 a second, did not; the search ended early: "
+        "the server was gone"
+    )
+
+
 @pytest.mark.parametrize("capacity", [3.0, 77.0, 1234.0, 51_000.0])
 @pytest.mark.parametrize("start", [1.0, 100.0, 3000.0])
 def test_the_highest_rate_is_found_within_a_tenth(capacity: float, start: float) -> None:
@@ -257,6 +275,10 @@ def test_a_search_that_a_server_ends_keeps_what_it_found(make_artifact, serve, m
     (found,) = measured.report.objectives.values()
     assert found.rate == max(row.load.rate for row in measured.measurements)
     assert len(found.tried) == 2
+    (said,) = sentences.objectives(measured.report)
+    assert "is the highest" not in said
+    assert "requests a second kept p50 ≤ 50.0 ms; the search ended early: no request succeeded" in said
+    assert found.stopped in said
 
 
 def test_a_rate_that_ctrl_c_cut_short_is_not_judged_later_either(make_artifact, serve, monkeypatch, tmp_path) -> None:
@@ -277,6 +299,10 @@ def test_a_rate_that_ctrl_c_cut_short_is_not_judged_later_either(make_artifact, 
     assert len(caught.value.measured.measurements) == 2
     assert len(found.tried) == 1
     assert found.rate == min(row.load.rate for row in caught.value.measured.measurements)
+    assert found.stopped == "interrupted"
+    (said,) = sentences.objectives(caught.value.measured.report)
+    kept = "requests a second kept p50 ≤ 500 ms; the search was interrupted before a higher one was judged"
+    assert kept in said
     report = save_report(caught.value.measured, tmp_path / "report")
     assert dlops.reanalyse(report).report.objectives == report.objectives
 
