@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dlops.bench import stats
 from dlops.bench.dependence import STRETCHES
-from dlops.bench.pacing import GONE
+from dlops.bench.pacing import is_gone
 from dlops.bench.stats import Integers
 from dlops.report import CLOCKS, COPY_IN, COPY_OUT, ENQUEUE, Clocks, Interval, Latency, Measurement, Verdict
 from dlops.timing import MIN_ROUNDS, by_turn
@@ -134,7 +134,7 @@ def analyse_rate(
     answered = int((arrived <= duration_ns).sum())
     trend = stats.drift(_medians(response_ns, turns))
     # Where the server died what it left is no wait that grew.
-    gone = GONE in observed
+    gone = is_gone(observed)
     saturated = not gone and answered < _KEEPS_UP * len(response_ns) and trend.change > 0 and trend.matters
     if saturated:
         against.append(f"saturated: {answered} of {len(response_ns)} requests were answered in time, and the wait grew")

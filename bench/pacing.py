@@ -28,6 +28,12 @@ OUTCOMES = {
 }
 
 GONE = "no request was answered for 2 s: the server is gone or refuses everything"
+GONE_AT_END = "the server was gone at the end: connections were refused or lost"
+
+
+def is_gone(reasons: Sequence[str]) -> bool:
+    """Whether one of a row's reasons says that the server died."""
+    return GONE in reasons or GONE_AT_END in reasons
 
 
 def outcome_name(outcome: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dlops.bench import pacing
 from dlops.bench.analysis import analyse_rate, listed, shortcomings
 from dlops.bench.arrivals import Integers, Schedule
 from dlops.bench.load import closed_loop
@@ -95,8 +96,8 @@ def measure_rate(
     if loaded.interrupted:
         duration_ns = min(duration_ns, int(loaded.due_ns[-1]) + 1)
     seen = shortcomings(
-        errors=loaded.errors, calls=len(service), stopped=loaded.stopped, interrupted=loaded.interrupted,
-        warmed_up=warm.steady,
+        errors=loaded.errors, calls=len(service), interrupted=loaded.interrupted, warmed_up=warm.steady,
+        stopped=loaded.stopped or (pacing.GONE_AT_END if loaded.ends_without_server else None),
     )  # fmt: skip
     figures = analyse_rate(
         loaded.response_ns, loaded.due_ns, service, earlier, duration_ns=duration_ns, lag_p99_ns=lag_p99_ns,

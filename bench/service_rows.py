@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from dlops.artifact import Artifact
 from dlops.bench import cells
+from dlops.bench.analysis import listed
 from dlops.bench.arrivals import STRETCH, Offered, Schedule
 from dlops.bench.disturbed import Seen, seen_under_load
 from dlops.bench.loadgen_rows import measure_url, note
 from dlops.bench.network import Payload, measure_endpoint, prepare
 from dlops.bench.oip import Endpoint
+from dlops.bench.pacing import is_gone
 from dlops.bench.rates import Warm, measure_rate, warm_up
 from dlops.bench.rows import Rows
 from dlops.bench.scenarios import Step
@@ -133,6 +135,11 @@ class _Offering:
                     rate, times * first_s, wanted=times * wanted, stretch=_SEARCH_STRETCH / times, again=again
                 )
             )
+            if is_gone(row.verdict.reasons):
+                raise MachineError(
+                    f"{self._endpoint.url}: the server was gone at {rate:,.5g} a second ({listed(row.errors)})",
+                    hint="its log says why",
+                )
             outcome = judge(row, rows.samples[row.samples], rows.samples[row.samples + STARTS], objective)
             say(f"{rate:,.5g} requests/s: {outcome}")
             outcomes.append((rate, outcome))
@@ -144,7 +151,8 @@ class _Offering:
             # Far enough below what one caller gets that the first try is likely to be kept.
             found = search(probe, start=self._warm.rate / 4, least=wanted / (_SEARCH_STRETCH * first_s))
         except MachineError as error:
-            # A rate at which nothing was answered, or a server that has gone: what was found until then stands.
+            # A rate at which nothing was answered, or a server that has gone, which missed nothing by that: what was
+            # found until then stands.
             if not outcomes:
                 raise
             say(str(error))

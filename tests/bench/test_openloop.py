@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import dlops
-from dlops.bench import cells, openloop
+from dlops.bench import cells, openloop, pacing
 from dlops.bench.analysis import analyse_rate
 from dlops.bench.arrivals import Offered, constant, poisson
 from dlops.bench.oip import encode_request, find_endpoint
-from dlops.bench.openloop import open_loop
+from dlops.bench.openloop import OpenLoaded, open_loop
 from dlops.bench.payload import artifact_feeds
 from dlops.bench.run import measure, save_report
 from dlops.bench.table import table_text
@@ -122,6 +122,27 @@ def test_a_server_that_dies_half_way_is_noticed_and_the_rest_is_not_sent(make_ar
     )  # fmt: skip
     # A server that died was not asked too much.
     assert [one for one in figures.verdict.reasons if not one.startswith("under-sampled")] == [loaded.stopped]
+
+
+@pytest.mark.parametrize(
+    ("last", "gone"),
+    [
+        ([pacing.LOST, pacing.REFUSED, pacing.REFUSED], True),
+        ([pacing.LOST] * 12, True),
+        ([pacing.LOST] * 3, False),
+        ([pacing.REFUSED] * 12 + [pacing.ANSWERED], False),
+        ([503] * 12, False),
+        ([pacing.REFUSED] + [pacing.TIMED_OUT] * 12, False),
+    ],
+)
+def test_a_server_is_gone_where_nobody_is_there_at_the_end(last: list[int], gone: bool) -> None:
+    outcome = np.array([pacing.ANSWERED] * 50 + last)
+    times = np.arange(len(outcome)) * 1_000_000
+    loaded = OpenLoaded(
+        due_ns=times, sent_ns=times, arrived_ns=np.where(outcome > 0, times + 1000, -1), outcome=outcome,
+        timeout_s=30.0, connections=1, stopped=None, interrupted=False,
+    )  # fmt: skip
+    assert loaded.ends_without_server is gone
 
 
 def test_one_failure_and_then_nothing_to_do_is_no_server_that_is_gone(make_artifact, serve) -> None:

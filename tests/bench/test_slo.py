@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import dlops
-from dlops.bench import reanalysis, sentences, service_rows, slo, stats
+from dlops.bench import pacing, rates, reanalysis, sentences, service_rows, slo, stats
 from dlops.bench.arrivals import Offered, poisson
+from dlops.bench.openloop import OpenLoaded, open_loop
 from dlops.bench.run import MeasureInterrupted, measure, save_report
 from dlops.bench.slo import Found, Outcome, found_among, judge, parse_objective, search
 from dlops.bench.table import table_text
@@ -279,6 +280,31 @@ def test_a_search_that_a_server_ends_keeps_what_it_found(make_artifact, serve, m
     assert "is the highest" not in said
     assert "requests a second kept p50 ≤ 50.0 ms; the search ended early: no request succeeded" in said
     assert found.stopped in said
+
+
+def test_a_server_that_dies_missed_no_rate_and_ends_the_search(make_artifact, serve, monkeypatch) -> None:
+    """Of the second rate nobody answers the later half, for less than two seconds."""
+    artifact, calls = make_artifact(), itertools.count(1)
+
+    def dying(*arguments: object, **options: object) -> OpenLoaded:
+        loaded = open_loop(*arguments, **options)
+        if next(calls) == 1:
+            return loaded
+        refused = loaded.due_ns > loaded.due_ns[-1] * 0.8
+        return replace(loaded, outcome=np.where(refused, pacing.REFUSED, loaded.outcome))
+
+    monkeypatch.setattr(rates, "open_loop", dying)
+    monkeypatch.setattr(service_rows, "judge", lambda *arguments: "met")
+    offered = Offered(objective=parse_objective("p50=500ms"))
+    measured = measure([serve(artifact).url], payload=artifact, offered=offered, duration_s=0.5)
+    first, second = measured.measurements
+    assert pacing.GONE_AT_END in second.verdict.reasons
+    assert not any(reason.startswith(("saturated", "not steady: the median")) for reason in second.verdict.reasons)
+    (found,) = measured.report.objectives.values()
+    assert (found.rate, found.missed, found.tried) == (first.load.rate, None, (first.samples,))
+    assert found.stopped is not None
+    assert found.stopped.startswith(f"the server was gone at {second.load.rate:,.5g} a second (connection refused")
+    assert measured.partial
 
 
 def test_a_rate_that_ctrl_c_cut_short_is_not_judged_later_either(make_artifact, serve, monkeypatch, tmp_path) -> None:
