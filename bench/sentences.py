@@ -91,8 +91,12 @@ def _in_spite_of(report: Report, one: Objective) -> str:
     """What stands against the row by which the highest rate is known. What slowed it down could not make it keep more
     than it would have kept, so the rate stands; the row's own numbers do not."""
     tried = [row for row in report.measurements if row.samples in one.tried and row.load.rate == one.rate]
-    reasons = tried[-1].verdict.reasons if tried else ()
-    return f"; its row is not to be quoted: {'; '.join(reasons)}" if reasons else ""
+    if not tried or tried[-1].verdict.steady:
+        return ""
+    verdict = tried[-1].verdict
+    against = [why for why in verdict.reasons if why not in verdict.remarks and not _is_of_samples(why)]
+    # Where nothing else stands against it, its median is not known.
+    return f"; its row is not to be quoted: {'; '.join(against or verdict.reasons)}"
 
 
 def knees(report: Report) -> list[str]:

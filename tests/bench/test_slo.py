@@ -19,7 +19,7 @@ from dlops.bench.run import MeasureInterrupted, measure, save_report
 from dlops.bench.slo import Found, Outcome, found_among, judge, parse_objective, search
 from dlops.bench.table import table_text
 from dlops.errors import UsageError
-from dlops.report import Objective
+from dlops.report import Objective, Verdict
 
 MS = 1_000_000
 
@@ -340,13 +340,17 @@ def test_what_stands_against_the_row_is_said_of_its_rate(make_artifact, serve, m
     measured = measure([serve(artifact).url], payload=artifact, offered=offered, duration_s=0.3)
     (found,) = measured.report.objectives.values()
 
-    def said(*reasons: str) -> str:
+    def said(*reasons: str, steady: bool = False, remarks: tuple[str, ...] = ()) -> str:
+        verdict = Verdict(steady=steady, reasons=(*reasons, *remarks), remarks=remarks)
         rows = tuple(
-            row.model_copy(update={"verdict": row.verdict.model_copy(update={"reasons": reasons})})
+            row.model_copy(update={"verdict": verdict})
             if row.load.rate == found.rate else row
             for row in measured.measurements
         )  # fmt: skip
         return " ".join(sentences.objectives(measured.report.model_copy(update={"measurements": rows})))
 
-    assert "not to be quoted" not in said()
-    assert said("client-bound: it was").endswith("; its row is not to be quoted: client-bound: it was")
+    bound, short = "client-bound: it was", "under-sampled: p99 is not certified"
+    assert "not to be quoted" not in said(short, steady=True, remarks=("for 60 s it would be",))
+    told = said(bound, short, remarks=("for 60 s it would be",))
+    assert told.endswith(f"; its row is not to be quoted: {bound}")
+    assert said(short).endswith(f"; its row is not to be quoted: {short}")
