@@ -25,7 +25,7 @@ def calibrate_alone(*, json: str | None, also_given: Sequence[str] = ()) -> int:
     """`dlops bench --calibrate` without targets: measure, print, keep; 0.
 
     json: where a copy goes, "-" prints it instead of the table. also_given: the arguments that are for targets, refused
-    in one line. Raises UsageError for them, MachineError where it cannot be kept.
+    in one line. Raises UsageError for them, MachineError where it cannot be kept, printed and copied all the same.
     """
     if also_given:
         raise UsageError(
@@ -33,14 +33,20 @@ def calibrate_alone(*, json: str | None, also_given: Sequence[str] = ()) -> int:
         )
     Outputs(json=json).check(report=False)
     calibration = _measure()
+    unkept = None
     # First what takes half a minute to measure again.
-    say(f"kept: {keep(calibration)}")
+    try:
+        say(f"kept: {keep(calibration)}")
+    except MachineError as error:
+        unkept = error
     if json == "-":
         out.write(calibration.model_dump_json(indent=2) + "\n")
     else:
         out.print(_table(calibration))
         if json is not None:
             write_copy(Path(json), calibration.model_dump_json(indent=2) + "\n")
+    if unkept is not None:
+        raise unkept
     return 0
 
 

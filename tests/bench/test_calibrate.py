@@ -519,6 +519,18 @@ def test_alone_it_is_kept_whatever_becomes_of_its_copy(calibration, empty_cache,
     assert kept() == of_here(calibration)
 
 
+def test_alone_it_is_printed_and_copied_where_it_cannot_be_kept(calibration, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(workflow, "calibrate", lambda: of_here(calibration))
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    copy = tmp_path / "copy.json"
+    assert run(["bench", "--calibrate", "--json", str(copy)]) == 4
+    output, errors = capfd.readouterr()
+    assert re.search(r"One sender +keeps its schedule", output)
+    assert "set XDG_CACHE_HOME" in errors
+    assert Calibration.model_validate_json(copy.read_text()) == of_here(calibration)
+
+
 def test_alone_it_takes_no_options_that_are_for_targets(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["bench", "--calibrate", "--rate", "100", "--html", "page.html"]) == 2
