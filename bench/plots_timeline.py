@@ -107,7 +107,7 @@ def timeline(telemetry: Telemetry, samples: Mapping[str, NDArray[np.int64]], spa
     """The plot. spans: in the order of time. At least one track is needed."""
     times = samples[telemetry.key + TIMES] / 1e9
     strips = tracks(telemetry, samples)
-    begin, end = 0.0, max(float(times[-1]), *(span.end_s for span in spans)) * 1.005
+    begin, end = 0.0, max([float(times[-1]), *(span.end_s for span in spans)]) * 1.005
     keys = [_keys(track, width) for track in strips]
     tops = []
     y = _LANE + _GAP

@@ -27,8 +27,10 @@ def reanalyse(report: Report) -> Measured:
     the time and the command that measured it; a note says who worked it out. By the version that measured it, every
     row comes out the same to the last bit.
 
-    Raises UsageError where a row does not keep what it takes, CorruptError where its samples do not belong together.
+    Raises UsageError where a row does not keep what it takes, CorruptError where its samples do not belong together or
+    it names rows that are not there.
     """
+    _check_rows(report)
     samples = report.raw_samples()
     rows = {row.samples: row for row in report.measurements}
     new = {key: row.model_copy(update=_figures(report, row, rows, samples).as_fields()) for key, row in rows.items()}
@@ -41,6 +43,17 @@ def reanalyse(report: Report) -> Measured:
     note = f"worked out again from its samples by dlops {__version__}: {_what_changed(report, measured.report)}"
     notes = tuple(dict.fromkeys((*report.notes, note)))
     return replace(measured, report=measured.report.model_copy(update={"notes": notes}))
+
+
+def _check_rows(report: Report) -> None:
+    """Raise CorruptError for what no version writes: no rows, two of one key, or telemetry of others."""
+    keys = [row.samples for row in report.measurements]
+    if not keys:
+        raise CorruptError(f"{report.directory}: a report without rows")
+    if twice := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
+        raise CorruptError(f"{report.directory}: two rows have the samples {twice}")
+    if unknown := {key for one in report.telemetry for key in one.spans} - set(keys):
+        raise CorruptError(f"{report.directory}: telemetry names {', '.join(sorted(unknown))}, which are no rows")
 
 
 def _figures(report: Report, row: Measurement, rows: Mapping[str, Measurement], samples: Arrays) -> Figures:

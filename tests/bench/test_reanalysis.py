@@ -18,7 +18,7 @@ from dlops.bench.run import Measured, MeasureInterrupted, measure, merge, save_r
 from dlops.bench.slo import Found, found_among, parse_objective, search
 from dlops.cli import run
 from dlops.errors import CorruptError, UsageError
-from dlops.report import EARLIER, Interval, Report, Verdict, read_report
+from dlops.report import EARLIER, Interval, Report, Telemetry, Verdict, read_report
 from dlops.timing import interleave
 
 
@@ -174,6 +174,26 @@ def test_pairs_that_do_not_belong_together_are_refused(kept: Path, tmp_path) -> 
     save_report(Measured(report=report.model_copy(update={"measurements": (row,)}), samples=report.raw_samples()), kept)
     with pytest.raises(CorruptError, match="row00 is paired with row07, which is no row"):
         dlops.reanalyse(read_report(kept))
+
+
+@pytest.mark.parametrize(
+    ("edited", "said"),
+    [
+        ("no rows", "a report without rows"),
+        ("one twice", "two rows have the samples row00"),
+        ("other spans", "telemetry names row07, which are no rows"),
+    ],
+)
+def test_rows_that_do_not_belong_together_are_refused(edited: str, said: str, kept: Path, tmp_path, capsys) -> None:
+    report = read_report(kept)
+    first = report.measurements[0]
+    rows = {"no rows": (), "one twice": (first, first)}.get(edited, (first,))
+    watched = Telemetry(key="telemetry00", interval_s=1.0, samples=2, cpus=1, spans={"row07": (0, 1)})
+    update = {"measurements": rows, "telemetry": (watched,) if edited == "other spans" else ()}
+    save_report(Measured(report=report.model_copy(update=update), samples=report.raw_samples()), kept)
+    assert run(["bench", "--from", str(kept), "--out", str(tmp_path / "new")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_command_writes_a_new_report_and_every_copy(kept: Path, tmp_path, capsys) -> None:
