@@ -74,7 +74,7 @@ def _numbers(report: Report) -> dict[str, int]:
 def _header(report: Report) -> str:
     made = report.created.strftime("%d %B %Y, %H:%M UTC")
     machine = report.environment
-    where = f"{machine.cpu}, {machine.cores} cores" + "".join(f", {gpu}" for gpu in machine.gpus)
+    where = f"{machine.cpu}, {machine.cores_in_words}" + "".join(f", {gpu}" for gpu in machine.gpus)
     return f"<header><h1>{escape(report.title)}</h1><p>{made} · {escape(where)}</p></header>"
 
 
@@ -337,7 +337,7 @@ def _environment(report: Report) -> str:
         ("System", f"{machine.system}, {machine.machine}"),
         ("Processor", machine.cpu),
         ("Instruction sets", ", ".join(machine.instruction_sets) or "none of note"),
-        ("Cores and memory", f"{machine.cores} cores, {cells.size(machine.memory_bytes)}"),
+        ("Cores and memory", f"{machine.cores_in_words}, {cells.size(machine.memory_bytes)}"),
         ("GPU", ", ".join(machine.gpus) or "none"),
         ("Python", machine.python),
         ("Packages", ", ".join(f"{name} {version}" for name, version in machine.packages.items())),

@@ -84,7 +84,9 @@ def measure(
     """
     artifacts, urls = _sorted_out(targets)
     urls = [canonical(url) for url in urls]
-    if twice := next((url for place, url in enumerate(urls) if url in urls[:place]), None):
+    # Plain http:// is the protocol's REST too.
+    asked_of = [url.removeprefix("oip+") for url in urls]
+    if twice := next((url for place, url in enumerate(urls) if asked_of[place] in asked_of[:place]), None):
         raise UsageError(f"{twice} is named twice", hint="two runs and dlops compare tell what chance alone does")
     lasting = length(duration_s, max_duration_s)
     if not artifacts and not urls and checkpoint is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -41,12 +42,17 @@ def render_table(report: Report) -> RenderableType:
     lines = [f"chosen: {report.chosen}: {report.chosen_because}"] if report.chosen else []
     lines += [report.chosen_because] if report.chosen_because and not report.chosen else []
     lines += [*sentences.placements(report.measurements), *breakdown.placements(report)]
-    if not full:
-        names = [cells.short_name(row) for row in report.measurements]
-        lines += ["×8: with 8 requests in flight"] if any(" ×" in one for one in names) else []
-        lines += ["@500: at 500 requests a second"] if any(" @" in one for one in names) else []
+    lines += [] if full else _legend(report.measurements)
     lines += sentences.explanations(report, brief=True)
     return Group(table, *[Text(line) for line in ("", *lines)], *breakdown.render_tables(report))
+
+
+def _legend(rows: Sequence[Measurement]) -> list[str]:
+    """What short names mean, by those of the table."""
+    calls = max((row.load.concurrency for row in rows if " ×" in cells.short_name(row)), default=None)
+    rate = max((row.load.rate for row in rows if row.load.rate is not None), default=None)
+    lines = [] if calls is None else [f"×{calls}: with {calls} request{'' if calls == 1 else 's'} in flight"]
+    return lines if rate is None else [*lines, f"@{rate:,.5g}: at {rate:,.5g} requests a second"]
 
 
 def _ends(*intervals: Interval | None) -> list[float | None]:

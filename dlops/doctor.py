@@ -147,7 +147,10 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
     environment, disk = findings.environment, findings.disk
     return [
         ("system", f"{environment.system} ({environment.machine}), Python {environment.python}"),
-        ("CPU", f"{environment.cpu}, {environment.cores} cores to use, {environment.memory_bytes / 1024**3:.1f} GiB"),
+        (
+            "CPU",
+            f"{environment.cpu}, {environment.cores_in_words} to use, {environment.memory_bytes / 1024**3:.1f} GiB",
+        ),
         ("instructions", ", ".join(environment.instruction_sets) or "unknown"),
         ("GPU", "; ".join(environment.gpus) or "none"),
         ("disk", f"{disk.free_bytes / 1024**3:.1f} of {disk.total_bytes / 1024**3:.1f} GiB free at {disk.path}"),

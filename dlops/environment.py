@@ -46,6 +46,10 @@ class Environment(Record):
     packages: dict[str, str]
     """Version by name, of those that are installed."""
 
+    @property
+    def cores_in_words(self) -> str:
+        return f"{self.cores} core{'' if self.cores == 1 else 's'}"
+
 
 @lru_cache(maxsize=1)
 def describe_environment() -> Environment:

@@ -55,6 +55,8 @@ def test_findings_survive_json_and_all_of_them_are_shown(findings: Findings) -> 
         assert extra.name in text
     assert f"port {doctor.SERVE_PORT}" in text
     assert "int8" in text
+    one = findings.environment.model_copy(update={"cores": 1})
+    assert ", 1 core to use" in " ".join(shown(findings.model_copy(update={"environment": one})).split())
 
 
 def test_extras_are_those_of_the_package_and_either_onnxruntime_counts(findings: Findings) -> None:

@@ -62,7 +62,7 @@ def render_page(result: Result) -> str:
 def _header(result: Result) -> str:
     question, machine = result.question, describe_environment()
     made = result.created.strftime("%d %B %Y, %H:%M UTC")
-    where = f"{machine.cpu}, {machine.cores} cores" + "".join(f", {gpu}" for gpu in question.gpus)
+    where = f"{machine.cpu}, {machine.cores_in_words}" + "".join(f", {gpu}" for gpu in question.gpus)
     asked = (
         f"{question.quantile} ≤ {question.limit_ns / 1e6:g} ms at batch {question.batch}, "
         f"at most {question.max_drop:g} points lost"

@@ -23,7 +23,7 @@ from dlops.bench import cells, sentences
 from dlops.bench.render import render_html
 from dlops.bench.results import Measured, merge, save_report
 from dlops.bench.table import table_text, to_csv, to_markdown
-from dlops.report import ColdStart, Interval, Profile, ProfiledOperator, ProviderUse, ServerTime, Telemetry
+from dlops.report import ColdStart, Interval, Load, Profile, ProfiledOperator, ProviderUse, ServerTime, Telemetry
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -150,6 +150,15 @@ def test_a_summary_names_no_winner_without_evidence(example) -> None:
     assert "median" not in page_of(*[row.model_copy(update={"verdict": unsteady}) for row in (one, again)])
 
 
+def test_one_core_is_one_core(example) -> None:
+    measured = example()
+    machine = measured.report.environment.model_copy(update={"cores": 1})
+    page = render_html(measured.report.model_copy(update={"environment": machine}), measured.samples)
+    assert page.count("1 core,") == 1
+    assert "Example 9000, 1 core<" in page
+    assert "1 cores" not in page
+
+
 def test_a_quantile_that_is_not_certified_is_a_dash(example) -> None:
     report = example().report
     assert report.measurements[4].latency.p99_ns is None
@@ -163,6 +172,12 @@ def test_the_console_says_in_flight_where_it_fits_80_columns(example) -> None:
     assert "onnx-int8 ×8 *" in whole
     assert "×8: with 8 requests in flight" in whole
     over_http = tuple(row for row in report.measurements if row.boundary == "network")
+    others = (Load(scenario="server", rate=1200.0), Load(scenario="offline"))
+    loads = tuple(over_http[0].model_copy(update={"load": load}) for load in others)
+    rows = (*report.measurements[:4], *loads)
+    text = table_text(report.model_copy(update={"measurements": rows}))
+    assert "@1,200: at 1,200 requests a second" in text
+    assert "×1: with 1 request in flight" in text
     assert "onnx-int8 with 8 in flight *" in table_text(report.model_copy(update={"measurements": over_http}))
     long_name = "onnx-int8-pruned50-and-a-name-that-is-rather-long"
     rows = (over_http[0].model_copy(update={"artifact": long_name}),)
