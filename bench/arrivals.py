@@ -110,7 +110,7 @@ def read_trace(path: Path | str) -> Integers:
 class Schedule:
     """One schedule to keep. rate: requests a second. due_ns: (n,), the lead-in included, which is not measured.
 
-    arrivals, pauses: what made it, as a row's load says it.
+    arrivals, pauses, attempt: what made it, as a row's load says it.
     """
 
     rate: float
@@ -119,12 +119,16 @@ class Schedule:
     end_ns: int
     arrivals: LoadArrivals = "poisson"
     pauses: tuple[float, float] | None = None
+    attempt: int = 1
 
     @property
     def as_load(self) -> dict[str, Any]:
         """The fields of `Load` that name it."""
         digest = hashlib.sha256(self.due_ns.tobytes()).hexdigest()[:16] if self.arrivals == "trace" else None
-        return {"rate": self.rate, "arrivals": self.arrivals, "pauses_s": self.pauses, "trace": digest}
+        return {
+            "rate": self.rate, "arrivals": self.arrivals, "pauses_s": self.pauses, "trace": digest,
+            "attempt": self.attempt,
+        }  # fmt: skip
 
     @property
     def duration_s(self) -> float:

@@ -106,13 +106,18 @@ def name(row: Measurement) -> str:
 def short_name(row: Measurement) -> str:
     """The same where there is no room: `onnx-int8 ×8` with 8 requests in flight, `onnx-int8 @500` at 500 a second."""
     if row.load.rate is not None:
-        return f"{model(row)} @{row.load.rate:,.5g}" + "".join(f" {word}" for word in _schedule(row.load))
+        words = "".join(f" {word}" for word in _schedule(row.load))
+        return f"{model(row)} @{row.load.rate:,.5g}{words}{_second(row.load)}"
     return f"{model(row)} ×{row.load.concurrency}" if _says_in_flight(row) else model(row)
 
 
 def offered(load: Load) -> str:
     """`500 a second`, and how they came where that is not as from independent users without pauses."""
-    return ", ".join([f"{load.rate:,.5g} a second", *_schedule(load)])
+    return ", ".join([f"{load.rate:,.5g} a second", *_schedule(load)]) + _second(load)
+
+
+def _second(load: Load) -> str:
+    return " (second try)" if load.attempt > 1 else ""
 
 
 def _schedule(load: Load) -> list[str]:

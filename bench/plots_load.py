@@ -43,6 +43,11 @@ def at_rates(series: Sequence[Series]) -> list[Series]:
     return [one for one in series if one.row.load.rate is not None and _times(one)]
 
 
+def not_drawn(series: Sequence[Series]) -> list[Series]:
+    """The rows under a rate that have none."""
+    return [one for one in series if one.row.load.rate is not None and not _times(one)]
+
+
 def in_flight(series: Sequence[Series]) -> list[Series]:
     """The rows with calls kept in flight that have a certified quantile, of the services with two or more of them."""
     rows = [

@@ -249,13 +249,15 @@ def _load_curves(series: Sequence[plots.Series], objectives: Sequence[Objective]
     figures = []
     knee = " The upright line marks the knee: the most throughput for the mean time."
     if len(offered := plots_load.at_rates(series)) > 1:
+        left_out = [one.name for one in plots_load.not_drawn(series)]
         figures.append(
             _figure(
                 "Response time against rate",
                 _both_widths(partial(plots_load.latency_against_rate, objectives=objectives), offered),
                 "From when a request was due to its answer. Whole line: p50; broken: p99, where it is certified. "
                 "Whiskers are 95 % intervals. Where the lines turn upwards the service no longer keeps up."
-                + (knee if plots_load.knees(offered) else ""),
+                + (knee if plots_load.knees(offered) else "")
+                + (f" Not drawn, for too few calls to give a quantile: {', '.join(left_out)}." if left_out else ""),
             )
         )
     if closed := plots_load.in_flight(series):

@@ -58,12 +58,13 @@ class Asked:
 def load_of(
     scenario: Scenario | None, *, batch: int, concurrency: int = 1, rate: float | None = None,
     arrivals: Arrivals | None = None, pauses_s: tuple[float, float] | None = None, trace: str | None = None,
+    attempt: int = 1,
 ) -> Load:  # fmt: skip
     """A row's load. scenario: as it was asked for by name; None takes the one that the rest amounts to."""
     implied: Scenario = "server" if rate is not None else "single_stream" if batch == concurrency == 1 else "offline"
     return Load(
         scenario=scenario or implied, metric=None if scenario is None else METRICS[scenario], batch=batch,
-        concurrency=concurrency, rate=rate, arrivals=arrivals, pauses_s=pauses_s, trace=trace,
+        concurrency=concurrency, rate=rate, arrivals=arrivals, pauses_s=pauses_s, trace=trace, attempt=attempt,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dlops.artifact import Artifact
 from dlops.bench import cells
@@ -130,11 +131,10 @@ class _Offering:
         def probe(rate: float) -> Outcome:
             again = sum(tried == rate for tried, _ in outcomes)
             times = _AGAIN if again else 1
-            row = self._one(
-                self._offered.at(
-                    rate, times * first_s, wanted=times * wanted, stretch=_SEARCH_STRETCH / times, again=again
-                )
+            schedule = self._offered.at(
+                rate, times * first_s, wanted=times * wanted, stretch=_SEARCH_STRETCH / times, again=again
             )
+            row = self._one(replace(schedule, attempt=1 + again))
             if is_gone(row.verdict.reasons):
                 raise MachineError(
                     f"{self._endpoint.url}: the server was gone at {rate:,.5g} a second ({listed(row.errors)})",

@@ -98,6 +98,8 @@ class Load(Record):
     """Busy seconds, then idle ones in which none was due, again and again; null where there were none."""
     trace: str | None = None
     """Of a trace the first 16 digits of its times' SHA-256; else null."""
+    attempt: int = Field(1, ge=1)
+    """[number] 2 where a search could not judge the rate and tried it a second time, with other arrivals; else 1."""
 
 
 class Verdict(Record):

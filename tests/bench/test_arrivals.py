@@ -83,7 +83,7 @@ def test_a_trace_is_replayed_whole(tmp_path: Path) -> None:
 def test_a_schedule_says_what_made_it() -> None:
     offered = Offered(rates=(10.0,), arrivals="constant", pauses=(1.0, 2.0))
     assert offered.at(10.0, 3.0).as_load == {
-        "rate": 10.0, "arrivals": "constant", "pauses_s": (1.0, 2.0), "trace": None
+        "rate": 10.0, "arrivals": "constant", "pauses_s": (1.0, 2.0), "trace": None, "attempt": 1
     }  # fmt: skip
 
 

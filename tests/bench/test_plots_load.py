@@ -90,6 +90,20 @@ def test_an_objective_that_no_rate_kept_has_its_limit_and_one_far_off_is_left_ou
     assert "p99 ≤" not in text
 
 
+def test_a_second_try_is_named_so_and_what_has_no_quantile_is_said_not_to_be_drawn(example) -> None:
+    rows, samples = rows_of()
+    unknown = rows[4].latency.model_copy(update={"p50_ns": None, "p90_ns": None, "p99_ns": None})
+    again = rows[4].load.model_copy(update={"attempt": 2})
+    rows.append(rows[4].model_copy(update={"latency": unknown, "load": again}))
+    assert cells.name(rows[5]) == f"{URL} at 950 a second (second try)"
+    assert cells.short_name(rows[5]) == f"{URL} @950 (second try)"
+    report = example().report.model_copy(update={"measurements": tuple(rows), "chosen": None})
+    not_drawn = f"Not drawn, for too few calls to give a quantile: {cells.name(rows[5])}."
+    assert not_drawn in render_html(report, samples)
+    whole = report.model_copy(update={"measurements": tuple(rows[:5])})
+    assert "Not drawn" not in render_html(whole, samples)
+
+
 def test_calls_in_flight_make_a_curve_of_two_or_more() -> None:
     rows, samples = rows_of(rates=(), in_flight=(1, 4, 16))
     drawn = series_of(rows, samples)

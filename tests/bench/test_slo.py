@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -255,6 +256,17 @@ def test_a_service_of_known_capacity_is_found_out(make_artifact, serve, tmp_path
     assert dlops.read_report(report.directory).objectives == measured.report.objectives
     assert "requests a second is the highest rate that kept p90 ≤ 1,000 ms" in " ".join(sentences.objectives(report))
     assert "the highest rate that kept" in " ".join(table_text(report).split())
+
+
+def test_a_rate_that_is_tried_twice_says_which_try_a_row_is(make_artifact, serve, monkeypatch) -> None:
+    artifact, outcomes = make_artifact(), iter(["met", "unsure", "missed"])
+    monkeypatch.setattr(service_rows, "judge", lambda *arguments: next(outcomes))
+    monkeypatch.setattr(service_rows, "search", partial(search, resolution=2.0))
+    offered = Offered(objective=parse_objective("p50=500ms"))
+    measured = measure([serve(artifact).url], payload=artifact, offered=offered, duration_s=0.3)
+    first, second, third = measured.measurements
+    assert second.load.rate == third.load.rate == 2 * first.load.rate
+    assert [row.load.attempt for row in (first, second, third)] == [1, 1, 2]
 
 
 def test_a_search_that_a_server_ends_keeps_what_it_found(make_artifact, serve, monkeypatch) -> None:
