@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import sys
 
 from dlops.errors import MachineError, UsageError, from_os_error
 
@@ -31,6 +32,23 @@ def hold_port(host: str, port: int) -> int:
     return number
 
 
+def claim_port(address: str, port: int) -> None:
+    """Let no other dlops server begin on a port that this process is about to serve on, for as long as it lives.
+
+    That nobody listens there yet is true for two that are started together, and the second then fails where the port is
+    opened, with a traceback. Raises MachineError. By a name that the kernel forgets with the process, which Linux has.
+    """
+    if sys.platform != "linux":
+        return
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0dlops-serve-{authority(address, port)}")
+    except OSError:
+        claim.close()
+        raise _taken(address, port, "--port") from None
+    _HELD.append(claim)
+
+
 def numeric_host(host: str) -> str:
     """An IP address: BentoML takes no names."""
     try:
@@ -55,11 +73,13 @@ def usable_port(address: str, port: int, *, option: str = "--port") -> int:
             probe.listen(1)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise MachineError(
-                    f"port {port} on {address} is in use", hint=f"pass another {option}, or 0 for a free one"
-                ) from None
+                raise _taken(address, port, option) from None
             raise from_os_error(error, doing=f"listening on {authority(address, port)}") from None
         return int(probe.getsockname()[1])
+
+
+def _taken(address: str, port: int, option: str) -> MachineError:
+    return MachineError(f"port {port} on {address} is in use", hint=f"pass another {option}, or 0 for a free one")
 
 
 def authority(address: str, port: int) -> str:

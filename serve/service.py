@@ -16,7 +16,7 @@ from typing import NoReturn
 from dlops.console import say
 from dlops.errors import DlopsError, UsageError
 from dlops.serve import supervision
-from dlops.serve.ports import authority, hold_port, numeric_host, usable_port
+from dlops.serve.ports import authority, claim_port, hold_port, numeric_host, usable_port
 from dlops.serve.settings import Settings, variable
 from dlops.serve.tls import Tls
 
@@ -152,9 +152,8 @@ def _check_address() -> None:
     said = {} if command is None else command.params
     http = BentoMLContainer.http
     host, port = said.get("host"), said.get("port")
-    usable_port(
-        numeric_host(str(http.host.get() if host is None else host)), int(http.port.get() if port is None else port)
-    )
+    address = numeric_host(str(http.host.get() if host is None else host))
+    claim_port(address, usable_port(address, int(http.port.get() if port is None else port)))
 
 
 async def _load(worker: int) -> None:

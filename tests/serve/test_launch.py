@@ -24,6 +24,7 @@ from dlops.artifact import open_artifact
 from dlops.errors import CorruptError, DlopsError, GateError, MachineError, UsageError
 from dlops.serve import launch
 from dlops.serve.launch import ServerProcess, serve_artifacts
+from dlops.serve.ports import claim_port
 from dlops.serve.settings import Settings
 from dlops.serve.supervision import read_failure, write_failure
 
@@ -152,6 +153,19 @@ def test_bentoml_serve_serves_the_newest_artifact_of_the_folder(make_digits_arti
         assert httpx.get(f"http://127.0.0.1:{port}/v2/models/new/ready").status_code == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing keeps a name for a process")
+def test_of_two_servers_that_are_started_together_on_one_port_the_second_says_so(digits_artifact) -> None:
+    port = free_port()
+    # As the first has it before it listens.
+    claim_port("127.0.0.1", port)
+    command = [sys.executable, "-m", "bentoml", "serve", "dlops.serve.service:Service", "--port", str(port)]
+    env = os.environ | {"DLOPS_ARTIFACT": str(digits_artifact.directory)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 4
+    assert f"port {port} on 127.0.0.1 is in use" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
 
 
 def test_bentoml_serve_without_an_artifact_says_so_and_ends(tmp_path) -> None:
