@@ -104,9 +104,13 @@ class GrpcTransport:
 
     name: TransportName = "gRPC"
     rate_a_sender = 1000.0
+    tensor_bytes: int | None = None
 
     def __init__(self) -> None:
         self._channels: list[Any] = []
+
+    def expecting(self, tensor_bytes: int | None) -> GrpcTransport:
+        return self
 
     def dial(self, host: str, port: int, *, timeout_s: float) -> GrpcLine:
         return GrpcLine(host, port, timeout_s=timeout_s)

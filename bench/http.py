@@ -20,10 +20,12 @@ _HEX = re.compile(rb"[0-9A-Fa-f]{1,16}")
 
 
 class AnswerParser:
-    """Bytes of one connection, in whatever pieces they come, into answers."""
+    """Bytes of one connection, in whatever pieces they come, into answers. tensor_bytes: as `Transport.expecting` has
+    it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensor_bytes: int | None = None) -> None:
         self._buffer = bytearray()
+        self._tensor_bytes = tensor_bytes
         self.closes = False
 
     def feed(self, data: bytes) -> Answer | None:
@@ -48,7 +50,13 @@ class AnswerParser:
             return None
         self.closes = headers.get("connection", "").lower() == "close" or version == "HTTP/1.0"
         self._buffer.clear()
-        return Answer(status=int(rest[:3]), headers=headers, body=body, arrived_ns=time.perf_counter_ns())
+        arrived_ns, status = time.perf_counter_ns(), int(rest[:3])
+        if self._tensor_bytes is not None and status == pacing.ANSWERED and self._is_other(headers, body):
+            status = pacing.OTHER
+        return Answer(status=status, headers=headers, body=body, arrived_ns=arrived_ns)
+
+    def _is_other(self, headers: dict[str, str], body: bytes) -> bool:
+        return tensor_bytes(headers, body) != self._tensor_bytes if self._tensor_bytes else not body
 
     def _body(self, start: int, headers: dict[str, str]) -> bytes | None:
         if "chunked" in headers.get("transfer-encoding", "").lower():
@@ -60,18 +68,25 @@ class AnswerParser:
         return bytes(self._buffer[start:stop]) if len(self._buffer) >= stop else None
 
 
+def tensor_bytes(headers: dict[str, str], body: bytes) -> int:
+    """What an answer has behind its JSON, as the protocol's extension for binary tensors has it; 0 without it."""
+    head = headers.get("inference-header-content-length", "")
+    return len(body) - int(head) if head.isascii() and head.isdigit() else 0
+
+
 class Connection(asyncio.Protocol):
     """One request in flight at a time, kept alive between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensor_bytes: int | None = None) -> None:
         self._transport: asyncio.Transport | None = None
-        self._parser = AnswerParser()
+        self._parser = AnswerParser(tensor_bytes)
         self._waiter: asyncio.Future[Answer] | None = None
         self._lost: BaseException | None = None
 
     @classmethod
-    async def open(cls, host: str, port: int) -> Connection:
-        _, connection = await asyncio.get_running_loop().create_connection(cls, host, port)
+    async def open(cls, host: str, port: int, *, tensor_bytes: int | None = None) -> Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: cls(tensor_bytes), host, port)
         return connection
 
     @property
@@ -136,9 +151,9 @@ class HttpWire(asyncio.Protocol):
 
     timed_out = pacing.TIMED_OUT
 
-    def __init__(self, *, number: int, listener: Listener) -> None:
+    def __init__(self, *, number: int, listener: Listener, tensor_bytes: int | None) -> None:
         self._listener, self.number = listener, number
-        self._parser = AnswerParser()
+        self._parser = AnswerParser(tensor_bytes)
         self._transport: asyncio.Transport
 
     def send(self, request: bytes) -> None:
@@ -167,8 +182,8 @@ class HttpWire(asyncio.Protocol):
 class HttpLine:
     """A blocking connection, for one thread."""
 
-    def __init__(self, host: str, port: int, *, timeout_s: float) -> None:
-        self._place, self._timeout_s = (host, port), timeout_s
+    def __init__(self, host: str, port: int, *, timeout_s: float, tensor_bytes: int | None = None) -> None:
+        self._place, self._timeout_s, self._tensor_bytes = (host, port), timeout_s, tensor_bytes
         self._socket: socket.socket | None = self._connected()
 
     def ask(self, request: bytes) -> Answer:
@@ -177,7 +192,7 @@ class HttpLine:
         try:
             self._socket = self._socket or self._connected()
             until = time.perf_counter() + self._timeout_s
-            parser = AnswerParser()
+            parser = AnswerParser(self._tensor_bytes)
             self._socket.sendall(request)
             while answer is None:
                 self._socket.settimeout(max(1e-3, until - time.perf_counter()))
@@ -208,15 +223,23 @@ class HttpTransport:
     name: TransportName = "HTTP"
     rate_a_sender = 4000.0
 
+    def __init__(self, tensor_bytes: int | None = None) -> None:
+        self.tensor_bytes = tensor_bytes
+
+    def expecting(self, tensor_bytes: int | None) -> HttpTransport:
+        return HttpTransport(tensor_bytes)
+
     def dial(self, host: str, port: int, *, timeout_s: float) -> HttpLine:
-        return HttpLine(host, port, timeout_s=timeout_s)
+        return HttpLine(host, port, timeout_s=timeout_s, tensor_bytes=self.tensor_bytes)
 
     async def connect(self, host: str, port: int) -> Connection:
-        return await Connection.open(host, port)
+        return await Connection.open(host, port, tensor_bytes=self.tensor_bytes)
 
     async def open_wire(self, host: str, port: int, *, number: int, listener: Listener, timeout_s: float) -> HttpWire:
         loop = asyncio.get_running_loop()
-        _, wire = await loop.create_connection(lambda: HttpWire(number=number, listener=listener), host, port)
+        _, wire = await loop.create_connection(
+            lambda: HttpWire(number=number, listener=listener, tensor_bytes=self.tensor_bytes), host, port
+        )
         return wire
 
     async def aclose(self) -> None:

@@ -70,7 +70,8 @@ def measure_url(
     settings = Settings(scenario=scenario, duration_s=duration_s, batch=batch, rate=rate, expected_ns=expected_ns)
     job = UrlJob(
         url=endpoint.url,
-        transport=endpoint.client.transport.name,
+        transport=payload.transport.name,
+        tensor_bytes=payload.transport.tensor_bytes,
         host=endpoint.host,
         port=endpoint.port,
         connections=MAX_CONNECTIONS if scenario == "server" else concurrency,

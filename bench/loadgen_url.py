@@ -28,10 +28,12 @@ _AFTER_FAILURE_S = 0.05
 
 
 class UrlJob(Record):
-    """Where the requests go, at most `connections` at once, and the test. request_bytes: of each, sent later."""
+    """Where the requests go, at most `connections` at once, and the test. request_bytes: of each, sent later.
+    tensor_bytes: as `Transport.expecting` has it."""
 
     url: str
     transport: TransportName
+    tensor_bytes: int | None
     host: str
     port: int
     connections: int
@@ -140,7 +142,8 @@ def main(argument: str) -> None:
         body = memoryview(message[1])
         ends = [sum(job.request_bytes[: index + 1]) for index in range(len(job.request_bytes))]
         requests = [bytes(body[end - size : end]) for end, size in zip(ends, job.request_bytes, strict=True)]
-        drive_for(channel, Remote(open_transport(job.transport), job, requests), job.settings)
+        transport = open_transport(job.transport).expecting(job.tensor_bytes)
+        drive_for(channel, Remote(transport, job, requests), job.settings)
         # Ctrl-C may come just now, and the run then still has something to say.
         channel.receive()
 

@@ -11,6 +11,7 @@ import numpy as np
 from dlops.artifact import Artifact
 from dlops.bench import pacing
 from dlops.bench.analysis import analyse_closed_loop, listed, shortcomings
+from dlops.bench.http import tensor_bytes
 from dlops.bench.inprocess import accuracy_fields
 from dlops.bench.load import TIMEOUT_S, Loaded, closed_loop
 from dlops.bench.oip import Endpoint, encode_request
@@ -18,6 +19,7 @@ from dlops.bench.payload import artifact_feeds, check_fits, random_feed
 from dlops.bench.scenarios import load_of
 from dlops.bench.server_time import NoStatisticsError, Sent, Watch
 from dlops.bench.stats import Integers
+from dlops.bench.transport import Answer, Transport
 from dlops.errors import GateError, MachineError, UsageError
 from dlops.parity import compare, shortfalls
 from dlops.report import EARLIER, SERVICE, STARTS, Measurement, Scenario
@@ -36,10 +38,12 @@ _OUR_MISTAKES = {
 class Payload:
     """What is sent. artifact: the one that the service was found to serve, or None; notes: what to tell the reader.
 
+    transport: the endpoint's, which counts answers as failed that are shorter or longer than the one that was checked.
     has_statistics: the server says where its time goes.
     """
 
     feeds: list[Feed]
+    transport: Transport
     artifact: Artifact | None
     notes: tuple[str, ...]
     has_statistics: bool
@@ -56,12 +60,12 @@ def prepare(endpoint: Endpoint, artifact: Artifact | None, *, batch: int) -> Pay
     served = None
     if artifact is None:
         feeds: list[Feed] = [random_feed(endpoint.signature, batch)]
-        _check_answer(endpoint, _ask(endpoint, feeds[0]), batch)
+        transport = _checked(endpoint, feeds[0], batch)
         notes.append(f"{endpoint.url} was sent random numbers: no artifact's samples were given (--payload)")
     else:
         feeds = artifact_feeds(artifact, batch)
         check_fits(feeds, endpoint.signature, where=endpoint.url)
-        _check_answer(endpoint, _ask(endpoint, feeds[0]), batch)
+        transport = _checked(endpoint, feeds[0], batch)
         difference = _difference(endpoint, artifact)
         if difference is None:
             served = artifact
@@ -71,7 +75,9 @@ def prepare(endpoint: Endpoint, artifact: Artifact | None, *, batch: int) -> Pay
     missing = _missing_statistics(endpoint)
     if missing is not None:
         notes.append(f"{endpoint.url} does not say where its time goes: {missing}")
-    return Payload(feeds=feeds, artifact=served, notes=tuple(notes), has_statistics=missing is None)
+    return Payload(
+        feeds=feeds, transport=transport, artifact=served, notes=tuple(notes), has_statistics=missing is None
+    )
 
 
 def measure_endpoint(
@@ -86,7 +92,7 @@ def measure_endpoint(
     watch.before()
     loaded = closed_loop(
         endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=concurrency, duration_s=duration_s,
-        max_warmup_s=max(3.0, duration_s), transport=endpoint.client.transport, on_warm=watch.start,
+        max_warmup_s=max(3.0, duration_s), transport=payload.transport, on_warm=watch.start,
     )  # fmt: skip
     if not len(loaded.latencies_ns):
         if loaded.interrupted:
@@ -162,8 +168,8 @@ def watch_server(endpoint: Endpoint, payload: Payload) -> Watch:
     return Watch(endpoint.client.statistics if payload.has_statistics else None)
 
 
-def _ask(endpoint: Endpoint, feed: Feed) -> Feed:
-    """The decoded answer to one request."""
+def _ask(endpoint: Endpoint, feed: Feed) -> tuple[Answer, Feed]:
+    """The answer to one request, and its outputs."""
     client = endpoint.client
     try:
         with closing(client.transport.dial(endpoint.host, endpoint.port, timeout_s=TIMEOUT_S)) as line:
@@ -176,7 +182,7 @@ def _ask(endpoint: Endpoint, feed: Feed) -> Feed:
         name = pacing.outcome_name(answer.status).removeprefix("HTTP ")
         raise kind(f"{endpoint.url}: the first request was answered {name}: {text}")
     try:
-        return client.decode(answer)
+        return answer, client.decode(answer)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{endpoint.url}: the first answer is not the Open Inference Protocol's ({error})") from None
 
@@ -188,6 +194,20 @@ def _missing_statistics(endpoint: Endpoint) -> str | None:
     except NoStatisticsError as error:
         return str(error)
     return None
+
+
+def _checked(endpoint: Endpoint, feed: Feed, batch: int) -> Transport:
+    """What to send such feeds with, once the first was answered. Raises UsageError where that is no whole answer.
+
+    Outputs whose size the metadata leaves open, and numbers in JSON, may be of any length.
+    """
+    answer, outputs = _ask(endpoint, feed)
+    _check_answer(endpoint, outputs, batch)
+    shapes = {
+        spec.name: tuple(batch if dim == "batch" else dim for dim in spec.shape) for spec in endpoint.signature.outputs
+    }
+    fixed = shapes == {name: array.shape for name, array in outputs.items()}
+    return endpoint.client.transport.expecting(tensor_bytes(answer.headers, answer.body) if fixed else 0)
 
 
 def _check_answer(endpoint: Endpoint, outputs: Feed, batch: int) -> None:
@@ -204,7 +224,7 @@ def _difference(endpoint: Endpoint, artifact: Artifact) -> str | None:
     """How the answers to the artifact's samples differ from what they must be; None where they are right."""
     samples = artifact.samples()
     feed = samples.feed(artifact.preprocess, artifact.signature.inputs[0].name)
-    rows = [_ask(endpoint, {name: array[i : i + 1] for name, array in feed.items()}) for i in range(len(samples))]
+    rows = [_ask(endpoint, {name: array[i : i + 1] for name, array in feed.items()})[1] for i in range(len(samples))]
     if any(row.keys() != samples.outputs.keys() for row in rows):
         return "other outputs"
     try:

@@ -149,8 +149,9 @@ def open_loop(
     """
     transport = transport or HttpTransport()
     count = senders or _senders_for(due_ns, transport.rate_a_sender)
-    where = {
+    where: dict[str, object] = {
         "transport": transport.name,
+        "tensor_bytes": transport.tensor_bytes,
         "host": host,
         "port": port,
         "timeout_s": timeout_s,

@@ -16,7 +16,7 @@ GRPC_STATUSES = (
     "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
 )  # fmt: skip
 # What became of a request, where it is no status.
-PENDING, TIMED_OUT, REFUSED, LOST, NOT_HTTP, NOT_SENT, ABANDONED, NO_FILES = 0, -1, -2, -3, -4, -5, -6, -7
+PENDING, TIMED_OUT, REFUSED, LOST, NOT_HTTP, NOT_SENT, ABANDONED, NO_FILES, OTHER = 0, -1, -2, -3, -4, -5, -6, -7, -8
 OUTCOMES = {
     TIMED_OUT: "timed out",
     REFUSED: "connection refused",
@@ -25,6 +25,7 @@ OUTCOMES = {
     NOT_SENT: "not sent: the server was gone",
     ABANDONED: "not waited for after Ctrl-C",
     NO_FILES: "not sent: too many open files here (ulimit -n)",
+    OTHER: "another answer than the first",
 }
 
 GONE = "no request was answered for 2 s: the server is gone or refuses everything"

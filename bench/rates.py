@@ -35,7 +35,7 @@ def warm_up(endpoint: Endpoint, payload: Payload) -> Warm:
     """
     loaded = closed_loop(
         endpoint.host, endpoint.port, encoded(endpoint, payload), concurrency=1, duration_s=0.1, max_warmup_s=3.0,
-        transport=endpoint.client.transport,
+        transport=payload.transport,
     )  # fmt: skip
     if loaded.interrupted:
         raise KeyboardInterrupt
@@ -67,7 +67,7 @@ def measure_rate(
     watch.before()
     whole = open_loop(
         endpoint.host, endpoint.port, requests, schedule.due_ns, senders=senders, title=title,
-        transport=endpoint.client.transport,
+        transport=payload.transport,
     )  # fmt: skip
     loaded = whole.between(schedule.lead_in_ns, schedule.end_ns)
     if not loaded.succeeded.any():

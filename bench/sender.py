@@ -208,7 +208,8 @@ def main() -> None:
 
 
 async def _keep(task: dict[str, object], requests: list[bytes], due_ns: list[int]) -> Sender:
-    transport = open_transport("gRPC" if task["transport"] == "gRPC" else "HTTP")
+    expected = None if task["tensor_bytes"] is None else int(str(task["tensor_bytes"]))
+    transport = open_transport("gRPC" if task["transport"] == "gRPC" else "HTTP").expecting(expected)
     host, port, timeout_s = str(task["host"]), int(str(task["port"])), float(str(task["timeout_s"]))
     connections = int(str(task["connections"]))
     sender = Sender(transport, host, port, requests, due_ns, timeout_s=timeout_s, connections=connections)

@@ -125,7 +125,7 @@ def _arms(served: Sequence[_Served], concurrency: int) -> Iterator[list[Attended
             endpoint, requests = one.endpoint, encoded(one.endpoint, one.payload)
             callers = []
             for _ in range(concurrency):
-                line = endpoint.client.transport.dial(endpoint.host, endpoint.port, timeout_s=TIMEOUT_S)
+                line = one.payload.transport.dial(endpoint.host, endpoint.port, timeout_s=TIMEOUT_S)
                 stack.callback(line.close)
                 callers.append(Local(one.target, _Caller(one.target, line, requests)))
             arms.append(Attended(callers[0] if concurrency == 1 else Together(callers)))
@@ -145,7 +145,8 @@ class _Caller:
         except (OSError, ValueError) as error:
             raise self._failed(f"{error or type(error).__name__}") from None
         if answer.status != pacing.ANSWERED:
-            raise self._failed(f"it was answered {pacing.outcome_name(answer.status)}")
+            name = pacing.outcome_name(answer.status)
+            raise self._failed(name if answer.status == pacing.OTHER else f"it was answered {name}")
 
     def _failed(self, why: str) -> MachineError:
         return MachineError(

@@ -11,8 +11,9 @@ TransportName = Literal["HTTP", "gRPC"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """status: an HTTP status, or as `pacing` numbers gRPC's; 200 is success with both. headers: lower-case names, none
-    over gRPC. body: of a failure, its text. arrived_ns: perf_counter_ns when the last byte was read."""
+    """status: an HTTP status, or as `pacing` numbers gRPC's; 200 is success with both, and a success that is another
+    answer than expected has `pacing.OTHER`. headers: lower-case names, none over gRPC. body: of a failure, its text.
+    arrived_ns: perf_counter_ns when the last byte was read."""
 
     status: int
     headers: dict[str, str]
@@ -81,13 +82,22 @@ class Wire(Protocol):
 
 
 class Transport(Protocol):
-    """rate_a_sender: requests a second that one process is trusted to send with its schedule kept."""
+    """rate_a_sender: requests a second that one process is trusted to send with its schedule kept. tensor_bytes: what
+    it expects, None where any answer will do."""
 
     @property
     def name(self) -> TransportName: ...
 
     @property
     def rate_a_sender(self) -> float: ...
+
+    @property
+    def tensor_bytes(self) -> int | None: ...
+
+    def expecting(self, tensor_bytes: int | None) -> Transport:
+        """The same, which takes a success for another answer where it has not so many bytes behind its JSON; 0 takes
+        any that is not empty. Over gRPC nothing is looked at."""
+        ...
 
     def dial(self, host: str, port: int, *, timeout_s: float) -> Line:
         """timeout_s: of a call. Raises OSError."""

@@ -57,6 +57,7 @@ class SlowToAccept(HttpTransport):
     """Accepts the first connection, and the others after an hour."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked = 0
 
     async def connect(self, host: str, port: int):
@@ -87,6 +88,7 @@ class WithoutEnd(HttpTransport):
     """Its connections never answer and keep no time-out."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.made: list[_Endless] = []
 
     async def connect(self, host: str, port: int):
@@ -118,6 +120,7 @@ class Kept(HttpTransport):
     """Keeps the connections that were made, also those that nobody was given."""
 
     def __init__(self, monkeypatch) -> None:
+        super().__init__()
         self.made: list[Connection] = []
         made, note = Connection.connection_made, self.made.append
 
@@ -287,6 +290,46 @@ def test_a_slow_answer_times_out_and_its_late_bytes_are_not_taken_for_the_next()
         return said, closed
 
     assert asyncio.run(scenario()) == ("no answer in time", True)
+
+
+@pytest.mark.parametrize(
+    ("expected", "head", "body", "other"),
+    [
+        (8, b"4", b"{  }8 bytes!", False),
+        (8, b"3", b"{ }8 bytes!", False),
+        (8, b"4", b"{  }7 bytes", True),
+        (8, None, b"{  }8 bytes!", True),
+        (8, None, b"", True),
+        (0, None, b"{}", False),
+        (0, None, b"", True),
+        (None, None, b"", False),
+    ],
+)
+def test_a_success_of_another_length_is_another_answer(expected, head, body, other) -> None:
+    length = b"" if head is None else b"Inference-Header-Content-Length: " + head + b"\r\n"
+    text = b"HTTP/1.1 200 OK\r\n" + length + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    answer = AnswerParser(expected).feed(text)
+    assert answer is not None
+    assert answer.status == (pacing.OTHER if other else 200)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_an_answer_without_its_tensors_is_a_failed_call(make_artifact, serve, binary: bool) -> None:
+    artifact = make_artifact()
+    server = serve(artifact)
+    server.binary = binary
+    # The first requests are questions.
+    server.behave = lambda count: (200, b"") if count > 40 and count % 10 == 0 else None
+    offered = Offered(rates=(200.0,))
+    measured = measure([server.url], payload=artifact, concurrency=(2,), offered=offered, duration_s=0.3)
+    for row in measured.measurements:
+        assert list(row.errors) == ["another answer than the first"]
+        assert not row.verdict.steady
+    # Numbers in JSON take more or fewer digits, and a tensor takes its bytes.
+    asked = server.requests + 40
+    server.behave = lambda count: (200, b'{"outputs": []}') if count > asked and count % 10 == 0 else None
+    (row,) = measure([server.url], payload=artifact, concurrency=(2,), duration_s=0.3).measurements
+    assert list(row.errors) == (["another answer than the first"] if binary else [])
 
 
 @pytest.mark.parametrize("size", [b"-5", b"+5", b"1_0", b"", b"0x5", b"f" * 17, b"7fffffff"])

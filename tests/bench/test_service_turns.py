@@ -106,6 +106,15 @@ def test_a_call_that_fails_ends_it_with_the_whole_rounds_of_both(make_artifact, 
         assert not row.verdict.steady
 
 
+def test_an_answer_without_its_tensors_ends_it_too(make_artifact, serve) -> None:
+    artifact = make_artifact()
+    base, new = serve(artifact), serve(artifact)
+    # The first requests are questions.
+    new.behave = lambda count: (200, b"") if count > 40 else None
+    with pytest.raises(MachineError, match=r"a call failed \(another answer than the first\)"):
+        measure_in_turns([base.url, new.url], payload=artifact, batch=[1], concurrency=[1], duration_s=0.2)
+
+
 def test_a_service_that_fails_from_the_start_is_one_line(make_artifact, serve) -> None:
     artifact = make_artifact()
     base, new = serve(artifact), serve(artifact)
