@@ -39,7 +39,8 @@ _START_NS = 50_000_000
 _SOON_NS = 500_000_000
 _STARTING_S = 30.0
 _STEPS = 100
-_MANY_LOST = 10
+# Connections that broke at the end: from so many on, and from that share of all, nobody was there.
+_MANY_LOST, _LOST_SHARE = 10, 0.02
 
 
 def senders_for(rate: float, rate_a_sender: float = HttpTransport.rate_a_sender) -> int:
@@ -100,10 +101,10 @@ class OpenLoaded:
     @property
     def ends_without_server(self) -> bool:
         """Whether from some request on all were lost or refused: one of them refused, which a server that is only too
-        slow does not do, or so many lost that it is no connection that broke."""
+        slow does not do, or so many lost that it is no one connection that broke."""
         there = np.flatnonzero(~np.isin(self.outcome, (pacing.REFUSED, pacing.LOST, pacing.NOT_SENT)))
         tail = self.outcome[there[-1] + 1 :] if len(there) else self.outcome
-        return bool((tail == pacing.REFUSED).any()) or len(tail) >= _MANY_LOST
+        return bool((tail == pacing.REFUSED).any()) or len(tail) >= max(_MANY_LOST, _LOST_SHARE * len(self.outcome))
 
     def between(self, begin_ns: int, end_ns: int) -> OpenLoaded:
         """The requests that came due in [begin, end), their times counted from the begin."""

@@ -130,6 +130,7 @@ def test_a_server_that_dies_half_way_is_noticed_and_the_rest_is_not_sent(make_ar
         ([pacing.LOST, pacing.REFUSED, pacing.REFUSED], True),
         ([pacing.LOST] * 12, True),
         ([pacing.LOST] * 3, False),
+        ([pacing.ANSWERED] * 1000 + [pacing.LOST] * 12, False),
         ([pacing.REFUSED] * 12 + [pacing.ANSWERED], False),
         ([503] * 12, False),
         ([pacing.REFUSED] + [pacing.TIMED_OUT] * 12, False),
