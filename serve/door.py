@@ -223,10 +223,8 @@ class Door(HttpToolsProtocol):
             super().on_headers_complete()
             if len(self.pipeline) > _MAX_AHEAD:
                 self._stop_parsing(InputError(f"more than {_MAX_AHEAD} requests on one connection wait"))
-            # What waits stops the reading. Of the usual way's requests the one under way asks for more, and so learns
-            # that the client has left; ours does not ask.
-            if len(self.pipeline) == 1 and self._call is not None and not self._call.response_complete:
-                self.flow.resume_reading()
+            # What waits stops uvicorn's reading, and with it what would tell that the client has left.
+            self.flow.resume_reading()
             return
         self._receiving = self._call = call
         # From here on uvicorn treats it as one of its own: what is pipelined behind it waits, shutting down too.

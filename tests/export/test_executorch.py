@@ -194,14 +194,15 @@ def test_weights_that_int8_does_not_reach_are_refused_by_operator(tmp_path: Path
 
     module = nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.Flatten(1))
 
-    def unquantized(module: nn.Module, request: ExportRequest) -> tuple[nn.Module, int]:
-        return module, 1
+    def unquantized(request: ExportRequest) -> tuple[nn.Module, int]:
+        return to_executorch._InOrder(request.module, request.signature).eval(), 1
 
     asked = request(
         module, tmp_path, signature_of((TensorSpec(name="y", dtype="float32", shape=("batch", 4)),)), "int8"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_executorch, "_quantized", unquantized)
+        patch.setattr(to_executorch, "calibrated", unquantized)
+        patch.setattr(to_executorch, "converted", lambda prepared: prepared)
         with pytest.raises(GateError, match=r"int8 was asked for, 0% of the weights are in it; left over: .*linear"):
             to_executorch.export(asked)
 
