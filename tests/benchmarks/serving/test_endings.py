@@ -51,29 +51,33 @@ async def ask(server: ServerProcess, request: bytes, told: Told, *, go_on: Calla
     As a load balancer does, it opens no other one on a server that is not ready.
     """
     connection: Connection | None = None
-    while go_on():
-        if connection is None or not connection.is_open:
+    try:
+        while go_on():
+            if connection is None or not connection.is_open:
+                try:
+                    if told.count and not await is_ready(server):
+                        return
+                    connection = await Connection.open(HOST, server.port)
+                except OSError:
+                    told.refused += 1
+                    await asyncio.sleep(0.02)
+                    continue
+            began = time.perf_counter()
             try:
-                if told.count and not await is_ready(server):
-                    return
-                connection = await Connection.open(HOST, server.port)
-            except OSError:
-                told.refused += 1
-                await asyncio.sleep(0.02)
+                answer = await connection.send(request, timeout_s=WITHIN_S)
+            except TimeoutError:
+                told.hung += 1
+            except (OSError, ValueError) as error:
+                told.lost.append(repr(error))
+                told.lost_at.append(time.perf_counter())
+            else:
+                told.answered[answer.status] += 1
+                told.slowest_s = max(told.slowest_s, time.perf_counter() - began)
                 continue
-        began = time.perf_counter()
-        try:
-            answer = await connection.send(request, timeout_s=WITHIN_S)
-        except TimeoutError:
-            told.hung += 1
-        except (OSError, ValueError) as error:
-            told.lost.append(repr(error))
-            told.lost_at.append(time.perf_counter())
-        else:
-            told.answered[answer.status] += 1
-            told.slowest_s = max(told.slowest_s, time.perf_counter() - began)
-            continue
-        connection = None
+            connection = None
+    finally:
+        if connection is not None:
+            connection.close()
 
 
 async def is_ready(server: ServerProcess) -> bool:
