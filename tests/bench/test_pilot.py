@@ -153,10 +153,11 @@ def never_sure(monkeypatch) -> None:
 def test_rows_that_stay_unsure_last_longer_and_say_so_in_process_and_over_http(make_artifact, serve) -> None:
     artifact = make_artifact()
     service = serve(artifact).url
-    measured = measure([artifact, service], payload=artifact, threads=1, max_duration_s=0.5)
+    # Six times the pilot: of a machine that stands still meanwhile less might come than of that, which is kept then.
+    measured = measure([artifact, service], payload=artifact, threads=1, max_duration_s=1.5)
     local, served = measured.measurements
-    assert measured.samples[local.samples + STARTS][-1] > 0.4e9
-    assert served.duration_ns >= 0.5e9
+    assert measured.samples[local.samples + STARTS][-1] > 1.2e9
+    assert served.duration_ns >= 1.5e9
     for row in (local, served):
         unsure(row)
 

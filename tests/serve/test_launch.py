@@ -22,7 +22,7 @@ import pytest
 
 from dlops.artifact import open_artifact
 from dlops.errors import CorruptError, DlopsError, GateError, MachineError, UsageError
-from dlops.serve import launch
+from dlops.serve import launch, ports
 from dlops.serve.launch import ServerProcess, serve_artifacts
 from dlops.serve.ports import claim_port
 from dlops.serve.settings import Settings
@@ -156,10 +156,11 @@ def test_bentoml_serve_serves_the_newest_artifact_of_the_folder(make_digits_arti
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing keeps a name for a process")
-def test_of_two_servers_that_are_started_together_on_one_port_the_second_says_so(digits_artifact) -> None:
+def test_of_two_servers_that_are_started_together_on_one_port_the_second_says_so(digits_artifact, request) -> None:
     port = free_port()
     # As the first has it before it listens.
     claim_port("127.0.0.1", port)
+    request.addfinalizer(ports._HELD.pop().close)
     command = [sys.executable, "-m", "bentoml", "serve", "dlops.serve.service:Service", "--port", str(port)]
     env = os.environ | {"DLOPS_ARTIFACT": str(digits_artifact.directory)}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
