@@ -35,6 +35,7 @@ WHOLE = (
 )  # fmt: skip
 # Without instructions for it, bfloat16 takes ten times as long as fp32.
 BFLOAT16 = ("torchscript-bf16", "torchexport-bf16", "openvino-bf16")
+SPARSE = tuple(f"onnx-{precision}-{sparsity}" for precision in ("fp32", "int8") for sparsity in ("sparse80", "sparse24"))
 PRUNED = ("onnx-fp32-pruned50", "onnx-int8-pruned50", "openvino-int8-pruned50")
 
 
@@ -116,7 +117,7 @@ def _show(case: Case, write_page: Callable[..., Path]) -> Mapping[str, Shown]:
     for number, settings in enumerate(case.restarts, start=1):
         checkpoint = _trained(case, [f"init={checkpoint.directory}", *settings], folder / f"restart{number}")
     bf16 = BFLOAT16 if "avx512_bf16" in describe_environment().instruction_sets else ()
-    made, refused = _exported(checkpoint, (*WHOLE, *bf16), folder / "artifacts", max_drop=MAX_DROP)
+    made, refused = _exported(checkpoint, (*WHOLE, *bf16, *SPARSE), folder / "artifacts", max_drop=MAX_DROP)
     pruned, lost = _exported(checkpoint, PRUNED, folder / "artifacts", max_drop=MAX_DROP_PRUNED)
     tuned: dict[str, Artifact] = {}
     if lost:
