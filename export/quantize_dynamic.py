@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx
@@ -45,10 +45,7 @@ class Dynamic:
     model: onnx.ModelProto
     title: str
     precision: Literal["int8dyn"] = "int8dyn"
-
-    @property
-    def operators(self) -> frozenset[str]:
-        return frozenset({*_PRODUCTS, "Conv"})
+    operators: ClassVar[frozenset[str]] = frozenset({*_PRODUCTS, "Conv"})
 
     def quantize(self, *, only: Collection[str] = (), excluded: Collection[str] = ()) -> onnx.ModelProto:
         """The model with its matrix products, LSTMs and convolutions on integers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import onnx
 from onnxruntime.quantization import QuantType
@@ -39,10 +39,7 @@ class Calibrated:
     method: Calibration
     title: str
     precision: Literal["int8", "fp8"] = "int8"
-
-    @property
-    def operators(self) -> frozenset[str]:
-        return OPERATORS
+    operators: ClassVar[frozenset[str]] = OPERATORS
 
     def quantize(self, *, only: Collection[str] = (), excluded: Collection[str] = ()) -> onnx.ModelProto:
         """The model with int8 weights (symmetric, a scale a channel) and uint8 activations.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import onnx
 from onnx import helper, numpy_helper
@@ -31,10 +31,7 @@ class WeightsAlone:
     model: onnx.ModelProto
     title: str
     precision: Literal["int8wo"] = "int8wo"
-
-    @property
-    def operators(self) -> frozenset[str]:
-        return frozenset({*_WEIGHT_AXES, "Gemm"})
+    operators: ClassVar[frozenset[str]] = frozenset({*_WEIGHT_AXES, "Gemm"})
 
     def quantize(self, *, only: Collection[str] = (), excluded: Collection[str] = ()) -> onnx.ModelProto:
         """The model with int8 weights. Vectors (biases, norms) stay in fp32.

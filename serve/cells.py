@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from psutil import pid_exists
+
 from dlops.errors import from_os_error
 
 _BYTES = 8
@@ -64,8 +66,8 @@ class Cells:
             keys = os.open(path.with_suffix(".keys"), os.O_RDWR | os.O_CREAT)
             _take_room(keys, _KEY_BYTES)
             self._keys = mmap.mmap(keys, _KEY_BYTES)
-            self._places, self._keys_end = self._keys_of(path)
-            self._places = dict(self._places)
+            places, self._keys_end = self._keys_of(path)
+            self._places = dict(places)
             self._used = max([self._used, *(first + count for first, count in self._places.values())])
             # A line that a killed worker had begun.
             rest = self._keys.find(b"\0", self._keys_end) - self._keys_end
@@ -123,13 +125,12 @@ class Cells:
             with path.open("rb") as file:
                 if not _is_whole(file.fileno()):
                     continue
-            with (
-                path.open("rb") as file,
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-                memoryview(mapped) as plain,
-                plain.cast("q") as values,
-            ):
-                yield _read(values, self._keys_of(path)[0], lives=_is_locked(file.fileno()))
+                with (
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+                    memoryview(mapped) as plain,
+                    plain.cast("q") as values,
+                ):
+                    yield _read(values, self._keys_of(path)[0], lives=_is_locked(file.fileno()))
 
     def _keys_of(self, path: Path) -> tuple[dict[Key, tuple[int, int]], int]:
         """Where a worker's cells are, and where in the second file the next line will begin. Lines are only added, so
@@ -170,7 +171,7 @@ def _lock(descriptor: int) -> bool:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if _lives(_pid(descriptor)) or time.monotonic() > until:
+            if pid_exists(_pid(descriptor)) or time.monotonic() > until:
                 return False
             time.sleep(0.002)
         else:
@@ -179,16 +180,6 @@ def _lock(descriptor: int) -> bool:
 
 def _pid(descriptor: int) -> int:
     return int.from_bytes(os.pread(descriptor, _BYTES, _PID * _BYTES), sys.byteorder)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _new_file(folder: Path) -> tuple[int, Path]:

@@ -17,9 +17,7 @@ from dlops.preprocess import MAX_PIXELS
 from dlops.runtimes.session import Device
 
 _PREFIX = "DLOPS_"
-# Variables of this name's kind that are no settings, and so no misspelt ones.
-_OTHERS = frozenset(("DLOPS_CELLS_DIR", "DLOPS_ARBITER_PID", "DLOPS_FAILURE_FILE", "DLOPS_STOP_ON_STDIN_EOF"))
-# Of the letters that are the same in both.
+# Of the letters that are the same in both. The server's own variables that are no settings are far from all of them.
 _NEXT_TO = 0.88
 ModelControl = Literal["none", "explicit"]
 
@@ -141,7 +139,7 @@ class Settings(Record):
 def _check_names(environment: Mapping[str, str], known: Sequence[str]) -> None:
     """Raise UsageError for one that is next to a setting's name: passed over, a token leaves the server open."""
     for name in environment:
-        if not name.startswith(_PREFIX) or name in known or name in _OTHERS:
+        if not name.startswith(_PREFIX) or name in known:
             continue
         if near := difflib.get_close_matches(name, known, n=1, cutoff=_NEXT_TO):
             raise UsageError(f"{name} is no setting", hint=f"did you mean {near[0]}?")

@@ -35,7 +35,7 @@ WHOLE = (
 )  # fmt: skip
 # Without instructions for it, bfloat16 takes ten times as long as fp32.
 BFLOAT16 = ("torchscript-bf16", "torchexport-bf16", "openvino-bf16")
-SPARSE = tuple(f"onnx-{precision}-{sparsity}" for precision in ("fp32", "int8") for sparsity in ("sparse80", "sparse24"))
+SPARSE = ("onnx-fp32-sparse80", "onnx-fp32-sparse24", "onnx-int8-sparse80", "onnx-int8-sparse24")
 PRUNED = ("onnx-fp32-pruned50", "onnx-int8-pruned50", "openvino-int8-pruned50")
 
 

@@ -603,7 +603,7 @@ def test_a_server_of_bentoml_has_the_door_in_it(server: ServerProcess, digits_ar
 def test_what_was_answered_is_let_go_of_at_once(port, app) -> None:
     import gc
 
-    from dlops.serve.door import _Call
+    from dlops.serve.call import Call
 
     gc.collect()
     gc.disable()
@@ -612,7 +612,7 @@ def test_what_was_answered_is_let_go_of_at_once(port, app) -> None:
             for value in range(10, 40):
                 connection.send(request_of(images(value)))
                 logits_in(*connection.answer())
-            alive = [one for one in gc.get_objects() if isinstance(one, _Call)]
+            alive = [one for one in gc.get_objects() if isinstance(one, Call)]
             # The last one is the connection's, without its body.
             assert len(alive) <= 1
             assert all(one._wanted is None and one._ticket is None for one in alive)
