@@ -38,14 +38,15 @@ def good_head() -> dict[str, Any]:
     return {"inputs": [tensor], "outputs": [{"name": "logits", "parameters": {"binary_data": True}}]}
 
 
-def binary(head: Any, data: bytes, *, said: int | None = None) -> bytes:
+def binary(head: Any, data: bytes, *headers: str, said: int | None = None) -> bytes:
     """In the binary protocol. said: the length of the JSON, where that is not true."""
     text = head if isinstance(head, bytes) else json.dumps(head).encode()
-    return whole(INFER, text + data, f"Inference-Header-Content-Length: {len(text) if said is None else said}")
+    length = f"Inference-Header-Content-Length: {len(text) if said is None else said}"
+    return whole(INFER, text + data, length, *headers)
 
 
-def good() -> bytes:
-    return binary(good_head(), struct.pack("<64f", *[0.5] * PIXELS))
+def good(*headers: str) -> bytes:
+    return binary(good_head(), struct.pack("<64f", *[0.5] * PIXELS), *headers)
 
 
 # What JSON can hold where a number, a name or a list should be.
