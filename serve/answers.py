@@ -96,6 +96,11 @@ def error_response(error: DlopsError) -> Response:
     return json_response(document, status=status, headers=headers)
 
 
+def header_lines(response: Response) -> bytes:
+    """Of an answer that is written without ASGI: each with its line's end, all but its length."""
+    return b"".join([b"%s: %s\r\n" % header for header in response.raw_headers if header[0] != b"content-length"])
+
+
 def json_response(document: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Whatever pydantic can write as JSON."""
     return Response(to_json(document), status_code=status, headers=headers, media_type="application/json")

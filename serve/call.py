@@ -6,9 +6,9 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from dlops.errors import InputError
+from dlops.errors import DlopsError
 from dlops.serve.accounts import Caller
-from dlops.serve.answers import deadline_ns, json_length, server_timing
+from dlops.serve.answers import deadline_ns, header_lines, json_length, server_timing
 from dlops.serve.guard import REQUEST_ID, request_id
 from dlops.serve.outcome import Answer
 from dlops.serve.protocol import InferRequest
@@ -126,8 +126,8 @@ class Call:
             feed, rows=self._wanted.rows, deadline_ns=deadline_ns, deliver=self._deliver
         )
 
-    def give_up(self, error: InputError) -> None:
-        """The body did not come."""
+    def give_up(self, error: DlopsError) -> None:
+        """The body has not come, and is not waited for."""
         self.keep_alive = False
         self._fail(error)
 
@@ -167,10 +167,7 @@ class Call:
 
     def _fail(self, error: Exception) -> None:
         response = self._door.application.failed(error, where=f"POST {INFER}", caller=self._caller())
-        headers = b"".join(
-            [b"%s: %s\r\n" % header for header in response.raw_headers if header[0] != b"content-length"]
-        )
-        self._write(response.status_code, headers, [bytes(response.body)])
+        self._write(response.status_code, header_lines(response), [bytes(response.body)])
 
     def _caller(self) -> Caller:
         return Caller(identity=_text(self.identity), parent=_text(self.parent))

@@ -23,16 +23,18 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from dlops.console import say
-from dlops.errors import InputError
+from dlops.errors import DlopsError, InputError
 from dlops.serve.accounts import Caller
 from dlops.serve.answers import (
     TIMING_HEADER,
     HeadTooLargeError,
     ReceiveTimeoutError,
     error_response,
+    header_lines,
 )
 from dlops.serve.call import Call
 from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS
+from dlops.serve.outcome import OverloadedError
 from dlops.serve.outgoing import Outgoing
 from dlops.serve.ports import authority
 from dlops.serve.routes import Application
@@ -79,12 +81,13 @@ class Door(HttpToolsProtocol):
         self._call: Call | None = None
         # When the request that has not come whole yet began to; at first, when the connection was made.
         self._waiting_since: float | None = self.loop.time()
+        self._answered_at = 0.0
         self._in_head, self._head_bytes, self._chunk_bytes = False, 0, 0
         self._completed = False
         # No request has begun to come.
         self._between = True
         # What is wrong with what came behind requests that are still to be answered.
-        self._refusal: InputError | None = None
+        self._refusal: DlopsError | None = None
         # Why the parser was stopped, where it was not by itself.
         self._stopped: InputError | None = None
 
@@ -95,6 +98,26 @@ class Door(HttpToolsProtocol):
         if Door._swept is not self.server_state:
             Door._swept = self.server_state
             self.loop.call_later(_SWEEP_S, self._sweep)
+        if len(self.connections) > self.application.max_connections:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """End the connection whose client has been waited for the longest, be it for the rest of a request or for the
+        next one; where all others are being answered, this one."""
+        others = [one for one in self.connections if one is not self and not one.transport.is_closing()]
+        most = self.application.max_connections
+        if len(others) < most:
+            return
+        waited_for = [one for one in others if isinstance(one, Door) and not one._is_answering()]
+        self.application.metrics.crowded.add()
+        if not waited_for:
+            self._refuse(OverloadedError(f"{most} connections are open and all are being answered"))
+            return
+        first = min(waited_for, key=Door._silent_since)
+        first._end(OverloadedError(f"more than {most} connections were opened; this one was waited for the longest"))
+
+    def _silent_since(self) -> float:
+        return self._answered_at if self._waiting_since is None else self._waiting_since
 
     def _sweep(self) -> None:
         """End the connections whose requests take too long to come, and those whose clients take nothing of their
@@ -121,9 +144,13 @@ class Door(HttpToolsProtocol):
         if self._is_answering():
             self._refuse(_too_slow())
             return
+        self._end(_too_slow())
+
+    def _end(self, error: DlopsError) -> None:
+        """Close; to a request of our kind that has not come whole `error` is the answer."""
         call = self._receiving
         if call is not None and not call.response_complete:
-            call.give_up(_too_slow())
+            call.give_up(error)
         self.transport.close()
 
     def _drop(self) -> None:
@@ -182,7 +209,7 @@ class Door(HttpToolsProtocol):
         self._stopped = error
         raise RuntimeError(error.message)
 
-    def _refuse(self, error: InputError) -> None:
+    def _refuse(self, error: DlopsError) -> None:
         """Answer what no request was made of, and end the connection; both once the requests before it are answered,
         as the client would take it for the answer to one of those."""
         if self._is_answering():
@@ -194,9 +221,7 @@ class Door(HttpToolsProtocol):
         response = error_response(error)
         now_ns = time.perf_counter_ns()
         self.application.accounts.count("other", "-", response.status_code, None, now_ns, failed=True, caller=Caller())
-        self.answer(
-            response.status_code, b"content-type: application/json\r\n", [bytes(response.body)], keep_alive=False
-        )  # fmt: skip
+        self.answer(response.status_code, header_lines(response), [bytes(response.body)], keep_alive=False)
 
     def on_message_begin(self) -> None:
         self._between = False
@@ -242,6 +267,7 @@ class Door(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._answered_at = self.loop.time()
         # One that waited has become the one under way.
         self.flow.resume_reading()
         if self._refusal is not None and not self._is_answering() and not self.transport.is_closing():

@@ -154,6 +154,9 @@ class Metrics(Collector):
         self.unread = Counter(
             cells, "dlops_unread_connections", "Connections dropped because the client took nothing of its answers."
         )
+        self.crowded = Counter(
+            cells, "dlops_crowded_connections", "Connections ended, or refused, because more were open than may be."
+        )
         self.batch_rows = Histogram(cells, "dlops_batch_rows", "Rows in a run, padding apart.", model, bounds=_ROWS)
         self.padded_rows = Counter(cells, "dlops_padded_rows", "Rows that were run and nobody asked for.", model)
         self.batches = Counter(cells, "dlops_batches", "Runs, by why they began with no more rows.", (*model, "reason"))

@@ -41,6 +41,7 @@ from dlops.serve.answers import (
 )
 from dlops.serve.body import BodyReader, BodyTooLargeError
 from dlops.serve.cells import Cells
+from dlops.serve.descriptors import allowed_connections
 from dlops.serve.guard import REQUEST_ID, Guard, request_id
 from dlops.serve.leaving import unless_gone
 from dlops.serve.log import Log
@@ -93,6 +94,7 @@ class Application:
         self._control: Control | None = None
         self.receive_timeout_s = settings.receive_timeout_s
         self.send_timeout_s = settings.send_timeout_s
+        self.max_connections = settings.max_connections or allowed_connections()
         self.draining = False
         self.log = Log(settings.log, access=settings.access_log)
         self.accounts = Accounts(self.metrics, self.log)

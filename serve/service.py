@@ -51,6 +51,7 @@ from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
 from dlops.serve import door  # noqa: E402
 from dlops.serve.control import Control, State, write_state  # noqa: E402
+from dlops.serve.descriptors import raise_limit  # noqa: E402
 from dlops.serve.drain import drain_on_sigterm  # noqa: E402
 from dlops.serve.gpus import take_own_gpu  # noqa: E402
 from dlops.serve.guard import GuardMiddleware  # noqa: E402
@@ -61,6 +62,7 @@ from dlops.serve.tracing import Tracer  # noqa: E402
 # BentoML's command line asks, and remembers the answer, before it imports this module.
 usage_stats.do_not_track.cache_clear()
 
+raise_limit()
 application = Application(settings)
 application.log.begin()
 # On the one port that BentoML opens, with its own routes.

@@ -38,7 +38,9 @@ class Settings(Record):
     as many may wait to be decoded. jpeg_decoder: nvjpeg decodes JPEGs on the GPU that the model runs on.
     drain_delay_s: between SIGTERM, when readiness ends, and no longer accepting. token:
     that requests must bear, but for health; None where anybody may ask. receive_timeout_s: in which a request must have
-    come whole, and the first on a new connection begun. send_timeout_s: in which a client must take some of what it is
+    come whole, and the first on a new connection begun. max_connections: over HTTP, of a worker; beyond it the one
+    gives way whose client has been waited for the longest. None stands for as many as its file descriptors allow, and
+    10,000 at most. send_timeout_s: in which a client must take some of what it is
     sent. tls_cert, tls_key: PEM files of a certificate and its key, with which both ports are encrypted. tls_client_ca:
     PEM file of who signs the certificates that clients must have, where they must. log: lines for people, or one JSON
     object a line. access_log: a line for each request that was answered. trace_sample: fraction of the requests that
@@ -65,6 +67,7 @@ class Settings(Record):
     max_pending_bytes: int = Field(256 * 1024 * 1024, ge=1)
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     jpeg_decoder: Literal["pillow", "nvjpeg"] = "pillow"
+    max_connections: int | None = Field(None, ge=1)
     receive_timeout_s: float = Field(30.0, gt=0, allow_inf_nan=False)
     send_timeout_s: float = Field(30.0, gt=0, allow_inf_nan=False)
     grpc_port: int | None = Field(None, ge=0, le=65535)

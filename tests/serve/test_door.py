@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -497,6 +497,80 @@ def test_many_who_announce_much_and_send_little_keep_nobody_out(port, app) -> No
         assert logits_in(*good.answer())[0, 0] == 7
     for one in connections:
         one.close()
+
+
+@pytest.fixture
+def crowded_port(monkeypatch, digits_artifact, session) -> Iterator[int]:
+    """With room for three connections."""
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    settings = Settings(max_connections=3)
+    app = Application(settings)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    with listening(app, model) as number:
+        yield number
+        session.gate.set()
+    assert model.queue.close(timeout_s=10)
+    assert b"dlops_crowded_connections_total 1.0" in app.metrics.render()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(0, None), (20, None), (300, 429)], ids=["nothing", "half a head", "half a body"]
+)
+def test_of_too_many_connections_the_one_gives_way_that_is_waited_for_the_longest(
+    crowded_port, sent: int, status: int | None
+) -> None:
+    with connected(crowded_port) as kept, connected(crowded_port) as slow, connected(crowded_port) as late:
+        slow.send(request_of(images(1))[:sent])
+        time.sleep(0.05)
+        # As old, but waited for since its last answer only.
+        for one in (late, kept):
+            one.send(request_of(images(5)))
+            assert logits_in(*one.answer())[0, 0] == 5
+        with connected(crowded_port) as fourth:
+            fourth.send(request_of(images(7)))
+            assert logits_in(*fourth.answer())[0, 0] == 7
+            if status is not None:
+                response, body = slow.answer()
+                assert (response.status, response.headers["connection"]) == (status, "close")
+                assert "retry-after" in response.headers
+                assert "more than 3 connections" in json.loads(body)["error"]
+            assert slow.is_at_end()
+            for one in (kept, late):
+                one.send(request_of(images(6)))
+                assert logits_in(*one.answer())[0, 0] == 6
+
+
+def test_where_all_connections_are_being_answered_another_one_is_refused(crowded_port, session) -> None:
+    session.gate.clear()
+    with connected(crowded_port) as first, connected(crowded_port) as second, connected(crowded_port) as third:
+        first.send(request_of(images(0)))
+        assert session.entered.wait(10)
+        second.send(request_of(images(1)))
+        third.send(request_of(images(2), headers="Accept-Encoding: gzip\r\n"))
+        (model,) = Door.application.models
+        assert within(5, lambda: model.queue.rows_waiting == 2)
+        with connected(crowded_port) as fourth:
+            response, body = fourth.answer()
+            assert (response.status, response.headers["retry-after"]) == (429, "1")
+            assert "3 connections are open" in json.loads(body)["error"]
+            assert fourth.is_at_end()
+        session.gate.set()
+        assert [logits_in(*one.answer())[0, 0] for one in (first, second, third)] == [0, 1, 2]
+
+
+def test_half_open_connections_keep_nobody_out(monkeypatch, digits_artifact, session) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    settings = Settings(max_connections=20)
+    app = Application(settings)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    with listening(app, model) as port, ExitStack() as stack:
+        for number in range(200):
+            stack.enter_context(connected(port)).send(b"GET /v2/health/live HTTP/1.1\r\n"[: number % 30])
+        with connected(port) as good:
+            good.send(request_of(images(7)))
+            assert logits_in(*good.answer())[0, 0] == 7
+        assert within(5, lambda: len(Door._swept.connections) <= 20)
+    assert model.queue.close(timeout_s=10)
 
 
 def test_a_deadline_that_passes_in_the_queue_is_told_and_not_run(threaded_port, session) -> None:
