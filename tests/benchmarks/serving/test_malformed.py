@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import grpc
 import httpx
@@ -26,7 +27,11 @@ from tests.serve import malformed_grpc
 from tests.serve.malformed import ALLOWED, UNENDED, binary_requests, good, requests, status_of
 from tests.serve.malformed_rows import RIGHT, Row, answers_of, fault_of, row
 
-BEFORE, RAW, MESSAGES, ROWS, CALLS, SLOW, OF_THE_PAGE = 10_000, 60_000, 30_000, 5_000, 20_000, 200, 150
+BEFORE, BEFORE_EACH = 10_000, 2_000
+RAW, MESSAGES, ROWS, CALLS, SLOW, OF_THE_PAGE = 60_000, 30_000, 5_000, 20_000, 200, 150
+GENERATED: dict[str, Any] = {
+    "deadline": None, "database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck),
+}  # fmt: skip
 THREADS = 8
 WORKERS = 1
 
@@ -72,8 +77,37 @@ def test_a_hundred_thousand_malformed_requests(
         def memory_mb() -> float:
             return sum(one.memory_info().rss for one in workers) / 1e6
 
+        def send_messages(count: int) -> None:
+            @settings(max_examples=count, **GENERATED)
+            @given(request=binary_requests())
+            def messages(request: bytes) -> None:
+                send(server.port, "messages of the protocol (hypothesis)", request)
+
+            messages()
+
+        def send_rows(count: int, *, seed: int) -> int:
+            draw = Random(seed)
+            rows = [row(draw) for _ in range(count)]
+            list(threads.map(lambda one: send_row(server.port, one), rows))
+            return sum(one.sent.count(RIGHT) for one in rows)
+
+        def send_calls(count: int) -> None:
+            @settings(max_examples=count, **GENERATED)
+            @given(call=malformed_grpc.calls())
+            def calls(call: tuple[str, bytes]) -> None:
+                status = malformed_grpc.status_of(channel, *call)
+                counts.setdefault("calls of gRPC (hypothesis)", Counter())[status] += 1
+                if status not in malformed_grpc.ALLOWED | {"OK"}:
+                    bad.append(f"gRPC {call[0]}: {status} for {call[1][:200]!r}")
+
+            calls()
+
         # What grows once: decoders of every format, and what each thread keeps for its next work.
         list(threads.map(lambda one: send(server.port, *one), islice(requests(seed=99), BEFORE)))
+        send_messages(BEFORE_EACH)
+        right = send_rows(BEFORE_EACH // 10, seed=99)
+        send_calls(BEFORE_EACH)
+        before = sum(sum(of.values()) for of in counts.values())
         memory = [memory_mb()]
         for part in range(6):
             each = islice(requests(seed=part), RAW // 6)
@@ -81,35 +115,12 @@ def test_a_hundred_thousand_malformed_requests(
             assert status_of(server.port, good()) == 200
             memory.append(memory_mb())
 
-        @settings(
-            max_examples=MESSAGES, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        @given(request=binary_requests())
-        def messages(request: bytes) -> None:
-            send(server.port, "messages of the protocol (hypothesis)", request)
-
-        messages()
+        send_messages(MESSAGES)
         memory.append(memory_mb())
-        draw = Random(0)
-        rows = [row(draw) for _ in range(ROWS)]
-        right = sum(one.sent.count(RIGHT) for one in rows)
-        list(threads.map(lambda one: send_row(server.port, one), rows))
+        right += send_rows(ROWS, seed=0)
         assert status_of(server.port, good()) == 200
         memory.append(memory_mb())
-
-        @settings(
-            max_examples=CALLS, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        @given(call=malformed_grpc.calls())
-        def calls(call: tuple[str, bytes]) -> None:
-            status = malformed_grpc.status_of(channel, *call)
-            counts.setdefault("calls of gRPC (hypothesis)", Counter())[status] += 1
-            if status not in malformed_grpc.ALLOWED | {"OK"}:
-                bad.append(f"gRPC {call[0]}: {status} for {call[1][:200]!r}")
-
-        calls()
+        send_calls(CALLS)
         assert malformed_grpc.status_of(channel, "ModelInfer", malformed_grpc.good()) == "OK"
         memory.append(memory_mb())
         slow(server.port, counts.setdefault("slow senders", Counter()))
@@ -124,12 +135,12 @@ def test_a_hundred_thousand_malformed_requests(
         "serving-malformed",
         title="Malformed requests",
         says=f"{total:,} requests, all but {right:,} of them such as no client should send, to one worker with a "
-        f"body limit of 200 kB, each on a connection of its own, but those of gRPC on one and the {ROWS:,} rows: each "
+        f"body limit of 200 kB, each on a connection of its own, but those of gRPC on one and the rows: each "
         f"two to twelve at once, right and wrong ones, of which all right ones before the first wrong one were "
         f"answered, in order. None stands for a request without an answer: its connection had ended, or it was cut "
         f"off. Answers were "
         f"{', '.join(sorted({status for of in counts.values() for status in of}))}; the worker was never restarted, "
-        f"and had {', '.join(f'{one:.0f}' for one in memory)} MB after the first {BEFORE:,}, after "
+        f"and had {', '.join(f'{one:.0f}' for one in memory)} MB after the first {before:,} of all kinds, after "
         f"each sixth of {RAW:,} more, and after each of the rest.",
         header=["kind", "requests", "answers"],
         rows=[
