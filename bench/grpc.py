@@ -14,6 +14,8 @@ from dlops.bench import pacing
 from dlops.bench.transport import Answer, Listener, TransportName
 from dlops.grpc_messages import grpc
 
+# Of ModelInferResponse.
+_RAW_OUTPUT_CONTENTS = 6
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 # Calls on schedule share so many connections, as the calls of one gRPC client do.
 _CHANNELS = 8
@@ -41,8 +43,8 @@ def open_channel(host: str, port: int) -> Any:
 class GrpcConnection:
     """One channel, and with it one HTTP/2 connection."""
 
-    def __init__(self, channel: Any) -> None:
-        self._channel = channel
+    def __init__(self, channel: Any, tensor_bytes: int | None) -> None:
+        self._channel, self._tensor_bytes = channel, tensor_bytes
         self._call = channel.unary_unary(_METHOD)
 
     @property
@@ -51,7 +53,7 @@ class GrpcConnection:
 
     async def send(self, request: bytes, *, timeout_s: float) -> Answer:
         """Never raises for what the server did: that is in the status."""
-        return await _answer(self._call(request, timeout=timeout_s))
+        return await _answer(self._call(request, timeout=timeout_s), self._tensor_bytes)
 
     async def aclose(self) -> None:
         await self._channel.close()
@@ -62,9 +64,11 @@ class GrpcWire:
 
     timed_out = pacing.GRPC + pacing.GRPC_STATUSES.index("DEADLINE_EXCEEDED")
 
-    def __init__(self, call: Any, *, number: int, listener: Listener, timeout_s: float) -> None:
+    def __init__(
+        self, call: Any, *, number: int, listener: Listener, timeout_s: float, tensor_bytes: int | None
+    ) -> None:
         self._call, self._listener, self._timeout_s = call, listener, timeout_s
-        self.number = number
+        self.number, self._tensor_bytes = number, tensor_bytes
         self._task: asyncio.Task[None] | None = None
 
     def send(self, request: bytes) -> None:
@@ -75,7 +79,7 @@ class GrpcWire:
             self._task.cancel()
 
     async def _send(self, request: bytes) -> None:
-        answer = await _answer(self._call(request, timeout=self._timeout_s))
+        answer = await _answer(self._call(request, timeout=self._timeout_s), self._tensor_bytes)
         # The channel mends itself, so the wire takes another call whatever became of this one.
         self._listener.answered(self, answer.arrived_ns, answer.status, keep=True)
 
@@ -83,8 +87,9 @@ class GrpcWire:
 class GrpcLine:
     """A blocking channel with a connection of its own."""
 
-    def __init__(self, host: str, port: int, *, timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, *, timeout_s: float, tensor_bytes: int | None = None) -> None:
         self._channel, self._timeout_s = open_channel(host, port), timeout_s
+        self._tensor_bytes = tensor_bytes
         self._call = self._channel.unary_unary(_METHOD)
 
     def ask(self, request: bytes) -> Answer:
@@ -93,7 +98,7 @@ class GrpcLine:
             body = self._call(request, timeout=self._timeout_s)
         except grpc.RpcError as error:
             return _failed(error)
-        return Answer(status=pacing.ANSWERED, headers={}, body=body, arrived_ns=time.perf_counter_ns())
+        return _answered(body, self._tensor_bytes)
 
     def close(self) -> None:
         self._channel.close()
@@ -104,16 +109,19 @@ class GrpcTransport:
 
     name: TransportName = "gRPC"
     rate_a_sender = 1000.0
-    tensor_bytes: int | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, tensor_bytes: int | None = None) -> None:
+        self.tensor_bytes = tensor_bytes
         self._channels: list[Any] = []
 
     def expecting(self, tensor_bytes: int | None) -> GrpcTransport:
-        return self
+        return GrpcTransport(tensor_bytes)
+
+    def tensor_bytes_of(self, answer: Answer) -> int:
+        return raw_bytes(answer.body)
 
     def dial(self, host: str, port: int, *, timeout_s: float) -> GrpcLine:
-        return GrpcLine(host, port, timeout_s=timeout_s)
+        return GrpcLine(host, port, timeout_s=timeout_s, tensor_bytes=self.tensor_bytes)
 
     async def connect(self, host: str, port: int) -> GrpcConnection:
         channel = grpc.aio.insecure_channel(address(host, port), options=[*_OPTIONS, *_RECONNECT])
@@ -122,14 +130,17 @@ class GrpcTransport:
         except (OSError, asyncio.CancelledError):
             await channel.close()
             raise
-        return GrpcConnection(channel)
+        return GrpcConnection(channel, self.tensor_bytes)
 
     async def open_wire(self, host: str, port: int, *, number: int, listener: Listener, timeout_s: float) -> GrpcWire:
         while len(self._channels) < _CHANNELS:
             self._channels.append(grpc.aio.insecure_channel(address(host, port), options=[*_OPTIONS, *_RECONNECT]))
         channel = self._channels[number % _CHANNELS]
         await _until_ready(channel)
-        return GrpcWire(channel.unary_unary(_METHOD), number=number, listener=listener, timeout_s=timeout_s)
+        return GrpcWire(
+            channel.unary_unary(_METHOD), number=number, listener=listener, timeout_s=timeout_s,
+            tensor_bytes=self.tensor_bytes,
+        )  # fmt: skip
 
     async def aclose(self) -> None:
         for channel in self._channels:
@@ -147,12 +158,55 @@ async def _until_ready(channel: Any) -> None:
         state = channel.get_state(try_to_connect=True)
 
 
-async def _answer(call: Any) -> Answer:
+async def _answer(call: Any, tensor_bytes: int | None) -> Answer:
     try:
         body = await call
     except grpc.aio.AioRpcError as error:
         return _failed(error)
-    return Answer(status=pacing.ANSWERED, headers={}, body=body, arrived_ns=time.perf_counter_ns())
+    return _answered(body, tensor_bytes)
+
+
+def _answered(body: bytes, tensor_bytes: int | None) -> Answer:
+    arrived_ns, status = time.perf_counter_ns(), pacing.ANSWERED
+    if tensor_bytes is not None and (raw_bytes(body) != tensor_bytes if tensor_bytes else not body):
+        status = pacing.OTHER
+    return Answer(status=status, headers={}, body=body, arrived_ns=arrived_ns)
+
+
+def raw_bytes(message: bytes) -> int:
+    """What a ModelInferResponse has in `raw_output_contents`; 0 where it has none, -1 where it is no such message.
+
+    By the lengths of its fields alone: between two calls there is no time to decode it.
+    """
+    total = place = 0
+    while place < len(message):
+        try:
+            key, place = _varint(message, place)
+            match key & 7:
+                case 0:
+                    _, place = _varint(message, place)
+                case 1:
+                    place += 8
+                case 2:
+                    length, place = _varint(message, place)
+                    place += length
+                    total += length if key >> 3 == _RAW_OUTPUT_CONTENTS else 0
+                case 5:
+                    place += 4
+                case _:
+                    return -1
+        except IndexError:
+            return -1
+    return total if place == len(message) else -1
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    """(number, where it ends). Raises IndexError where it does not."""
+    number = shift = 0
+    while (byte := message[place]) & 0x80:
+        number |= (byte & 0x7F) << shift
+        shift, place = shift + 7, place + 1
+    return number | byte << shift, place + 1
 
 
 def _failed(error: Any) -> Answer:

@@ -229,6 +229,9 @@ class HttpTransport:
     def expecting(self, tensor_bytes: int | None) -> HttpTransport:
         return HttpTransport(tensor_bytes)
 
+    def tensor_bytes_of(self, answer: Answer) -> int:
+        return tensor_bytes(answer.headers, answer.body)
+
     def dial(self, host: str, port: int, *, timeout_s: float) -> HttpLine:
         return HttpLine(host, port, timeout_s=timeout_s, tensor_bytes=self.tensor_bytes)
 

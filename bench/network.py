@@ -11,7 +11,6 @@ import numpy as np
 from dlops.artifact import Artifact
 from dlops.bench import pacing
 from dlops.bench.analysis import analyse_closed_loop, listed, shortcomings
-from dlops.bench.http import tensor_bytes
 from dlops.bench.inprocess import accuracy_fields
 from dlops.bench.load import TIMEOUT_S, Loaded, closed_loop
 from dlops.bench.oip import Endpoint, encode_request
@@ -199,7 +198,7 @@ def _missing_statistics(endpoint: Endpoint) -> str | None:
 def _checked(endpoint: Endpoint, feed: Feed, batch: int) -> Transport:
     """What to send such feeds with, once the first was answered. Raises UsageError where that is no whole answer.
 
-    Outputs whose size the metadata leaves open, and numbers in JSON, may be of any length.
+    Outputs whose size the metadata leaves open, and what is not binary, may be of any length.
     """
     answer, outputs = _ask(endpoint, feed)
     _check_answer(endpoint, outputs, batch)
@@ -207,7 +206,8 @@ def _checked(endpoint: Endpoint, feed: Feed, batch: int) -> Transport:
         spec.name: tuple(batch if dim == "batch" else dim for dim in spec.shape) for spec in endpoint.signature.outputs
     }
     fixed = shapes == {name: array.shape for name, array in outputs.items()}
-    return endpoint.client.transport.expecting(tensor_bytes(answer.headers, answer.body) if fixed else 0)
+    transport = endpoint.client.transport
+    return transport.expecting(transport.tensor_bytes_of(answer) if fixed else 0)
 
 
 def _check_answer(endpoint: Endpoint, outputs: Feed, batch: int) -> None:

@@ -95,8 +95,12 @@ class Transport(Protocol):
     def tensor_bytes(self) -> int | None: ...
 
     def expecting(self, tensor_bytes: int | None) -> Transport:
-        """The same, which takes a success for another answer where it has not so many bytes behind its JSON; 0 takes
-        any that is not empty. Over gRPC nothing is looked at."""
+        """The same, which takes a success for another answer where `tensor_bytes_of` it are others; 0 takes any that is
+        not empty."""
+        ...
+
+    def tensor_bytes_of(self, answer: Answer) -> int:
+        """What an answer has in binary tensors; 0 where its numbers are JSON, or typed contents."""
         ...
 
     def dial(self, host: str, port: int, *, timeout_s: float) -> Line:

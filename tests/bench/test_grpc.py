@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from dlops.artifact import Artifact
 from dlops.bench import oip_grpc, pacing
 from dlops.bench.arrivals import Offered, constant
-from dlops.bench.grpc import GrpcTransport
+from dlops.bench.grpc import GrpcTransport, raw_bytes
 from dlops.bench.load import closed_loop
 from dlops.bench.network import prepare
 from dlops.bench.oip import encode_request, find_endpoint
@@ -403,3 +403,41 @@ def test_a_version_in_the_url_is_in_every_request(digits_artifact, serve_grpc) -
     endpoint = find_endpoint(f"{server.url}/{digits_artifact.name}/versions/7", model=None)
     request = service_pb2.ModelInferRequest.FromString(encode_request(endpoint, digits_artifact.samples().inputs))
     assert (endpoint.version, endpoint.server, request.model_version) == ("7", "toy-server 1", "7")
+
+
+@pytest.mark.parametrize("typed", [False, True], ids=["raw", "typed"])
+@pytest.mark.parametrize("part", ["closed", "open", "blocking"])
+def test_a_success_without_its_tensors_is_a_failed_call(digits_artifact, serve_grpc, typed: bool, part: str) -> None:
+    server = serve_grpc(digits_artifact, typed=typed)
+    endpoint = find_endpoint(server.url, model=None)
+    transport = prepare(endpoint, digits_artifact, batch=1).transport
+    request = requests_for(server)[0]
+    # One logit of the ten is missing.
+    server.reshape = lambda count, logits: logits[:, :9] if count % 4 == 0 else logits
+    place = ("127.0.0.1", server.port)
+    if part == "closed":
+        load = closed_loop(*place, [request], concurrency=2, duration_s=0.5, max_warmup_s=0.0, transport=transport)
+        errors = load.errors
+    elif part == "open":
+        errors = open_loop(*place, [request], constant(40, duration_s=0.5), transport=transport).errors
+    else:
+        line = transport.dial(*place, timeout_s=10)
+        statuses = [line.ask(request).status for _ in range(8)]
+        line.close()
+        errors = {"another answer than the first": statuses.count(pacing.OTHER)} if pacing.OTHER in statuses else {}
+    # Numbers in typed contents are not counted.
+    assert list(errors) == ([] if typed else ["another answer than the first"])
+
+
+def test_raw_bytes_are_counted_by_the_lengths_of_fields() -> None:
+    answer = service_pb2.ModelInferResponse(model_name="digits", id="x" * 200)
+    answer.parameters["pace"].int64_param = 300
+    answer.outputs.add(name="logits", datatype="FP32", shape=[1, 10]).contents.fp32_contents.extend([0.5] * 10)
+    assert raw_bytes(answer.SerializeToString()) == 0
+    answer.raw_output_contents.extend([b"", b"x" * 40, b"y" * 100_000])
+    message = answer.SerializeToString()
+    assert raw_bytes(message) == 100_040
+    # Fields of a later version of the protocol: a number, eight bytes, four bytes.
+    assert raw_bytes(message + b"\x78\x96\x01" + b"\x79" + bytes(8) + b"\x7d" + bytes(4)) == 100_040
+    for damaged in (message[:-1], message + b"\x32", message + b"\x32\x80", message + b"\x7b", message + b"\x79\x00"):
+        assert raw_bytes(damaged) == -1
