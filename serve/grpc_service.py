@@ -9,14 +9,12 @@ https://github.com/kserve/open-inference-protocol and Triton's grpc_service.prot
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from dlops.errors import DlopsError, InputError, MachineError
 from dlops.grpc_messages import (
-    CONTENTS,
     DecodeError,
     grpc,
     json_format,
@@ -27,17 +25,14 @@ from dlops.grpc_messages import (
 from dlops.serve import protocol
 from dlops.serve.accounts import Caller
 from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError, deadline_ns, statuses
-from dlops.serve.classes import check_classes
+from dlops.serve.grpc_codec import feed_in, raws_in, response_of, timeout_us, wanted_by
 from dlops.serve.guard import REQUEST_ID
 from dlops.serve.model import ServedModel
 from dlops.serve.outcome import OverloadedError
-from dlops.serve.protocol import Wanted
-from dlops.serve.raws import PIXELS, RawInput
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
 from dlops.serve.tls import Tls
 from dlops.serve.tracing import PARENT
-from dlops.signature import Array, Feed, Signature
 
 T = TypeVar("T")
 # grpcio has no types.
@@ -268,7 +263,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def _run(self, model: ServedModel, request: Any, context: Context, started_ns: int) -> Any:
         application = self._application
-        until_ns = deadline_ns(started_ns, header=None, timeout_us=_timeout_us(request))
+        until_ns = deadline_ns(started_ns, header=None, timeout_us=timeout_us(request))
         left_s = context.time_remaining()
         if left_s is not None:
             own_ns = started_ns + int(left_s * 1e9)
@@ -276,28 +271,19 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         application.check_room(model, deadline_ns=until_ns)
         held = application.bodies.hold(request.ByteSize())
         try:
-            raws = _raws(request, model.raw_input)
-            wanted = _wanted(request, model.signature)
+            raws = raws_in(request, model.raw_input)
+            wanted = wanted_by(request, model.signature)
             if raws:
                 feed = await model.preprocessed(raws, deadline_ns=until_ns)
             else:
-                feed = _feed(request, model.signature)
+                feed = feed_in(request, model.signature)
             rows = protocol.rows_of(feed, model.signature)
             decode_ns = time.perf_counter_ns() - started_ns
             answer = await model.queue.submit(feed, rows=rows, deadline_ns=until_ns)
         finally:
             application.bodies.release(held)
         model.codec.check_size(answer.outputs, wanted)
-        response = service_pb2.ModelInferResponse(
-            model_name=model.name, model_version=model.version, id=request.id
-        )  # fmt: skip
-        for want in wanted:
-            datatype, array = protocol.as_wanted(
-                answer.outputs[want.name], want, labels=model.artifact.labels,
-                batched=model.signature.inputs[0].is_batched,
-            )  # fmt: skip
-            response.outputs.add(name=want.name, datatype=datatype, shape=array.shape)
-            response.raw_output_contents.append(protocol.raw_bytes(array))
+        response = response_of(model, answer.outputs, wanted, identity=request.id)
         application.accounts.answered(
             model, INFER, started_ns, answer, rows=rows, received_ns=started_ns, decode_ns=decode_ns,
             caller=_caller(context),
@@ -347,14 +333,6 @@ def _refusing_malformed(servicer: _Servicer, name: str) -> Callable[[Any, Contex
     return answer_or_refuse
 
 
-def _timeout_us(request: Any) -> int | None:
-    if "timeout" not in request.parameters:
-        return None
-    timeout = request.parameters["timeout"]
-    choice = timeout.WhichOneof("parameter_choice")
-    return protocol.timeout_us(None if choice is None else getattr(timeout, choice))
-
-
 def _caller(context: Context) -> Caller:
     """What HTTP has in its headers."""
     metadata = dict(context.invocation_metadata() or ())
@@ -377,74 +355,6 @@ async def _until(closing: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncI
             yield request
     finally:
         end.cancel()
-
-
-def _raws(request: Any, raw_input: RawInput | None) -> list[Any]:
-    """The pictures or texts that came as BYTES, none where tensors did. Raises InputError."""
-    if raw_input is None or len(request.inputs) != 1:
-        return []
-    (tensor,), raw = request.inputs, request.raw_input_contents
-    if not raw_input.is_meant(name=tensor.name, datatype=tensor.datatype):
-        return []
-    if any(key in tensor.parameters for key in protocol.SHARED_MEMORY):
-        raise protocol.SharedMemoryError(f"{tensor.name}: shared memory is not supported", field=tensor.name)
-    if not raw:
-        if tensor.datatype == PIXELS:
-            return raw_input.from_numbers(list(tensor.contents.uint_contents), tuple(tensor.shape))
-        return raw_input.from_contents(list(tensor.contents.bytes_contents), tuple(tensor.shape))
-    if len(raw) != 1 or tensor.HasField("contents"):
-        raise InputError(f"{tensor.name}: one raw tensor is expected, and nothing beside it", field=tensor.name)
-    return raw_input.from_binary(memoryview(raw[0]), tuple(tensor.shape), tensor.datatype)
-
-
-def _feed(request: Any, signature: Signature) -> Feed:
-    """The request's tensors, checked. Raises InputError naming the one at fault."""
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise InputError(f"{len(raw)} raw tensors for {len(request.inputs)} inputs", field="raw_input_contents")
-    specs = {spec.name: spec for spec in signature.inputs}
-    feed: dict[str, Array] = {}
-    for index, tensor in enumerate(request.inputs):
-        name, shape = tensor.name, tuple(tensor.shape)
-        if any(key in tensor.parameters for key in protocol.SHARED_MEMORY):
-            raise protocol.SharedMemoryError(f"{name}: shared memory is not supported", field=name)
-        spec = protocol.spec_of({"name": name, "datatype": tensor.datatype}, specs, f"inputs[{index}]")
-        if name in feed:
-            raise InputError(f"input {name!r} is given twice", field=name)
-        signature.check_shape(spec, shape)
-        if raw:
-            if tensor.HasField("contents"):
-                raise InputError(f"{name}: both raw and typed contents are given", field=name)
-            feed[name] = protocol.from_binary(memoryview(raw[index]), spec, shape)
-            continue
-        field = CONTENTS.get(tensor.datatype)
-        if field is None:
-            raise InputError(f"{name}: {tensor.datatype} comes in raw_input_contents", field=name)
-        numbers = getattr(tensor.contents, field)
-        # Counted before they are made Python's.
-        if len(numbers) != math.prod(shape):
-            raise InputError(f"{name}: {len(numbers)} values, shape {list(shape)} takes {math.prod(shape)}", field=name)
-        feed[name] = protocol.from_numbers(list(numbers), spec, shape)
-    signature.check(feed, finite=False)
-    return feed
-
-
-def _wanted(request: Any, signature: Signature) -> list[Wanted]:
-    specs = {spec.name: spec for spec in signature.outputs}
-    wanted = []
-    for index, output in enumerate(request.outputs):
-        if output.name not in specs:
-            raise InputError(
-                f"unknown output {output.name!r}, the model gives {', '.join(specs)}", field=f"outputs[{index}]"
-            )
-        if any(key in output.parameters for key in protocol.SHARED_MEMORY):
-            raise protocol.SharedMemoryError(f"{output.name}: shared memory is not supported", field=output.name)
-        count = output.parameters["classification"].int64_param if "classification" in output.parameters else 0
-        count = check_classes(specs[output.name], count, field=f"outputs[{index}]")
-        wanted.append(Wanted(name=output.name, binary=True, classes=count))
-    if len({want.name for want in wanted}) != len(wanted):
-        raise InputError("an output is asked for twice", field="outputs")
-    return wanted or [Wanted(name=name, binary=True) for name in specs]
 
 
 def _parsed(document: dict[str, Any], message: T) -> T:
