@@ -294,6 +294,11 @@ def test_as_few_layers_stay_in_fp32_as_pass(
         model.features[1].bias[5] *= 1000
         model.features[3].weight[:, 5] /= 1000
     run = save_digits_checkpoint(tmp_path / "run", model)
+    ranking = rank_variant(run, variant="executorch-int8", model=SmallNet)
+    # Quantized alone, only the two that the scaled channel is between do harm.
+    harm = {error.layer.name: error for error in ranking.layers}
+    assert harm["features.0"].share + harm["features.3"].share > 0.9
+    assert min(one.alone_db for name, one in harm.items() if not name.startswith("features")) > 20
     (made,) = export_variants(run, variants=["executorch-int8"], out=tmp_path / "out", model=SmallNet)
     assert made.repair is not None
     assert {layer.name for layer in made.repair.layers} <= {"features.0", "features.3"}
