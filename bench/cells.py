@@ -117,7 +117,7 @@ def offered(load: Load) -> str:
 
 
 def _second(load: Load) -> str:
-    return " (second try)" if load.attempt > 1 else ""
+    return "" if load.attempt == 1 else f" ({'second' if load.attempt == 2 else 'third'} try)"
 
 
 def _schedule(load: Load) -> list[str]:

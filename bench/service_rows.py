@@ -134,7 +134,8 @@ class _Offering:
             schedule = self._offered.at(
                 rate, times * first_s, wanted=times * wanted, stretch=_SEARCH_STRETCH / times, again=again
             )
-            row = self._one(replace(schedule, attempt=1 + again))
+            # A rate that was asked for besides has a row of that name already.
+            row = self._one(replace(schedule, attempt=1 + again + (rate in self._offered.rates)))
             if is_gone(row.verdict.reasons):
                 raise MachineError(
                     f"{self._endpoint.url}: the server was gone at {rate:,.5g} a second ({listed(row.errors)})",

@@ -99,7 +99,8 @@ class Load(Record):
     trace: str | None = None
     """Of a trace the first 16 digits of its times' SHA-256; else null."""
     attempt: int = Field(1, ge=1)
-    """[number] 2 where a search could not judge the rate and tried it a second time, with other arrivals; else 1."""
+    """[number] Which measurement of this rate it is: above 1 where a search could not judge it and tried again, with
+    other arrivals, or where it was asked for besides."""
 
 
 class Verdict(Record):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dlops
-from dlops.bench import pacing, rates, reanalysis, sentences, service_rows, slo, stats
+from dlops.bench import cells, pacing, rates, reanalysis, sentences, service_rows, slo, stats
 from dlops.bench.arrivals import Offered, poisson
 from dlops.bench.openloop import OpenLoaded, open_loop
 from dlops.bench.run import MeasureInterrupted, measure, save_report
@@ -267,6 +267,19 @@ def test_a_rate_that_is_tried_twice_says_which_try_a_row_is(make_artifact, serve
     first, second, third = measured.measurements
     assert second.load.rate == third.load.rate == 2 * first.load.rate
     assert [row.load.attempt for row in (first, second, third)] == [1, 1, 2]
+
+
+def test_a_rate_that_is_asked_for_and_searched_too_has_rows_of_other_names(make_artifact, serve, monkeypatch) -> None:
+    artifact, outcomes = make_artifact(), iter(["unsure", "missed"])
+    monkeypatch.setattr(service_rows, "judge", lambda *arguments: next(outcomes))
+    monkeypatch.setattr(service_rows, "search", lambda probe, **options: search(probe, start=50.0, least=50.0))
+    offered = Offered(rates=(50.0,), objective=parse_objective("p50=500ms"))
+    measured = measure([serve(artifact).url], payload=artifact, offered=offered, duration_s=0.3)
+    assert [row.load.rate for row in measured.measurements] == [50.0] * 3
+    assert [row.load.attempt for row in measured.measurements] == [1, 2, 3]
+    assert [cells.offered(row.load) for row in measured.measurements] == [
+        "50 a second", "50 a second (second try)", "50 a second (third try)"
+    ]  # fmt: skip
 
 
 def test_a_search_that_a_server_ends_keeps_what_it_found(make_artifact, serve, monkeypatch) -> None:
