@@ -177,7 +177,8 @@ class Call:
         if self.identity is not None and (identity := request_id(_text(self.identity))) is not None:
             headers += b"%s: %s\r\n" % (_REQUEST_ID, identity.encode())
         if not door.transport.is_closing():
-            keep_alive = self.keep_alive and not door.application.draining
+            # What waits behind it was accepted: the last one's answer ends the connection.
+            keep_alive = self.keep_alive and not (door.application.draining and door.is_last())
             door.answer(status, headers, body, keep_alive=keep_alive)
         self._end(status)
         door.on_response_complete()

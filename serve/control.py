@@ -31,6 +31,8 @@ from dlops.serve.settings import Settings
 _STATE = "state.json"
 _LOCK = "control.lock"
 _FOLLOW_S = 0.1
+# Where that failed.
+_FOLLOW_AGAIN_S = 1.0
 _POLL_S = 0.02
 # Every worker has loaded by then, or the change is taken back.
 _LOADED_WITHIN_S = 900.0
@@ -97,6 +99,10 @@ class Control:
                 await self._catch_up()
             except FileNotFoundError:  # the server has ended, and its folder with it
                 return
+            except OSError as error:
+                # No file descriptor is free, say: nothing was changed, and the next look may succeed.
+                say(f"looking for what is to be served: {error}")
+                await asyncio.sleep(_FOLLOW_AGAIN_S)
 
     async def end(self) -> None:
         """Answer what waits, then free all models."""

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import uvicorn
 import uvicorn.config
@@ -37,7 +37,7 @@ from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS
 from dlops.serve.outcome import OverloadedError
 from dlops.serve.outgoing import Outgoing
 from dlops.serve.ports import authority
-from dlops.serve.routes import Application
+from dlops.serve.routes import IS_LAST, Application
 from dlops.serve.tracing import PARENT
 from dlops.serve.upgrade import without_upgrade
 
@@ -72,6 +72,10 @@ class Door(HttpToolsProtocol):
     # The server whose connections are looked at.
     _swept: object = None
     _date: tuple[object, bytes] = (None, b"")
+    # Of which server, and its connections whose clients are waited for, since the longest first: in this order without
+    # looking at all of them, which would cost most when there are too many.
+    _of: object = None
+    _waited_for: ClassVar[dict[Door, None]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,9 +85,10 @@ class Door(HttpToolsProtocol):
         self._call: Call | None = None
         # When the request that has not come whole yet began to; at first, when the connection was made.
         self._waiting_since: float | None = self.loop.time()
-        self._answered_at = 0.0
-        self._in_head, self._head_bytes, self._chunk_bytes = False, 0, 0
-        self._completed = False
+        self._in_head, self._head_bytes, self._chunk_bytes, self._trailer_bytes = False, 0, 0, 0
+        # Not even with a library for them installed: they would leave the door, and who guards it.
+        self.ws_protocol_class = None
+        self._completed = self._body_came = False
         # No request has begun to come.
         self._between = True
         # What is wrong with what came behind requests that are still to be answered.
@@ -98,26 +103,23 @@ class Door(HttpToolsProtocol):
         if Door._swept is not self.server_state:
             Door._swept = self.server_state
             self.loop.call_later(_SWEEP_S, self._sweep)
+        if Door._of is not self.server_state:
+            Door._of, Door._waited_for = self.server_state, {}
+        self._waited_for[self] = None
         if len(self.connections) > self.application.max_connections:
             self._make_room()
 
     def _make_room(self) -> None:
         """End the connection whose client has been waited for the longest, be it for the rest of a request or for the
         next one; where all others are being answered, this one."""
-        others = [one for one in self.connections if one is not self and not one.transport.is_closing()]
         most = self.application.max_connections
-        if len(others) < most:
-            return
-        waited_for = [one for one in others if isinstance(one, Door) and not one._is_answering()]
         self.application.metrics.crowded.add()
-        if not waited_for:
+        first = next(iter(self._waited_for))
+        if first is self:
             self._refuse(OverloadedError(f"{most} connections are open and all are being answered"))
             return
-        first = min(waited_for, key=Door._silent_since)
+        del self._waited_for[first]
         first._end(OverloadedError(f"more than {most} connections were opened; this one was waited for the longest"))
-
-    def _silent_since(self) -> float:
-        return self._answered_at if self._waiting_since is None else self._waiting_since
 
     def _sweep(self) -> None:
         """End the connections whose requests take too long to come, and those whose clients take nothing of their
@@ -173,7 +175,7 @@ class Door(HttpToolsProtocol):
 
     def _has_enough(self) -> bool:
         """Whether nothing more is to be read before something is answered."""
-        return self._refusal is not None or sum(len(cycle.body) for cycle, _ in self.pipeline) > _MAX_AHEAD_BYTES
+        return self._refusal is not None or sum(_size(cycle) for cycle, _ in self.pipeline) > _MAX_AHEAD_BYTES
 
     def _is_answering(self) -> bool:
         """Whether a request that came whole, before the one at hand, is still to be answered."""
@@ -191,8 +193,16 @@ class Door(HttpToolsProtocol):
         # The parser ends a request with an upgrade at its head, and uvicorn then drops the body.
         if self._between:
             data = without_upgrade(data)
-        self._completed, self._chunk_bytes = False, len(data)
+        self._completed, self._body_came, self._chunk_bytes = False, False, len(data)
         super().data_received(data)
+        if self._between and not self._completed and self._waiting_since is None and not self._is_answering():
+            # What begins no request, an empty line say, has ended uvicorn's own waiting.
+            self._waiting_since = self.loop.time()
+        if not (self._in_head or self._between or self._body_came or self._completed):
+            # A chunk's first line, or what follows the last chunk: of that too the parser keeps what is not complete.
+            self._trailer_bytes += len(data)
+            if self._trailer_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(_too_large())
         # The parser keeps what is not complete yet to itself, however long it grows. Of a chunk that ends a request and
         # begins another nobody says how much is the other's: that part is not counted.
         if self._in_head and not self._completed:
@@ -226,23 +236,31 @@ class Door(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._between = False
         self._receiving = None
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._trailer_bytes = True, 0, 0
         self._waiting_since = self.loop.time()
+        if self._waited_for.pop(self, self) is None:
+            self._waited_for[self] = None
         super().on_message_begin()
+        self.scope[IS_LAST] = self.is_last  # type: ignore[literal-required]
 
     def on_headers_complete(self) -> None:
         # What came in one piece was not counted above.
         if self._chunk_bytes > _MAX_HEAD_BYTES and self._head_size() > _MAX_HEAD_BYTES:
             self._stop_parsing(_too_large())
-        self._in_head = False
+        if self.parser.should_upgrade():
+            # In other words than `without_upgrade` looks for; the parser would end the request at its head.
+            self._stop_parsing(InputError("HTTP/1.1 is spoken here alone: send no Upgrade, and no CONNECT"))
         call = self._usual_inference()
         if call is None:
+            # Which may not understand the address: until then the request at hand is none of its own.
             super().on_headers_complete()
+            self._in_head = False
             if len(self.pipeline) > _MAX_AHEAD:
                 self._stop_parsing(InputError(f"more than {_MAX_AHEAD} requests on one connection wait"))
             # What waits stops uvicorn's reading, and with it what would tell that the client has left.
             self.flow.resume_reading()
             return
+        self._in_head = False
         self._receiving = self._call = call
         # From here on uvicorn treats it as one of its own: what is pipelined behind it waits, shutting down too.
         self.cycle = call  # type: ignore[assignment]
@@ -252,7 +270,21 @@ class Door(HttpToolsProtocol):
         """Of address and headers, without what stands between them."""
         return len(self.url) + sum([len(name) + len(value) for name, value in self.headers])
 
+    def is_last(self) -> bool:
+        """Whether no request waits behind the one that is being answered."""
+        return not self.pipeline
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            super().on_header(name, value)
+            return
+        # Behind a body in chunks: nobody asked for any, and they must not pass for headers.
+        self._trailer_bytes += len(name) + len(value)
+        if self._trailer_bytes > _MAX_HEAD_BYTES:
+            self._stop_parsing(_too_large())
+
     def on_body(self, body: bytes) -> None:
+        self._body_came = True
         if self._receiving is None:
             super().on_body(body)
         else:
@@ -260,6 +292,7 @@ class Door(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._waiting_since, self._completed, self._between = None, True, True
+        self._waited_for.pop(self, None)
         if self._receiving is None:
             super().on_message_complete()
         else:
@@ -267,13 +300,15 @@ class Door(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._answered_at = self.loop.time()
+        if not self.transport.is_closing() and not self._is_answering():
+            self._waited_for.setdefault(self)
         # One that waited has become the one under way.
         self.flow.resume_reading()
         if self._refusal is not None and not self._is_answering() and not self.transport.is_closing():
             self._refuse(self._refusal)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._waited_for.pop(self, None)
         self._disconnect()
         super().connection_lost(exc)
         # They hold the connection as it holds them, and their bodies.
@@ -359,6 +394,11 @@ class _Reading(FlowControl):
     def resume_reading(self) -> None:
         if self.read_paused and not self._has_enough():
             super().resume_reading()
+
+
+def _size(cycle: RequestResponseCycle) -> int:
+    """Of a request that waits: its headers and what has come of its body."""
+    return len(cycle.body) + sum([len(name) + len(value) for name, value in cycle.scope["headers"]])
 
 
 def _too_large() -> HeadTooLargeError:

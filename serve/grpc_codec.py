@@ -36,6 +36,8 @@ def raws_in(request: Any, raw_input: RawInput | None) -> list[Any]:
         raise protocol.SharedMemoryError(f"{tensor.name}: shared memory is not supported", field=tensor.name)
     if not raw:
         if tensor.datatype == PIXELS:
+            # Counted before they are made Python's.
+            raw_input.check_pixels(tuple(tensor.shape), len(tensor.contents.uint_contents))
             return raw_input.from_numbers(list(tensor.contents.uint_contents), tuple(tensor.shape))
         return raw_input.from_contents(list(tensor.contents.bytes_contents), tuple(tensor.shape))
     if len(raw) != 1 or tensor.HasField("contents"):

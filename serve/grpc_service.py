@@ -46,6 +46,8 @@ _UNSUPPORTED = (
     "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting", "LogSettings",
 )  # fmt: skip
 _INFERENCES = ("ModelInfer", "ModelStreamInfer")
+# What gRPC can be told.
+_LARGEST_MESSAGE = 2**31 - 1
 # At once, however large a message of the model may be.
 _LEAST_CALLS = 32
 
@@ -67,7 +69,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=most_calls,
             options=[
-                ("grpc.max_receive_message_length", max_bytes),
+                ("grpc.max_receive_message_length", min(max_bytes, _LARGEST_MESSAGE)),
                 ("grpc.max_send_message_length", -1),
                 # Every worker listens on the port, and the kernel shares the connections out.
                 ("grpc.so_reuseport", 1),

@@ -170,8 +170,9 @@ async def _read_form(body: bytes, content_type: str, *, max_files: int) -> list[
     )  # fmt: skip
     try:
         form = await parser.parse()
-    except (MultiPartException, KeyError) as error:
-        message = getattr(error, "message", "no boundary in Content-Type")
+    except (MultiPartException, KeyError, LookupError, UnicodeError) as error:
+        # Which raises what it does for a charset that is none, and for bytes that are not in it.
+        message = getattr(error, "message", "Content-Type has no boundary, or no charset of this form")
         raise InputError(f"the form cannot be read: {message}", field="body") from None
     if not parser.is_whole:
         await form.close()

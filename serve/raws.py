@@ -56,7 +56,7 @@ class RawInput:
     def from_binary(self, data: memoryview, shape: tuple[int, ...], datatype: str = DATATYPE) -> list[Any]:
         """Each row's bytes, or its pixels. Raises InputError."""
         if datatype == PIXELS:
-            self._check_pixels(shape, len(data))
+            self.check_pixels(shape, len(data))
             return list(np.frombuffer(bytes(data), np.uint8).reshape(shape))
         found, offset = [], 0
         for row in range(self.rows(shape)):
@@ -92,17 +92,18 @@ class RawInput:
             raise self._error("data must be whole numbers from 0 to 255") from None
         if found.dtype.kind not in "iu" or not found.size or found.min() < 0 or found.max() > 255:
             raise self._error("data must be whole numbers from 0 to 255")
-        self._check_pixels(shape, found.size)
+        self.check_pixels(shape, found.size)
         return list(found.astype(np.uint8).reshape(shape))
 
-    def _check_pixels(self, shape: tuple[int, ...], size: int) -> None:
+    def check_pixels(self, shape: tuple[int, ...], size: int) -> None:
+        """Raises InputError where no such number of pixels has this shape."""
         form = "[n, height, width] or [n, height, width, 3]"
         if len(shape) not in (3, 4) or min(shape) < 1 or (len(shape) == 4 and shape[3] not in (1, 3)):
             raise self._error(f"{PIXELS} of shape {list(shape)}, expected {form}")
         if shape[0] > self.most:
             raise self._error(f"{shape[0]} rows, one to {self.most} in one request")
         if math.prod(shape) != size:
-            raise self._error(f"{size} values, shape {list(shape)} takes {math.prod(shape)}")
+            raise self._error(f"{size} values do not have the shape {list(shape)}")
 
     def from_contents(self, contents: list[bytes], shape: tuple[int, ...]) -> list[bytes]:
         """gRPC's `bytes_contents`. Raises InputError."""

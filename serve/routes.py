@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 INFER = "/v2/models/{name}/infer"
 # In a request's scope: the model that it is for.
 _MODEL = "dlops.model"
+# Likewise: a function that says whether no other request waits on the connection.
+IS_LAST = "dlops.is_last"
 # Likewise: the methods that a route has.
 _ALLOWED = "dlops.allowed"
 # Of what is asked of the repository.
@@ -194,7 +196,8 @@ class Application:
                 response = Response(status_code=499)  # nginx's number for it; nobody reads the answer
             except Exception as error:  # noqa: BLE001 - a request that hits a bug of ours gets an answer too
                 response = self.failed(error, where=f"{request.method} {route}", caller=_caller(request))
-            if self.draining:
+            # What waits behind it on the connection was accepted: the last one's answer ends it.
+            if self.draining and request.scope.get(IS_LAST, _always)():
                 response.headers["Connection"] = "close"
             model: ServedModel | None = request.scope.get(_MODEL)
             # A client may call a method as it likes; labels are from a fixed set.
@@ -431,6 +434,10 @@ def _check_finite(outputs: Feed) -> None:
         raise InputError(
             f"the model's {', '.join(wrong)} is not finite for this input", hint="is an input far out of its range?"
         )
+
+
+def _always() -> bool:
+    return True
 
 
 def _caller(request: Request) -> Caller:

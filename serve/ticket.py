@@ -50,6 +50,9 @@ class Ticket:
         """Drop the request, and give its place in the queue to others where it has not run; its answer goes nowhere."""
         self.is_dropped = True
         self._queue.leave(self)
+        # It would hold the request, and its tensors, until the deadline.
+        if self.timer is not None:
+            self.timer.cancel()
 
     def expire(self) -> None:
         """Its deadline has passed: where it still waits, say so now and not when an instance frees."""

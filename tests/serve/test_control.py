@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -259,6 +260,32 @@ def test_all_workers_follow_or_none_does(root: Path, folder: Path, add, monkeypa
         await other.control.end()
 
     asyncio.run(scenario())
+
+
+def test_a_worker_without_a_free_file_descriptor_follows_once_it_has_one(
+    root: Path, folder: Path, monkeypatch, capsys
+) -> None:
+    async def scenario() -> None:
+        async with begun(Worker(root, folder)) as worker:
+            looks: list[bool] = []
+            look = worker.control._catch_up
+
+            async def catch_up() -> None:
+                looks.append(True)
+                if len(looks) == 1:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                await look()
+
+            monkeypatch.setattr(worker.control, "_catch_up", catch_up)
+            monkeypatch.setattr(controls, "_FOLLOW_AGAIN_S", 0.01)
+            follower = asyncio.ensure_future(worker.control.follow())
+            while len(looks) < 3:
+                assert not follower.done()
+                await asyncio.sleep(0.01)
+            follower.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert "Too many open files" in capsys.readouterr().err
 
 
 def test_a_change_whose_client_left_comes_to_its_end(root: Path, folder: Path, add) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 import threading
@@ -23,6 +24,7 @@ from dlops.serve.launch import ServerProcess
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
+from dlops.serve.ticket import Ticket
 from dlops.serve.upgrade import without_upgrade
 from tests.serve.held import HeldSession
 
@@ -267,18 +269,24 @@ def test_pipelined_requests_are_answered_in_order(port) -> None:
 
 def waiting_bytes() -> int:
     (door,) = Door._swept.connections
-    return sum(len(cycle.body) for cycle, _ in door.pipeline)
+    return sum(
+        len(cycle.body) + sum(len(name) + len(value) for name, value in cycle.scope["headers"])
+        for cycle, _ in list(door.pipeline)
+    )
 
 
-def test_what_waits_behind_a_request_is_not_read_without_end(threaded_port, session) -> None:
+@pytest.mark.parametrize("where", ["body", "headers"])
+def test_what_waits_behind_a_request_is_not_read_without_end(threaded_port, session, where: str) -> None:
     session.gate.clear()
+    more: dict[str, Any] = {"parameters": {"pad": "x" * 60_000}} if where == "body" else {}
+    headers = "" if where == "body" else "X: " + "x" * 60_000 + "\r\n"
     # What is read at once may be a quarter of a megabyte more.
     limit = 400_000
     with connected(threaded_port) as connection:
         connection.send(request_of(images(0)))
         assert session.entered.wait(10)
         values = [1 + place % 7 for place in range(120)]
-        rest = b"".join(request_of(images(value), parameters={"pad": "x" * 60_000}) for value in values)
+        rest = b"".join(request_of(images(value), headers=headers, **more) for value in values)
         sending = threading.Thread(target=connection.send, args=(rest,))
         sending.start()
         (door,) = Door._swept.connections
@@ -294,7 +302,9 @@ def test_what_waits_behind_a_request_is_not_read_without_end(threaded_port, sess
 
 
 @pytest.mark.parametrize("headers", ["", "Accept-Encoding: gzip\r\n"], ids=["ours", "the usual way"])
-@pytest.mark.parametrize("behind", ["no request", "half a request", "half a request the usual way"])
+@pytest.mark.parametrize(
+    "behind", ["no request", "no address", "a tunnel", "an upgrade", "half a request", "half a request the usual way"]
+)
 def test_what_is_wrong_behind_a_request_is_said_after_its_answer(
     digits_artifact, session, monkeypatch, headers: str, behind: str
 ) -> None:
@@ -304,6 +314,9 @@ def test_what_is_wrong_behind_a_request_is_said_after_its_answer(
     model = ServedModel(digits_artifact, [session], settings, app.metrics)
     more = {
         "no request": b"\x16\x03\x01 garbage\r\n\r\n",
+        "no address": b"GET http:// HTTP/1.1\r\nHost: x\r\n\r\n",
+        "a tunnel": b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+        "an upgrade": b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUPGRADE: websocket\r\n\r\n",
         "half a request": request_of(images(2))[:-100],
         "half a request the usual way": request_of(images(2), headers="Accept-Encoding: gzip\r\n")[:-100],
     }[behind]
@@ -311,13 +324,13 @@ def test_what_is_wrong_behind_a_request_is_said_after_its_answer(
     with listening(app, model) as port, connected(port) as connection:
         connection.send(request_of(images(1), headers=headers))
         assert session.entered.wait(10)
-        connection.send(more)
+        connection.send(request_of(images(3), headers=headers) + more)
         (door,) = Door._swept.connections
         assert within(10, lambda: door._refusal is not None)
         session.gate.set()
-        assert logits_in(*connection.answer())[0, 0] == 1
+        assert [logits_in(*connection.answer())[0, 0] for _ in range(2)] == [1, 3]
         response, body = connection.answer()
-        assert response.status == (400 if behind == "no request" else 408), body
+        assert response.status == (408 if behind.startswith("half") else 400), body
         assert response.headers["connection"] == "close"
         assert connection.is_at_end()
     assert app.bodies.pending_bytes == 0
@@ -483,6 +496,88 @@ def test_a_slow_sender_is_not_waited_for_and_holds_nothing(
             assert "in time" in json.loads(body)["error"]
         assert slow.is_at_end()
     assert model.queue.close(timeout_s=10)
+
+
+@pytest.mark.parametrize("before", [b"", b"\r\n", b"\r\n\r\n"], ids=["nothing", "a line", "two lines"])
+def test_a_connection_that_begins_no_request_ends(monkeypatch, digits_artifact, session, before: bytes) -> None:
+    monkeypatch.delenv("DLOPS_CELLS_DIR", raising=False)
+    settings = Settings(receive_timeout_s=0.5)
+    app = Application(settings)
+    model = ServedModel(digits_artifact, [session], settings, app.metrics)
+    with listening(app, model, timeout_keep_alive=1) as port, connected(port) as idle:
+        idle.send(request_of(images(1)))
+        assert logits_in(*idle.answer())[0, 0] == 1
+        idle.send(before)
+        assert idle.is_at_end()
+    assert model.queue.close(timeout_s=10)
+
+
+def chunked(*, trailers: bytes) -> bytes:
+    body, length = body_of(images(3))
+    head = f"POST {ADDRESS} HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: {length}\r\n"
+    return head.encode() + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n%b" % (len(body), body, trailers)
+
+
+def test_trailers_are_no_headers(port) -> None:
+    with connected(port) as connection:
+        connection.send(chunked(trailers=b"X-Request-Id: behind\r\nContent-Encoding: gzip\r\n\r\n"))
+        response, body = connection.answer()
+        assert logits_in(response, body)[0, 0] == 3
+        assert response.headers.get("x-request-id") != "behind"
+        connection.send(request_of(images(4)))
+        assert logits_in(*connection.answer())[0, 0] == 4
+
+
+@pytest.mark.parametrize("trailers", [b"ab: cd\r\n" * 50_000, b"ab: " + b"x" * 400_000], ids=["many", "a long one"])
+def test_trailers_without_end_are_refused(port, app, trailers: bytes) -> None:
+    with connected(port) as connection:
+        sending = threading.Thread(target=send_all_that_is_taken, args=(connection, chunked(trailers=trailers)))
+        sending.start()
+        response, body = connection.answer()
+        sending.join(10)
+        assert (response.status, response.headers["connection"]) == (431, "close"), body
+    assert within(5, lambda: app.bodies.pending_bytes == 0)
+
+
+def send_all_that_is_taken(connection: Client, data: bytes) -> None:
+    for start in range(0, len(data), 10_000):
+        try:
+            connection.send(data[start : start + 10_000])
+        except ConnectionError:
+            return
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("headers", ["", "Accept-Encoding: gzip\r\n"], ids=["ours", "the usual way"])
+def test_who_leaves_leaves_nothing_until_the_deadline(threaded_port, session, app, headers: str) -> None:
+    session.gate.clear()
+    (model,) = app.models
+    with connected(threaded_port) as first:
+        first.send(request_of(images(0)))
+        assert session.entered.wait(10)
+        with connected(threaded_port) as leaving:
+            leaving.send(request_of(images(123), headers=headers + "X-Request-Timeout-Ms: 999999999\r\n"))
+            assert within(5, lambda: model.queue.rows_waiting == 1)
+        assert within(5, lambda: model.queue.rows_waiting == 0)
+        session.gate.set()
+        assert logits_in(*first.answer())[0, 0] == 0
+    gc.collect()
+    left = [one for one in gc.get_objects() if isinstance(one, Ticket) and one.deadline_ns is not None]
+    assert left == []
+
+
+@pytest.mark.parametrize("headers", ["", "Accept-Encoding: gzip\r\n"], ids=["ours", "the usual way"])
+def test_requests_in_a_row_are_all_answered_while_the_server_ends(threaded_port, session, app, headers: str) -> None:
+    session.gate.clear()
+    with connected(threaded_port) as connection:
+        connection.send(b"".join(request_of(images(value), headers=headers) for value in (1, 2, 3)))
+        assert session.entered.wait(10)
+        (door,) = Door._swept.connections
+        assert within(5, lambda: len(door.pipeline) == 2)
+        app.drain()
+        session.gate.set()
+        answers = [connection.answer() for _ in range(3)]
+    assert [logits_in(*answer)[0, 0] for answer in answers] == [1, 2, 3]
 
 
 def test_many_who_announce_much_and_send_little_keep_nobody_out(port, app) -> None:
@@ -675,8 +770,6 @@ def test_a_server_of_bentoml_has_the_door_in_it(server: ServerProcess, digits_ar
 
 
 def test_what_was_answered_is_let_go_of_at_once(port, app) -> None:
-    import gc
-
     from dlops.serve.call import Call
 
     gc.collect()

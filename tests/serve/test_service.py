@@ -101,6 +101,7 @@ def bomb() -> bytes:
     )
 
 
+FORM = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nx\r\n--x--\r\n'
 PNG = {"Content-Type": "image/png"}
 JSON = {"Content-Type": "application/json"}
 
@@ -129,6 +130,7 @@ JSON = {"Content-Type": "application/json"}
         (b"--x\r\n\r\n", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "body"),
         (b"--x--", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "image"),
         (b"--x--", {"Content-Type": "multipart/form-data"}, 400, "body"),
+        (FORM, {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"}, 400, "body"),
         (bytes(300_000), PNG, 413, "body"),
         (b"x", PNG | {"Content-Encoding": "br"}, 400, "Content-Encoding"),
         (b"x", PNG | {"Content-Encoding": "gzip"}, 400, "body"),
