@@ -13,6 +13,7 @@ from typing import Any
 from dlops.bench import pacing
 from dlops.bench.transport import Answer, Listener, TransportName
 from dlops.grpc_messages import grpc
+from dlops.wire_format import fields
 
 # Of ModelInferResponse.
 _RAW_OUTPUT_CONTENTS = 6
@@ -178,35 +179,10 @@ def raw_bytes(message: bytes) -> int:
 
     By the lengths of its fields alone: between two calls there is no time to decode it.
     """
-    total = place = 0
-    while place < len(message):
-        try:
-            key, place = _varint(message, place)
-            match key & 7:
-                case 0:
-                    _, place = _varint(message, place)
-                case 1:
-                    place += 8
-                case 2:
-                    length, place = _varint(message, place)
-                    place += length
-                    total += length if key >> 3 == _RAW_OUTPUT_CONTENTS else 0
-                case 5:
-                    place += 4
-                case _:
-                    return -1
-        except IndexError:
-            return -1
-    return total if place == len(message) else -1
-
-
-def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """(number, where it ends). Raises IndexError where it does not."""
-    number = shift = 0
-    while (byte := message[place]) & 0x80:
-        number |= (byte & 0x7F) << shift
-        shift, place = shift + 7, place + 1
-    return number | byte << shift, place + 1
+    try:
+        return sum([end - begin for number, begin, end in fields(message) if number == _RAW_OUTPUT_CONTENTS])
+    except ValueError:
+        return -1
 
 
 def _failed(error: Any) -> Answer:

@@ -14,6 +14,36 @@ from dlops.serve.model import ServedModel
 from dlops.serve.protocol import Wanted
 from dlops.serve.raws import PIXELS, RawInput
 from dlops.signature import Array, Feed, Signature
+from dlops.wire_format import fields
+
+# Of ModelInferRequest, and of an input in it.
+_INPUTS, _OUTPUTS, _TENSOR_CONTENTS = 5, 6, 5
+_MOST_PARTS = 20_000
+
+
+def check_parts(body: bytes) -> None:
+    """Raise InputError where a ModelInferRequest is none, or has more parts than it needs: each may be sent in two
+    bytes, and costs a hundred once it is made."""
+    seen = 0
+    try:
+        for number, begin, end in fields(body):
+            seen += 1
+            if number in (_INPUTS, _OUTPUTS):
+                for inner, inner_begin, inner_end in fields(body, begin, end):
+                    seen += 1
+                    if number == _INPUTS and inner == _TENSOR_CONTENTS:
+                        for _ in fields(body, inner_begin, inner_end):
+                            seen += 1
+                            _check_count(seen)
+                    _check_count(seen)
+            _check_count(seen)
+    except ValueError:
+        raise InputError("the message is no ModelInferRequest") from None
+
+
+def _check_count(parts: int) -> None:
+    if parts > _MOST_PARTS:
+        raise InputError(f"the message has more than {_MOST_PARTS} parts", hint="send numbers in raw_input_contents")
 
 
 def timeout_us(request: Any) -> int | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from dlops.errors import DlopsError, InputError, MachineError
@@ -25,7 +26,7 @@ from dlops.grpc_messages import (
 from dlops.serve import protocol
 from dlops.serve.accounts import Caller
 from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError, deadline_ns, statuses
-from dlops.serve.grpc_codec import feed_in, raws_in, response_of, timeout_us, wanted_by
+from dlops.serve.grpc_codec import check_parts, feed_in, raws_in, response_of, timeout_us, wanted_by
 from dlops.serve.guard import REQUEST_ID
 from dlops.serve.model import ServedModel
 from dlops.serve.outcome import OverloadedError
@@ -46,6 +47,8 @@ _UNSUPPORTED = (
     "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting", "LogSettings",
 )  # fmt: skip
 _INFERENCES = ("ModelInfer", "ModelStreamInfer")
+# Of a message that is no inference.
+_MAX_CONTROL_BYTES = 64 * 1024
 # What gRPC can be told.
 _LARGEST_MESSAGE = 2**31 - 1
 # At once, however large a message of the model may be.
@@ -300,10 +303,12 @@ def _handlers(servicer: _Servicer) -> Any:
     handlers = {}
     for method in service.methods:
         streams = method.name == "ModelStreamInfer"
+        read = _reader(message_factory.GetMessageClass(method.input_type))
         handler = grpc.stream_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
         handlers[method.name] = handler(
-            servicer.ModelStreamInfer if streams else _refusing_malformed(servicer, method.name),
-            request_deserializer=_reader(message_factory.GetMessageClass(method.input_type)),
+            servicer.ModelStreamInfer if streams else _reading(servicer, method.name, read),
+            # Of a single call it is read once it is known who asks.
+            request_deserializer=read if streams else None,
             response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
         )
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
@@ -314,25 +319,38 @@ def _reader(kind: Any) -> Callable[[bytes], Any]:
 
     def read(body: bytes) -> Any:
         try:
+            if kind is service_pb2.ModelInferRequest:
+                check_parts(body)
+            elif len(body) > _MAX_CONTROL_BYTES:
+                return InputError(f"a {kind.DESCRIPTOR.name} of more than {_MAX_CONTROL_BYTES} bytes")
             return kind.FromString(body)
         except DecodeError:
             return InputError(f"the message is no {kind.DESCRIPTOR.name}")
+        except InputError as error:
+            return error
 
     return read
 
 
-def _refusing_malformed(servicer: _Servicer, name: str) -> Callable[[Any, Context], Awaitable[Any]]:
+def _reading(
+    servicer: _Servicer, name: str, read: Callable[[bytes], Any]
+) -> Callable[[bytes, Context], Awaitable[Any]]:
     answer = getattr(servicer, name)
 
-    async def refuse(error: InputError) -> None:
+    async def refuse(error: DlopsError) -> None:
         raise error
 
-    async def answer_or_refuse(request: Any, context: Context) -> Any:
-        if isinstance(request, InputError):
-            return await servicer._answered(name, context, lambda: refuse(request))
+    async def read_and_answer(body: bytes, context: Context) -> Any:
+        try:
+            servicer._guard(name, context)
+            request = read(body)
+        except DlopsError as error:
+            request = error
+        if isinstance(request, DlopsError):
+            return await servicer._answered(name, context, partial(refuse, request))
         return await answer(request, context)
 
-    return answer_or_refuse
+    return read_and_answer
 
 
 def _caller(context: Context) -> Caller:

@@ -160,8 +160,15 @@ def heads(draw: Draw) -> bytes:
     return whole(draw.choice([INFER, "/predict", "/v2/repository/index"]), b"{}", odd)
 
 
+def targets(draw: Draw) -> bytes:
+    """Addresses that are none."""
+    nowhere = "/" + chr(draw.randrange(128, 256))
+    target = draw.choice(["http://", "http://[::1", "x:1", "*", "/%zz", "?", "#", "a", nowhere])
+    return whole(target, b"", method=draw.choice(["GET", "POST", "CONNECT", "OPTIONS"]))
+
+
 KINDS: tuple[Callable[[Draw], bytes], ...] = (
-    truncated, garbage, flipped, oversized, bombs, pictures, forms, heads,
+    truncated, garbage, flipped, oversized, bombs, pictures, forms, heads, targets,
 )  # fmt: skip
 
 
