@@ -67,7 +67,7 @@ RESNET20 = Case(
 RESNET18 = Case(
     name="resnet18", title="Every variant of a ResNet-18 at 224×224 on photos",
     data=os.environ.get("DLOPS_PHOTOS", ""), preset=None,
-    settings=("network=resnet18", "image_size=224", "precision=bf16"), tuning=(("epochs=8",),),
+    settings=("network=resnet18", "image_size=224", "precision=bf16"), tuning=(("image_size=224", "epochs=8"),),
 )  # fmt: skip
 
 
