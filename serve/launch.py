@@ -6,6 +6,7 @@ import http.client
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from dlops.console import say
 from dlops.errors import MachineError, UsageError, missing_package
 from dlops.runtimes.session import Device
 from dlops.serve.log import Log
-from dlops.serve.ports import authority, numeric_host, reachable, usable_port
+from dlops.serve.ports import authority, keep_port, numeric_host, reachable, usable_port
 from dlops.serve.repository import Entry, Repository, absolute, open_entry
 from dlops.serve.settings import ModelControl, Settings, variable
 from dlops.serve.supervision import ARBITER_PID, CELLS_DIR, FAILURE_FILE, STOP_ON_STDIN_EOF, Family, read_failure
@@ -140,6 +141,7 @@ class ServerProcess:
         self._stop_timeout_s = stop_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._kept: list[socket.socket | None] = []
         self.port = 0
         self.url = ""
         self.grpc_port: int | None = None
@@ -169,6 +171,9 @@ class ServerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="dlops-serve-")
         failure_file = Path(self._folder.name) / "failure.json"
         try:
+            self._kept.append(keep_port(address, self.port))
+            if self.grpc_port is not None:
+                self._kept.append(keep_port(address, self.grpc_port, option="--grpc-port"))
             with self.log_path.open("wb") as log:
                 self._process = _start(
                     address,
@@ -196,6 +201,10 @@ class ServerProcess:
         process, self._process = self._process, None
         if process is not None:
             _end(process, timeout_s=self._stop_timeout_s)
+        kept, self._kept = self._kept, []
+        for keeper in kept:
+            if keeper is not None:
+                keeper.close()
         folder, self._folder = self._folder, None
         if folder is not None:
             folder.cleanup()

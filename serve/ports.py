@@ -6,6 +6,8 @@ import errno
 import ipaddress
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dlops.errors import MachineError, UsageError, from_os_error
 
@@ -47,6 +49,37 @@ def claim_port(address: str, port: int) -> None:
         claim.close()
         raise _taken(address, port, "--port") from None
     _HELD.append(claim)
+
+
+def keep_port(address: str, port: int, *, option: str = "--port") -> socket.socket | None:
+    """Keep a port that is free until whoever is to serve on it opens it; closing what is returned gives it up.
+
+    Nothing listens on it here, so a server may that takes ports whose connections are in TIME_WAIT, as all do. Nobody
+    is given it as a free one, for which the seconds that a server takes to start are long enough. None where the system
+    does not tell these two apart. Raises MachineError where it was taken since it was looked for.
+    """
+    if sys.platform != "linux":
+        return None
+    keeper = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    # The one for servers that take it alone, the other for those that share it.
+    for allowed in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        keeper.setsockopt(socket.SOL_SOCKET, allowed, 1)
+    try:
+        keeper.bind((address, port))
+    except OSError:
+        keeper.close()
+        raise _taken(address, port, option) from None
+    return keeper
+
+
+@contextmanager
+def kept_free_port() -> Iterator[int]:
+    """A free port on loopback that nobody else is given for as long as this process lives, after the block too."""
+    port = usable_port("127.0.0.1", 0)
+    keeper = keep_port("127.0.0.1", port)
+    if keeper is not None:
+        _HELD.append(keeper)
+    yield port
 
 
 def numeric_host(host: str) -> str:

@@ -16,7 +16,7 @@ from typing import NoReturn
 from dlops.console import say
 from dlops.errors import DlopsError, UsageError
 from dlops.serve import supervision
-from dlops.serve.ports import authority, claim_port, hold_port, numeric_host, usable_port
+from dlops.serve.ports import authority, claim_port, hold_port, kept_free_port, numeric_host, usable_port
 from dlops.serve.settings import Settings, variable
 from dlops.serve.tls import Tls
 
@@ -45,6 +45,7 @@ except UsageError as error:
     _stop(error)
 
 import bentoml  # noqa: E402
+import bentoml._internal.utils  # noqa: E402
 import click  # noqa: E402
 from bentoml._internal.configuration.containers import BentoMLContainer  # noqa: E402
 from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
@@ -103,6 +104,9 @@ class Service:
         if port is not None:
             # The same for all workers, and held for them.
             os.environ[variable("grpc_port")] = str(port)
+        # BentoML finds the two ports on which its arbiter is told things, lets them go and opens them a moment later,
+        # when another process may have them.
+        bentoml._internal.utils.reserve_free_port = kept_free_port  # type: ignore[assignment]
         supervision.become_arbiter()
         write_state(Path(os.environ[supervision.CELLS_DIR]), state)
 

@@ -214,7 +214,10 @@ def test_ctrl_c_before_the_longer_run_has_anything_keeps_the_pilot(
     def second_is_interrupted(*arguments, **options):
         if made:
             raise KeyboardInterrupt
-        made.append(real(*arguments, **options))
+        row, *rest = real(*arguments, **options)
+        # What saturates is not measured for longer, and a machine that stands still for a moment looks like that.
+        row = row.model_copy(update={"verdict": row.verdict.model_copy(update={"reasons": ()})})
+        made.append((row, *rest))
         return made[0]
 
     monkeypatch.setattr(service_rows, load, second_is_interrupted)
