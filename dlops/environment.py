@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from dlops.cgroups import allowed_cores, allowed_memory
 from dlops.manifest import Record
 
 _PACKAGES = (
@@ -69,22 +70,17 @@ def describe_environment() -> Environment:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, cut to the container's CPU quota."""
+    """Cores that this process may use: its affinity, cut to the tightest CPU quota of the control groups around it."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):  # not Linux, or no cgroup v2: there is no quota to read
-        return affinity
-    return affinity if quota == "max" else max(1, min(affinity, round(int(quota) / int(period))))
+    quota = allowed_cores()
+    return affinity if quota is None else max(1, min(affinity, round(quota)))
 
 
 def available_memory() -> int:
-    """Bytes that this process may use: the machine's memory, cut to the container's limit."""
+    """Bytes that this process may use: the machine's memory, cut to the tightest limit of the groups around it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # not Linux, no cgroup v2, or "max": there is no limit
-        return physical
+    limit = allowed_memory()
+    return physical if limit is None else min(physical, limit)
 
 
 def installed_packages(names: tuple[str, ...]) -> dict[str, str]:

@@ -22,22 +22,17 @@ def test_this_machine_is_described() -> None:
     assert Environment.model_validate_json(found.model_dump_json()) == found
 
 
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8), ("odd", 8)],
-)
-def test_cores_are_cut_to_the_containers_quota(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+@pytest.mark.parametrize(("quota", "cores"), [(None, 8), (2.0, 2), (0.5, 1), (1.6, 2), (99.0, 8)])
+def test_cores_are_cut_to_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float | None, cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(Path, "read_text", lambda self: quota)
+    monkeypatch.setattr(environment, "allowed_cores", lambda: quota)
     assert available_cores() == cores
 
 
-@pytest.mark.parametrize(
-    ("limit", "memory"), [("max\n", 2**40), ("536870912\n", 2**29), (f"{2**50}\n", 2**40), ("odd", 2**40)]
-)
-def test_memory_is_cut_to_the_containers_limit(monkeypatch: pytest.MonkeyPatch, limit: str, memory: int) -> None:
+@pytest.mark.parametrize(("limit", "memory"), [(None, 2**40), (2**29, 2**29), (2**50, 2**40)])
+def test_memory_is_cut_to_the_limit(monkeypatch: pytest.MonkeyPatch, limit: int | None, memory: int) -> None:
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**28}[name])
-    monkeypatch.setattr(Path, "read_text", lambda self: limit)
+    monkeypatch.setattr(environment, "allowed_memory", lambda: limit)
     assert available_memory() == memory
 
 
