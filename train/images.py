@@ -68,11 +68,15 @@ class Images:
         return len(self.data.labels)
 
 
-def prepare(data: DataSet, *, image_size: int | None, channels: Literal[1, 3] | None, skip_corrupt: bool) -> Images:
+def prepare(
+    data: DataSet, *, image_size: int | None, channels: Literal[1, 3] | None, skip_corrupt: bool,
+    like: Preprocess | None = None,
+) -> Images:  # fmt: skip
     """Decode every image of `data`, in parallel.
 
     image_size: height and width; None takes the images' own size where all agree and it is at most 128, else
-    min(128, their median shorter side). channels: 1 grey, 3 colour; None takes 1 where every image is grey.
+    min(128, their median shorter side). channels: 1 grey, 3 colour; None takes 1 where every image is grey. like: of
+    which size and colour are taken where neither is given.
     Raises CorruptError naming the images that cannot be read or decoded, unless `skip_corrupt`: they are then left
     out, and the data set's `skipped` names them.
     """
@@ -82,12 +86,14 @@ def prepare(data: DataSet, *, image_size: int | None, channels: Literal[1, 3] | 
         seen = [header for split in headers.values() for header in split if header is not None]
         mode: Mode = "RGB" if channels == 3 or (channels is None and any(h.colour for h in seen)) else "L"
         sizes = Counter((h.height, h.width) for h in seen)
-        size, geometry = choose_geometry(sizes, image_size=image_size)
-        spatial: tuple[Step, ...] = (Decode(mode=mode), *geometry)
-        shape = (3 if mode == "RGB" else 1, *size)
+        if like is not None and like.input == "image" and image_size is None and channels is None:
+            first, shape = spatial(like.steps), like.shape
+        else:
+            size, geometry = choose_geometry(sizes, image_size=image_size)
+            first, shape = (Decode(mode=mode), *geometry), (3 if mode == "RGB" else 1, *size)
         _check_memory(sum(len(split) for _, split in _splits(data)), shape)
         # Scaled by 1 the tensor holds the pixel values themselves: the same code as in serving, before its last steps.
-        decoding = Preprocess(input="image", shape=shape, steps=(*spatial, Scale(factor=1.0)))
+        decoding = Preprocess(input="image", shape=shape, steps=(*first, Scale(factor=1.0)))
         decoded, damaged = {}, {}
         for name, split in _splits(data):
             decoded[name], damaged[name] = _decode(name, split, decoding)
@@ -96,9 +102,9 @@ def prepare(data: DataSet, *, image_size: int | None, channels: Literal[1, 3] | 
         # Once more without them: what a damaged image's header said of its size must not shape the others.
         data, kept = _drop(data, damaged, skip_corrupt)
         headers = {name: [headers[name][i] for i in kept[name]] for name in headers}
-    _say_what_was_done(data, sizes, geometry, image_size)
+    _say_what_was_done(data, sizes, first, image_size)
     mean, std = _statistics(decoded["train"])
-    preprocess = Preprocess(input="image", shape=shape, steps=(*spatial, Scale(), Normalize(mean=mean, std=std)))
+    preprocess = Preprocess(input="image", shape=shape, steps=(*first, Scale(), Normalize(mean=mean, std=std)))
     return Images(
         data=data,
         preprocess=preprocess,
@@ -107,6 +113,11 @@ def prepare(data: DataSet, *, image_size: int | None, channels: Literal[1, 3] | 
             for name, split in _splits(data)
         },
     )
+
+
+def spatial(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Those that make pixels of an image file, without what is done to their values."""
+    return tuple(step for step in steps if not isinstance(step, (Scale, Normalize)))
 
 
 @dataclass(frozen=True, slots=True)

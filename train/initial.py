@@ -8,39 +8,44 @@ from pathlib import Path
 
 from dlops.checkpoint import Checkpoint, load_checkpoint
 from dlops.errors import UsageError
-from dlops.preprocess import Normalize, Scale, Step
 from dlops.samples import Samples
-from dlops.train.images import Images
+from dlops.train.images import Images, spatial
 from dlops.train.optimizers import LEARNING_RATES, OptimizerName
 
 # A trained network is near its goal: at the full rate it would first leave it.
 FINE_TUNING = 0.1
 
 
-def open_initial(path: str, images: Images) -> tuple[Checkpoint, Images]:
-    """The checkpoint at `path`, and the images normalized as its network knows them.
+def open_initial(path: str) -> Checkpoint:
+    """The checkpoint at `path`. Raises UsageError where no recipe can train its network."""
+    initial = load_checkpoint(Path(path))
+    if initial.spec.builder is None:
+        whose = initial.spec.source or "a module of your own"
+        raise UsageError(
+            f"{path}: it holds the weights of {whose}, whose code no recipe has",
+            hint="a checkpoint of a recipe, or of torchvision: or timm:, can be fine-tuned",
+        )
+    return initial
+
+
+def as_initial_knows(initial: Checkpoint, images: Images) -> Images:
+    """The images normalized as its network knows them.
 
     Raises UsageError where its classes, or size and colour of its images, are others than the data's.
     """
-    initial = load_checkpoint(Path(path))
-    spec = initial.spec
-    if spec.builder is None:
-        raise UsageError(
-            f"{path}: it holds the weights of {spec.source or 'a module of your own'}, whose code no recipe has",
-            hint="a checkpoint of a recipe, or of torchvision: or timm:, can be fine-tuned",
-        )
+    path, spec = initial.directory, initial.spec
     if spec.labels != images.data.labels:
         raise UsageError(
             f"{path}: {initial.name} tells {_shown(spec.labels)} apart, {images.data.name} has "
             f"{_shown(images.data.labels)}",
             hint="fine-tune on data of the same classes",
         )
-    if spec.preprocess is None or _spatial(spec.preprocess.steps) != _spatial(images.preprocess.steps):
+    if spec.preprocess is None or spatial(spec.preprocess.steps) != spatial(images.preprocess.steps):
         raise UsageError(
             f"{path}: {initial.name} takes images decoded or resized otherwise than {images.data.name} is here",
-            hint="set data, image_size and channels as in its own config",
+            hint="leave out image_size and channels: they are its own",
         )
-    return initial, replace(images, preprocess=spec.preprocess)
+    return replace(images, preprocess=spec.preprocess)
 
 
 def fine_tuning_rate(optimizer: OptimizerName) -> float:
@@ -64,10 +69,6 @@ def with_dense_answers(evaluation: Samples, initial: Checkpoint) -> Samples:
             hint="fine-tune it on the data of the dense checkpoint, with its split_seed",
         )
     return replace(evaluation, outputs=answered.outputs)
-
-
-def _spatial(steps: Sequence[Step]) -> list[Step]:
-    return [step for step in steps if not isinstance(step, (Scale, Normalize))]
 
 
 def _shown(labels: Sequence[str]) -> str:

@@ -154,6 +154,17 @@ def test_fine_tuning_starts_from_the_weights_that_are_named_and_on_data_that_fit
         trained(f"init={pruned.directory}", "split_seed=1")
 
 
+def test_images_are_of_the_size_and_colour_of_init_s_unless_another_is_named() -> None:
+    start = trained("image_size=10", "channels=3", "epochs=1")
+    tuned = trained(f"init={start.directory}", "epochs=1")
+    assert tuned.spec.preprocess == start.spec.preprocess
+    assert tuned.spec.preprocess is not None
+    assert tuned.spec.preprocess.shape == (3, 10, 10)
+    for named in ("image_size=12", "channels=1"):
+        with pytest.raises(UsageError, match=r"decoded or resized otherwise.*leave out image_size and channels"):
+            trained(f"init={start.directory}", named)
+
+
 def test_a_preset_that_names_the_network_of_init_goes_with_it() -> None:
     start = trained("network=resnet20", "epochs=1")
     config = configure(

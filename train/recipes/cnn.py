@@ -21,7 +21,7 @@ from dlops.train.devices import Accelerator, Precision, check_finite, launch, ma
 from dlops.train.evaluation import validate
 from dlops.train.finish import chosen_samples, write_checkpoint
 from dlops.train.images import MIN_SIZE, Images, prepare
-from dlops.train.initial import fine_tuning_rate, open_initial, with_dense_answers
+from dlops.train.initial import as_initial_knows, fine_tuning_rate, open_initial, with_dense_answers
 from dlops.train.models.cnn import numbers_for
 from dlops.train.optimizers import OptimizerName, build_optimizer, set_learning_rate
 from dlops.train.qat import Rounding
@@ -149,15 +149,16 @@ def train(config: Config, run: Run) -> Checkpoint:
     # Before the data is read: a missing device should not take a minute to be noticed.
     check_batch_size(config.batch_size, devices=config.devices)
     fabric = make_fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
+    initial = None if config.init is None else open_initial(config.init)
     images = prepare(
         open_data(config.data, split_seed=config.split_seed),
         image_size=config.image_size,
         channels=config.channels,
         skip_corrupt=config.skip_corrupt,
+        like=None if initial is None else initial.spec.preprocess,
     )
-    initial = None
-    if config.init is not None:
-        initial, images = open_initial(config.init, images)
+    if initial is not None:
+        images = as_initial_knows(initial, images)
         if config.network != "cnn" and built(config, images) != (initial.spec.builder, initial.spec.kwargs):
             raise UsageError(
                 f"{config.init}: {initial.name} is no {config.network}",
