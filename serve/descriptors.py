@@ -19,7 +19,7 @@ def raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def allowed_connections() -> int:
-    """As many as its file descriptors allow."""
+def allowed_connections(*, ports: int = 1) -> int:
+    """As many to each of so many ports as its file descriptors allow."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(int(soft * _SHARE), _MOST_CONNECTIONS)
+    return _MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(int(soft * _SHARE) // ports, _MOST_CONNECTIONS)

@@ -34,6 +34,7 @@ from dlops.serve.answers import (
 )
 from dlops.serve.call import Call
 from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS
+from dlops.serve.lingering import LingeringTransport
 from dlops.serve.outcome import OverloadedError
 from dlops.serve.outgoing import Outgoing
 from dlops.serve.ports import authority
@@ -95,9 +96,12 @@ class Door(HttpToolsProtocol):
         self._refusal: DlopsError | None = None
         # Why the parser was stopped, where it was not by itself.
         self._stopped: InputError | None = None
+        # What came is no request, so of what follows nobody knows whose it is.
+        self._is_lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.transport = self._lingering = LingeringTransport(transport, self._has_more, loop=self.loop)
         self.flow = _Reading(transport, self._has_enough)
         self._outgoing = Outgoing(transport)
         if Door._swept is not self.server_state:
@@ -120,6 +124,7 @@ class Door(HttpToolsProtocol):
             return
         del self._waited_for[first]
         first._end(OverloadedError(f"more than {most} connections were opened; this one was waited for the longest"))
+        first._lingering.close_now()
 
     def _sweep(self) -> None:
         """End the connections whose requests take too long to come, and those whose clients take nothing of their
@@ -132,7 +137,9 @@ class Door(HttpToolsProtocol):
             if connection.flow.read_paused and connection._waiting_since is not None:
                 # It is we who do not read.
                 connection._waiting_since = now
-            if (connection._waiting_since or limit) < limit:
+            if connection._lingering.lingers:
+                connection._lingering.end_if_late(now)
+            elif (connection._waiting_since or limit) < limit:
                 connection._time_out()
             if connection._outgoing.stalled_s(now) > self.application.send_timeout_s:
                 connection._drop()
@@ -153,7 +160,8 @@ class Door(HttpToolsProtocol):
         call = self._receiving
         if call is not None and not call.response_complete:
             call.give_up(error)
-        self.transport.close()
+        else:
+            self._lingering.close_now()
 
     def _drop(self) -> None:
         """The client takes nothing. Closing would wait for it, and may do so already."""
@@ -187,7 +195,20 @@ class Door(HttpToolsProtocol):
         """The request whose head has come and whose body has not."""
         return None if self._between or self._in_head else self._receiving or self.cycle
 
+    def _has_more(self) -> bool:
+        """Whether the client may still send what belongs to a request, or to what was taken for none."""
+        return self._is_lost or not self._between
+
+    def shutdown(self) -> None:
+        if self._lingering.lingers:
+            self._lingering.close_now()
+            return
+        super().shutdown()
+
     def data_received(self, data: bytes) -> None:
+        if self._lingering.lingers:
+            self._lingering.note_more()
+            return
         if self._refusal is not None:
             return
         # The parser ends a request with an upgrade at its head, and uvicorn then drops the body.
@@ -231,6 +252,7 @@ class Door(HttpToolsProtocol):
         response = error_response(error)
         now_ns = time.perf_counter_ns()
         self.application.accounts.count("other", "-", response.status_code, None, now_ns, failed=True, caller=Caller())
+        self._is_lost = True
         self.answer(response.status_code, header_lines(response), [bytes(response.body)], keep_alive=False)
 
     def on_message_begin(self) -> None:

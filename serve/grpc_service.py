@@ -53,6 +53,8 @@ _MAX_CONTROL_BYTES = 64 * 1024
 _LARGEST_MESSAGE = 2**31 - 1
 # At once, however large a message of the model may be.
 _LEAST_CALLS = 32
+# A connection on which nothing is asked for so long is closed; a client opens it again by itself.
+_IDLE_S = 60.0
 
 
 class GrpcServer:
@@ -76,6 +78,10 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 # Every worker listens on the port, and the kernel shares the connections out.
                 ("grpc.so_reuseport", 1),
+                # None of these by default, so that who opens connections and asks for nothing would have all of them.
+                ("grpc.max_allowed_incoming_connections", application.max_connections),
+                ("grpc.server_handshake_timeout_ms", round(1000 * settings.receive_timeout_s)),
+                ("grpc.max_connection_idle_ms", round(1000 * _IDLE_S)),
             ],
         )
         servicer = _Servicer(application, self._closing, most_streams=most_calls // 2)

@@ -96,7 +96,8 @@ class Application:
         self._control: Control | None = None
         self.receive_timeout_s = settings.receive_timeout_s
         self.send_timeout_s = settings.send_timeout_s
-        self.max_connections = settings.max_connections or allowed_connections()
+        ports = 1 if settings.grpc_port is None else 2
+        self.max_connections = settings.max_connections or allowed_connections(ports=ports)
         self.draining = False
         self.log = Log(settings.log, access=settings.access_log)
         self.accounts = Accounts(self.metrics, self.log)

@@ -38,10 +38,10 @@ class Settings(Record):
     as many may wait to be decoded. jpeg_decoder: nvjpeg decodes JPEGs on the GPU that the model runs on.
     drain_delay_s: between SIGTERM, when readiness ends, and no longer accepting. token:
     that requests must bear, but for health; None where anybody may ask. receive_timeout_s: in which a request must have
-    come whole, and the first on a new connection begun. max_connections: over HTTP, of a worker; beyond it the one
-    gives way whose client has been waited for the longest. None stands for as many as its file descriptors allow, and
-    10,000 at most. send_timeout_s: in which a client must take some of what it is
-    sent. tls_cert, tls_key: PEM files of a certificate and its key, with which both ports are encrypted. tls_client_ca:
+    come whole, and the first on a new connection begun. max_connections: of a worker, over HTTP and gRPC each; beyond
+    it over HTTP the one gives way whose client has been waited for the longest. None stands for as many as its file
+    descriptors allow, and 10,000 at most. send_timeout_s: in which a client must take some of what it is sent.
+    tls_cert, tls_key: PEM files of a certificate and its key, with which both ports are encrypted. tls_client_ca:
     PEM file of who signs the certificates that clients must have, where they must. log: lines for people, or one JSON
     object a line. access_log: a line for each request that was answered. trace_sample: fraction of the requests that
     are traced. grpc_port: on which the protocol is spoken over gRPC too, 0 for a free one; None for not at all.

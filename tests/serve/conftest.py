@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -87,3 +90,14 @@ def slow_request() -> Callable[[float], dict[str, object]]:
         return {"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": data}]}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A server's own and its key, as uvicorn takes them."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificates")
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -days 2 -keyout key.pem -out own.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return {"ssl_certfile": folder / "own.pem", "ssl_keyfile": folder / "key.pem"}

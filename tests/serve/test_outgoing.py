@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
-import shutil
 import socket
 import ssl
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,35 +50,32 @@ def model(app: Application, digits_artifact: Artifact) -> Iterator[ServedModel]:
     assert model.queue.close(timeout_s=10)
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A server's own and its key, as uvicorn takes them."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificates")
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -days 2 -keyout key.pem -out own.pem"
-    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-    return {"ssl_certfile": folder / "own.pem", "ssl_keyfile": folder / "key.pem"}
-
-
 @contextmanager
 def asking(port: int, requests: bytes, *, encrypted: bool = False) -> Iterator[socket.socket]:
     """A connection that has sent requests and has read nothing."""
+    # An answer soon is more than both kernels take.
+    with encrypted_as(encrypted, port, receive_buffer=4096) as connection:
+        sender = threading.Thread(target=_send, args=(connection, requests))
+        sender.start()
+        try:
+            yield connection
+        finally:
+            connection.close()
+            sender.join(10)
+
+
+@contextmanager
+def encrypted_as(encrypted: bool, port: int, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+    """A connection of either kind."""
     with socket.socket() as plain:
-        # Before it connects: an answer soon is more than both kernels take.
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        if receive_buffer is not None:  # before it connects
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         plain.settimeout(10)
         plain.connect(("127.0.0.1", port))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         with context.wrap_socket(plain) if encrypted else plain as connection:
-            sender = threading.Thread(target=_send, args=(connection, requests))
-            sender.start()
-            try:
-                yield connection
-            finally:
-                connection.close()
-                sender.join(10)
+            yield connection
 
 
 def _send(connection: socket.socket, requests: bytes) -> None:

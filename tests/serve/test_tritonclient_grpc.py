@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 
 import httpx
 import numpy as np
@@ -341,3 +342,38 @@ def test_an_answer_that_is_too_large_is_an_error(digits_artifact, x) -> None:
         with pytest.raises(InferenceServerException, match="some 120 bytes, at most 100 are sent"):
             client.infer("digits", [an_input(x[:3])])
         client.close()
+
+
+def test_what_is_opened_beyond_as_many_connections_as_there_may_be_is_closed(digits_artifact) -> None:
+    env = {"DLOPS_MAX_CONNECTIONS": "3", "DLOPS_RECEIVE_TIMEOUT_S": "1000"}
+    with ExitStack() as opened, ServerProcess(digits_artifact, grpc_port=0, env=env) as server:
+        address = ("127.0.0.1", server.grpc_port)
+        # Else they would share a connection.
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        where = f"127.0.0.1:{server.grpc_port}"
+        channels = [opened.enter_context(grpc.insecure_channel(where, options=own)) for _ in range(3)]
+        for channel in channels:
+            grpc.channel_ready_future(channel).result(timeout=30)
+        late = opened.enter_context(socket.create_connection(address, timeout=30))
+        assert ended(late)
+        for channel in channels:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            assert stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=30).live
+
+
+def test_who_says_nothing_on_a_connection_loses_it(digits_artifact) -> None:
+    env = {"DLOPS_RECEIVE_TIMEOUT_S": "1"}
+    # Not even that it speaks HTTP/2.
+    with (
+        ServerProcess(digits_artifact, grpc_port=0, env=env) as server,
+        socket.create_connection(("127.0.0.1", server.grpc_port), timeout=30) as silent,
+    ):
+        assert ended(silent)
+
+
+def ended(connection: socket.socket) -> bool:
+    """Once it is; the greeting of HTTP/2 may come before."""
+    with suppress(ConnectionResetError):
+        while connection.recv(4096):
+            pass
+    return True
