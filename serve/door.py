@@ -34,6 +34,7 @@ from dlops.serve.answers import (
 )
 from dlops.serve.call import Call
 from dlops.serve.guard import REQUEST_ID, SECURITY_HEADERS
+from dlops.serve.handshake import Handshake
 from dlops.serve.lingering import LingeringTransport
 from dlops.serve.outcome import OverloadedError
 from dlops.serve.outgoing import Outgoing
@@ -76,7 +77,7 @@ class Door(HttpToolsProtocol):
     # Of which server, and its connections whose clients are waited for, since the longest first: in this order without
     # looking at all of them, which would cost most when there are too many.
     _of: object = None
-    _waited_for: ClassVar[dict[Door, None]] = {}
+    _waited_for: ClassVar[dict[Door | Handshake, None]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -98,33 +99,62 @@ class Door(HttpToolsProtocol):
         self._stopped: InputError | None = None
         # What came is no request, so of what follows nobody knows whose it is.
         self._is_lost = False
+        self._handshake: Handshake | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if self._handshake is not None:
+            # Not when it says so, a moment later: the connection counts once.
+            self.end_handshake(self._handshake)
         super().connection_made(transport)
         self.transport = self._lingering = LingeringTransport(transport, self._has_more, loop=self.loop)
         self.flow = _Reading(transport, self._has_enough)
         self._outgoing = Outgoing(transport)
+        self._waiting_since = self.loop.time()
         if Door._swept is not self.server_state:
             Door._swept = self.server_state
             self.loop.call_later(_SWEEP_S, self._sweep)
+        self._wait_for(self)
+
+    def begin_handshake(self, handshake: Handshake) -> None:
+        self._handshake = handshake
+        self.connections.add(handshake)  # type: ignore[arg-type]
+        self._wait_for(handshake)
+
+    def end_handshake(self, handshake: Handshake) -> None:
+        self._handshake = None
+        self.connections.discard(handshake)
+        self._waited_for.pop(handshake, None)
+
+    def _wait_for(self, newest: Door | Handshake) -> None:
         if Door._of is not self.server_state:
             Door._of, Door._waited_for = self.server_state, {}
-        self._waited_for[self] = None
+        self._waited_for[newest] = None
         if len(self.connections) > self.application.max_connections:
-            self._make_room()
+            self._make_room(newest)
 
-    def _make_room(self) -> None:
+    def _make_room(self, newest: Door | Handshake) -> None:
         """End the connection whose client has been waited for the longest, be it for the rest of a request or for the
-        next one; where all others are being answered, this one."""
-        most = self.application.max_connections
+        next one; where all others are being answered, the newest."""
         self.application.metrics.crowded.add()
         first = next(iter(self._waited_for))
-        if first is self:
-            self._refuse(OverloadedError(f"{most} connections are open and all are being answered"))
-            return
         del self._waited_for[first]
-        first._end(OverloadedError(f"more than {most} connections were opened; this one was waited for the longest"))
-        first._lingering.close_now()
+        if isinstance(first, Handshake):
+            first.abort()
+        elif first is newest:
+            most = self.application.max_connections
+            first._refuse(OverloadedError(f"{most} connections are open and all are being answered"))
+        else:
+            first._make_way()
+
+    def _make_way(self) -> None:
+        most = self.application.max_connections
+        is_told = self._receiving is not None and not self._receiving.response_complete
+        self._end(OverloadedError(f"more than {most} connections were opened; this one was waited for the longest"))
+        if is_told or not self._outgoing.is_sent():
+            self._lingering.close_now()
+        else:
+            # Closing would wait for the client where it is encrypted, and the connection would count until then.
+            self.transport.abort()
 
     def _sweep(self) -> None:
         """End the connections whose requests take too long to come, and those whose clients take nothing of their
@@ -143,6 +173,8 @@ class Door(HttpToolsProtocol):
                 connection._time_out()
             if connection._outgoing.stalled_s(now) > self.application.send_timeout_s:
                 connection._drop()
+            elif connection._lingering.is_ending_late(now, is_sent=connection._outgoing.is_sent()):
+                connection.transport.abort()
         if not self.connections:
             Door._swept = None
         elif Door._swept is self.server_state:
@@ -435,8 +467,8 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return record.getMessage() not in _CLIENTS_AFFAIR
 
 
-def install(application: Application) -> None:
-    """Let uvicorn make its connections of this kind in this process; call before its server begins.
+def install(application: Application) -> bool:
+    """Let uvicorn make its connections of this kind in this process; call before its server begins. Whether it does.
 
     A uvicorn that looks elsewhere serves all the same, the usual way; that is said, as it is several times slower.
     """
@@ -445,5 +477,6 @@ def install(application: Application) -> None:
     kinds = getattr(uvicorn.config, "HTTP_PROTOCOLS", None)
     if not isinstance(kinds, dict) or "auto" not in kinds:
         say(f"uvicorn {uvicorn.__version__}: no place to put connections of our own; binary inference will be slower")
-        return
+        return False
     kinds["auto"] = f"{__name__}:{Door.__name__}"
+    return True

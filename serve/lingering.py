@@ -8,6 +8,8 @@ from typing import Any
 
 # Nothing came for so long, or all of it lasted so long: as nginx has it.
 _IDLE_S, _LONGEST_S = 5.0, 30.0
+# Between an encrypted connection's last byte and the client's word that it has seen the end.
+_FAREWELL_S = 5.0
 
 
 class LingeringTransport(asyncio.Transport):
@@ -27,6 +29,7 @@ class LingeringTransport(asyncio.Transport):
         super().__init__()
         self._transport, self._has_more, self._loop = transport, has_more, loop
         self._began = self._last = 0.0
+        self._sent_since: float | None = None
         self.lingers = False
 
     def close(self) -> None:
@@ -53,6 +56,14 @@ class LingeringTransport(asyncio.Transport):
         """To be called now and then while it lingers. now: of the loop's clock."""
         if now - self._last > _IDLE_S or now - self._began > _LONGEST_S:
             self.close_now()
+
+    def is_ending_late(self, now: float, *, is_sent: bool) -> bool:
+        """Whether it is closed but for the client's word, which takes too long. is_sent: all that was written."""
+        if not (is_sent and self._transport.is_closing()):
+            self._sent_since = None
+        elif self._sent_since is None:
+            self._sent_since = now
+        return self._sent_since is not None and now - self._sent_since > _FAREWELL_S
 
     def is_closing(self) -> bool:
         return self.lingers or self._transport.is_closing()

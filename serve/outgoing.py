@@ -33,6 +33,10 @@ class Outgoing:
             self._seen, self._since = progress, now
         return now - self._since
 
+    def is_sent(self) -> bool:
+        """Whether the other end has all that was written."""
+        return not self._look()[0]
+
     def _look(self) -> tuple[bool, int]:
         """Whether anything waits, and a number that changes where some of it is taken."""
         size = self._transport.get_write_buffer_size()

@@ -56,6 +56,7 @@ from dlops.serve.descriptors import raise_limit  # noqa: E402
 from dlops.serve.drain import drain_on_sigterm  # noqa: E402
 from dlops.serve.gpus import take_own_gpu  # noqa: E402
 from dlops.serve.guard import GuardMiddleware  # noqa: E402
+from dlops.serve.handshake import count_handshakes  # noqa: E402
 from dlops.serve.repository import Repository, absolute, open_entry  # noqa: E402
 from dlops.serve.routes import Application  # noqa: E402
 from dlops.serve.tracing import Tracer  # noqa: E402
@@ -67,7 +68,7 @@ raise_limit()
 application = Application(settings)
 application.log.begin()
 # On the one port that BentoML opens, with its own routes.
-door.install(application)
+_has_door = door.install(application)
 
 
 @bentoml.asgi_app(application.asgi, path="/")
@@ -118,6 +119,8 @@ class Service:
         supervision.end_with_arbiter()
         worker = bentoml.server_context.worker_index or 1
         take_own_gpu(worker, settings)
+        if _has_door:
+            count_handshakes(asyncio.get_running_loop(), timeout_s=settings.receive_timeout_s)
         drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
         application.control = Control(
             application.models, _repository(), settings, application.metrics, Path(os.environ[supervision.CELLS_DIR]),

@@ -20,6 +20,7 @@ import uvicorn
 from dlops.artifact import Artifact
 from dlops.serve.door import Door, install
 from dlops.serve.guard import GuardMiddleware
+from dlops.serve.handshake import count_handshakes
 from dlops.serve.launch import ServerProcess
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
@@ -43,7 +44,7 @@ def listening(app: Application, model: ServedModel, *, send_buffer: int | None =
             # Its connections have it too.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         server = uvicorn.Server(uvicorn.Config(guarded, http=Door, lifespan="off", log_config=None, **config))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread = threading.Thread(target=_run, args=[server, listener])
         thread.start()
         try:
             while not server.started:
@@ -54,6 +55,16 @@ def listening(app: Application, model: ServedModel, *, send_buffer: int | None =
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive(), "the server does not end"
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(_serve(server, listener))
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    count_handshakes(asyncio.get_running_loop(), timeout_s=Door.application.receive_timeout_s)
+    await server.serve(sockets=[listener])
 
 
 @pytest.fixture

@@ -118,8 +118,11 @@ def test_who_reads_slowly_gets_all_of_it(app, model, certificate, encrypted: boo
     secure = certificate if encrypted else {}
     with (
         listening(app, model, send_buffer=4096, **secure) as port,
-        asking(port, request * 4, encrypted=encrypted) as connection,
+        encrypted_as(encrypted, port, receive_buffer=4096) as connection,
     ):
+        connection.settimeout(SOON_S)
+        # Here and not in a thread: what is encrypted may not be written and read at once.
+        connection.sendall(request * 4)
         began, received = time.monotonic(), b""
         while received.count(b"HTTP/1.1 200 OK") < 4 or not received.endswith(b"}"):
             received += connection.recv(4096)
