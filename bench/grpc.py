@@ -17,6 +17,7 @@ from dlops.wire_format import fields
 
 # Of ModelInferResponse.
 _RAW_OUTPUT_CONTENTS = 6
+_UNAVAILABLE = pacing.GRPC + pacing.GRPC_STATUSES.index("UNAVAILABLE")
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 # Calls on schedule share so many connections, as the calls of one gRPC client do.
 _CHANNELS = 8
@@ -66,9 +67,10 @@ class GrpcWire:
     timed_out = pacing.GRPC + pacing.GRPC_STATUSES.index("DEADLINE_EXCEEDED")
 
     def __init__(
-        self, call: Any, *, number: int, listener: Listener, timeout_s: float, tensor_bytes: int | None
+        self, channel: Any, *, number: int, listener: Listener, timeout_s: float, tensor_bytes: int | None
     ) -> None:
-        self._call, self._listener, self._timeout_s = call, listener, timeout_s
+        self._channel, self._listener, self._timeout_s = channel, listener, timeout_s
+        self._call = channel.unary_unary(_METHOD)
         self.number, self._tensor_bytes = number, tensor_bytes
         self._task: asyncio.Task[None] | None = None
 
@@ -81,6 +83,10 @@ class GrpcWire:
 
     async def _send(self, request: bytes) -> None:
         answer = await _answer(self._call(request, timeout=self._timeout_s), self._tensor_bytes)
+        if answer.status == _UNAVAILABLE and self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+            # No server said so: gRPC has one status for a server that is busy and a connection that broke.
+            self._listener.lost(self, pacing.LOST)
+            return
         # The channel mends itself, so the wire takes another call whatever became of this one.
         self._listener.answered(self, answer.arrived_ns, answer.status, keep=True)
 
@@ -138,10 +144,7 @@ class GrpcTransport:
             self._channels.append(grpc.aio.insecure_channel(address(host, port), options=[*_OPTIONS, *_RECONNECT]))
         channel = self._channels[number % _CHANNELS]
         await _until_ready(channel)
-        return GrpcWire(
-            channel.unary_unary(_METHOD), number=number, listener=listener, timeout_s=timeout_s,
-            tensor_bytes=self.tensor_bytes,
-        )  # fmt: skip
+        return GrpcWire(channel, number=number, listener=listener, timeout_s=timeout_s, tensor_bytes=self.tensor_bytes)
 
     async def aclose(self) -> None:
         for channel in self._channels:

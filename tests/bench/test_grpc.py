@@ -267,7 +267,28 @@ def test_a_server_that_dies_under_a_rate_is_noticed(digits_artifact, serve_grpc)
     dying.join()
     assert loaded.stopped is not None
     assert loaded.succeeded.sum() > 10
-    assert {"gRPC UNAVAILABLE", "not sent: the server was gone"} <= set(loaded.errors)
+    assert {"connection refused", "not sent: the server was gone"} <= set(loaded.errors)
+
+
+def test_a_server_that_dies_as_a_rate_ends_is_noticed(digits_artifact, serve_grpc) -> None:
+    server = serve_grpc(digits_artifact)
+    requests = requests_for(server)
+    dying = threading.Thread(target=server.close)
+    server.behave = lambda count: dying.start() if count == 60 else None
+    loaded = open_loop("127.0.0.1", server.port, requests, constant(50, duration_s=1.8), transport=GrpcTransport())
+    dying.join()
+    assert loaded.stopped is None
+    assert loaded.ends_without_server
+    assert "connection refused" in loaded.errors
+
+
+def test_a_server_that_says_unavailable_is_there(digits_artifact, serve_grpc) -> None:
+    server = serve_grpc(digits_artifact)
+    requests = requests_for(server)
+    server.behave = lambda count: Status.UNAVAILABLE if count > 60 else None
+    loaded = open_loop("127.0.0.1", server.port, requests, constant(50, duration_s=1.8), transport=GrpcTransport())
+    assert set(loaded.errors) == {"gRPC UNAVAILABLE"}
+    assert not loaded.ends_without_server
 
 
 def test_a_slow_server_is_offered_the_rate_all_the_same(digits_artifact, serve_grpc) -> None:
