@@ -27,7 +27,7 @@ from tests.serve import malformed_grpc
 from tests.serve.malformed import ALLOWED, UNENDED, binary_requests, good, requests, status_of
 from tests.serve.malformed_rows import RIGHT, Row, answers_of, fault_of, row
 
-BEFORE, BEFORE_EACH = 10_000, 2_000
+BEFORE, BEFORE_EACH = 40_000, 2_000
 RAW, MESSAGES, ROWS, CALLS, SLOW, OF_THE_PAGE = 60_000, 30_000, 5_000, 20_000, 200, 150
 GENERATED: dict[str, Any] = {
     "deadline": None, "database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck),
