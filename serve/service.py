@@ -129,8 +129,9 @@ class Service:
         self._loading = asyncio.create_task(_load(worker))
         self._refreshing = asyncio.create_task(application.keep_gauges())
         if application.metrics.any_ready():
-            # In the place of one that has ended: until it can answer, the others take what comes.
-            while not (self._loading.done() or application.draining):
+            # In the place of one that has ended: until it can answer, the others take what comes. What loads may go on
+            # for ever, as it follows what is loaded later.
+            while not (self._loading.done() or application.models.is_loaded or application.draining):
                 await asyncio.wait({self._loading}, timeout=_LOOK_S)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]

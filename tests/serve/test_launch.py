@@ -117,6 +117,37 @@ def test_a_worker_in_the_place_of_a_killed_one_takes_nothing_before_it_can_answe
         assert sorted(folder.rglob("*.cells")) == files
 
 
+@pytest.mark.parametrize("control", ["none", "explicit"])
+def test_workers_in_the_places_of_all_that_began_answer(digits_artifact, control: str) -> None:
+    with (
+        ServerProcess(digits_artifact, workers=2, env={"DLOPS_MODEL_CONTROL": control}) as server,
+        httpx.Client(base_url=server.url, headers={"Connection": "close"}, timeout=60) as client,
+    ):
+        until = time.monotonic() + 120
+
+        def wait_for_both() -> None:
+            while "dlops_ready 2.0" not in client.get("/metrics").text:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+
+        wait_for_both()
+        first = psutil.Process(server.pid).children()
+        assert len(first) == 2
+        for worker in first:
+            worker.kill()
+            worker.wait(10)
+            wait_for_both()
+        now = psutil.Process(server.pid).children()
+        assert len({one.pid for one in (*first, *now)}) == 4
+        # Either of them, alone.
+        for silent in now:
+            silent.suspend()
+            try:
+                assert client.get("/v2/health/ready").status_code == 200
+            finally:
+                silent.resume()
+
+
 def test_an_artifact_that_fails_its_self_test_never_turns_ready(make_digits_artifact, tmp_path) -> None:
     broken = make_digits_artifact(tmp_path / "broken", scale=1.5)
     with pytest.raises(GateError, match="outputs differ from the reference"), ServerProcess(broken):
