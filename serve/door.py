@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import uvicorn
@@ -63,6 +64,8 @@ _LARGE_BYTES = 64 * 1024
 # Of requests that wait for the answer to one before them on their connection: with more than this no more is read, and
 # more requests than that, each of next to no bytes, are refused.
 _MAX_AHEAD_BYTES, _MAX_AHEAD = 64 * 1024, 256
+# Of connections that are ending, when one has to make room.
+_MOST_LOOKED_AT = 16
 # What uvicorn warns of, request by request: counted, and the client's affair and not the log's, which junk would fill.
 _CLIENTS_AFFAIR = frozenset(("Invalid HTTP request received.", "Unsupported upgrade request."))
 
@@ -78,6 +81,8 @@ class Door(HttpToolsProtocol):
     # looking at all of them, which would cost most when there are too many.
     _of: object = None
     _waited_for: ClassVar[dict[Door | Handshake, None]] = {}
+    # Those that were closed and are not gone, since the longest first.
+    _ending: ClassVar[dict[Door, None]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,18 +107,24 @@ class Door(HttpToolsProtocol):
         self._handshake: Handshake | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if self._handshake is not None:
+        handshake = self._handshake
+        if handshake is not None:
             # Not when it says so, a moment later: the connection counts once.
-            self.end_handshake(self._handshake)
+            self.end_handshake(handshake)
         super().connection_made(transport)
-        self.transport = self._lingering = LingeringTransport(transport, self._has_more, loop=self.loop)
+        self.transport = self._lingering = LingeringTransport(transport, self._has_more, self._note_end, loop=self.loop)
         self.flow = _Reading(transport, self._has_enough)
         self._outgoing = Outgoing(transport)
         self._waiting_since = self.loop.time()
         if Door._swept is not self.server_state:
             Door._swept = self.server_state
             self.loop.call_later(_SWEEP_S, self._sweep)
-        self._wait_for(self)
+        if handshake is None:
+            self._wait_for(self)
+        elif handshake.is_aborted:
+            self.transport.abort()
+        else:
+            self._waited_for[self] = None
 
     def begin_handshake(self, handshake: Handshake) -> None:
         self._handshake = handshake
@@ -127,15 +138,21 @@ class Door(HttpToolsProtocol):
 
     def _wait_for(self, newest: Door | Handshake) -> None:
         if Door._of is not self.server_state:
-            Door._of, Door._waited_for = self.server_state, {}
+            Door._of, Door._waited_for, Door._ending = self.server_state, {}, {}
         self._waited_for[newest] = None
         if len(self.connections) > self.application.max_connections:
             self._make_room(newest)
 
     def _make_room(self, newest: Door | Handshake) -> None:
-        """End the connection whose client has been waited for the longest, be it for the rest of a request or for the
-        next one; where all others are being answered, the newest."""
+        """End one that is ending anyway and has nothing left to send; else the one whose client has been waited for the
+        longest, be it for the rest of a request or for the next one; where all others are being answered, the newest.
+        """
         self.application.metrics.crowded.add()
+        for ending in islice(self._ending, _MOST_LOOKED_AT):
+            if ending._outgoing.is_sent():
+                del self._ending[ending]
+                ending.transport.abort()
+                return
         first = next(iter(self._waited_for))
         del self._waited_for[first]
         if isinstance(first, Handshake):
@@ -149,36 +166,50 @@ class Door(HttpToolsProtocol):
     def _make_way(self) -> None:
         most = self.application.max_connections
         is_told = self._receiving is not None and not self._receiving.response_complete
-        self._end(OverloadedError(f"more than {most} connections were opened; this one was waited for the longest"))
         if is_told or not self._outgoing.is_sent():
+            self._end(OverloadedError(f"more than {most} connections were opened; this one was waited for the longest"))
             self._lingering.close_now()
         else:
             # Closing would wait for the client where it is encrypted, and the connection would count until then.
             self.transport.abort()
 
+    def _note_end(self) -> None:
+        self._waited_for.pop(self, None)
+        self._ending[self] = None
+
     def _sweep(self) -> None:
         """End the connections whose requests take too long to come, and those whose clients take nothing of their
         answers; again as long as there are connections."""
         now = self.loop.time()
-        limit = now - self.application.receive_timeout_s
         for connection in list(self.connections):
             if not isinstance(connection, Door):
                 continue
-            if connection.flow.read_paused and connection._waiting_since is not None:
-                # It is we who do not read.
-                connection._waiting_since = now
-            if connection._lingering.lingers:
-                connection._lingering.end_if_late(now)
-            elif (connection._waiting_since or limit) < limit:
-                connection._time_out()
-            if connection._outgoing.stalled_s(now) > self.application.send_timeout_s:
-                connection._drop()
-            elif connection._lingering.is_ending_late(now, is_sent=connection._outgoing.is_sent()):
+            try:
+                connection._look(now)
+            except Exception as error:  # noqa: BLE001 - whatever one has, the others must be looked at
+                say(f"a connection is dropped: {type(error).__name__}: {error}")
                 connection.transport.abort()
         if not self.connections:
             Door._swept = None
         elif Door._swept is self.server_state:
             self.loop.call_later(_SWEEP_S, self._sweep)
+
+    def _look(self, now: float) -> None:
+        limit, send_timeout_s = now - self.application.receive_timeout_s, self.application.send_timeout_s
+        if self.flow.read_paused and self._waiting_since is not None:
+            # It is we who do not read.
+            self._waiting_since = now
+        if self._lingering.lingers:
+            self._lingering.end_if_late(now)
+        elif (self._waiting_since or limit) < limit:
+            self._time_out()
+        if self._outgoing.stalled_s(now) > send_timeout_s:
+            self._drop()
+            return
+        is_sent = self._outgoing.is_sent()
+        limit_s = 0.0 if self._outgoing.is_known else send_timeout_s
+        if self._lingering.is_ending_late(now, is_sent=is_sent, limit_s=limit_s):
+            self.transport.abort()
 
     def _time_out(self) -> None:
         self._waiting_since = None
@@ -365,6 +396,7 @@ class Door(HttpToolsProtocol):
         self._waited_for.pop(self, None)
         self._disconnect()
         super().connection_lost(exc)
+        self._ending.pop(self, None)
         # They hold the connection as it holds them, and their bodies.
         self.pipeline.clear()
         # Not uvicorn's `cycle`: that is of what came last, which may wait behind this.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 from dlops.console import say
 
 # For all of an answer that is sent as the connection ends: with the usual half minute a slow client would miss the rest
 # of a large one. Whoever takes none of it is looked for elsewhere.
-_END_S = 24 * 3600.0
+_END_S = 3600.0
 # Of connections that wait, taken in one go: requests are to be answered, too.
 _AT_ONCE = 64
+# Of descriptors or memory.
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # Before connections are taken again where there is no descriptor or memory for one.
 _AGAIN_S = 1.0
 
@@ -33,7 +37,7 @@ class Handshake:
         self, goal: Encryptable, connection: socket.socket, context: ssl.SSLContext, *, timeout_s: float
     ) -> None:
         self._goal, self._connection, self._context = goal, connection, context
-        self._has_begun = False
+        self._has_begun = self.is_aborted = False
         self._task = asyncio.get_running_loop().create_task(self._run(timeout_s))
         self._task.add_done_callback(self._end)
         goal.begin_handshake(self)
@@ -57,6 +61,8 @@ class Handshake:
             task.result()
 
     def abort(self) -> None:
+        # What ends it may have come already: then its goal is told of a connection all the same.
+        self.is_aborted = True
         self._task.cancel()
 
     # As uvicorn calls it where the server ends.
@@ -91,9 +97,9 @@ class _EncryptedServer(asyncio.AbstractServer):
         for _ in range(_AT_ONCE):
             try:
                 connection, _address = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
             except OSError as error:
+                if error.errno not in _SCARCE:  # there is none, or it has just ended
+                    return
                 say(f"no connection can be taken for {_AGAIN_S:g} s: {error}")
                 self.close()
                 self._again = self._loop.call_later(_AGAIN_S, self._begin)
@@ -101,7 +107,8 @@ class _EncryptedServer(asyncio.AbstractServer):
             connection.setblocking(False)
             # As event loops do for what they take themselves.
             if connection.family in (socket.AF_INET, socket.AF_INET6):
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with suppress(OSError):  # it has just ended, which is seen elsewhere
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             Handshake(self._make(), connection, self._context, timeout_s=self._timeout_s)
 
     def close(self) -> None:

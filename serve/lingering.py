@@ -20,14 +20,19 @@ class LingeringTransport(asyncio.Transport):
     followed by the connection's end in this direction, and what comes in the other is dropped, by who receives it,
     until the client ends it or it takes too long.
 
-    has_more: whether something of a request may still come.
+    has_more: whether something of a request may still come. note_end: called as the end begins.
     """
 
     def __init__(
-        self, transport: asyncio.Transport, has_more: Callable[[], bool], *, loop: asyncio.AbstractEventLoop
+        self,
+        transport: asyncio.Transport,
+        has_more: Callable[[], bool],
+        note_end: Callable[[], None],
+        *,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__()
-        self._transport, self._has_more, self._loop = transport, has_more, loop
+        self._transport, self._has_more, self._note_end, self._loop = transport, has_more, note_end, loop
         self._began = self._last = 0.0
         self._sent_since: float | None = None
         self.lingers = False
@@ -35,17 +40,23 @@ class LingeringTransport(asyncio.Transport):
     def close(self) -> None:
         if self.is_closing():
             return
+        self._note_end()
         if not self._has_more():
             self._transport.close()
             return
         self.lingers = True
         self._began = self._last = self._loop.time()
         self._transport.resume_reading()
-        if self._transport.can_write_eof():  # not where it is encrypted: there the length of the answer has to do
+        if not self._transport.can_write_eof():  # where it is encrypted: there the length of the answer has to do
+            return
+        try:
             self._transport.write_eof()
+        except OSError:  # the client has left
+            self._transport.abort()
 
     def close_now(self) -> None:
         """Once what is written is sent."""
+        self._note_end()
         self._transport.close()
 
     def note_more(self) -> None:
@@ -57,13 +68,14 @@ class LingeringTransport(asyncio.Transport):
         if now - self._last > _IDLE_S or now - self._began > _LONGEST_S:
             self.close_now()
 
-    def is_ending_late(self, now: float, *, is_sent: bool) -> bool:
-        """Whether it is closed but for the client's word, which takes too long. is_sent: all that was written."""
+    def is_ending_late(self, now: float, *, is_sent: bool, limit_s: float = 0.0) -> bool:
+        """Whether it is closed but for the client's word, which takes too long. is_sent: all that was written. limit_s:
+        at least."""
         if not (is_sent and self._transport.is_closing()):
             self._sent_since = None
         elif self._sent_since is None:
             self._sent_since = now
-        return self._sent_since is not None and now - self._sent_since > _FAREWELL_S
+        return self._sent_since is not None and now - self._sent_since > max(_FAREWELL_S, limit_s)
 
     def is_closing(self) -> bool:
         return self.lingers or self._transport.is_closing()

@@ -20,6 +20,8 @@ class Outgoing:
         # Encryption passes what it has on to a transport that cannot be asked; the kernel knows of both.
         self._is_hidden = transport.get_extra_info("sslcontext") is not None
         self._socket: socket.socket | None = transport.get_extra_info("socket") if sys.platform == "linux" else None
+        # Whether the kernel says what it has of it.
+        self._knows = False
         self._seen = 0
         self._since: float | None = None
 
@@ -34,8 +36,13 @@ class Outgoing:
         return now - self._since
 
     def is_sent(self) -> bool:
-        """Whether the other end has all that was written."""
+        """Whether the kernel has all that was written; where it says so, and it is asked, the other end."""
         return not self._look()[0]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `is_sent`, once asked, can be relied on: of what is encrypted not everywhere."""
+        return self._knows or not self._is_hidden
 
     def _look(self) -> tuple[bool, int]:
         """Whether anything waits, and a number that changes where some of it is taken."""
@@ -47,6 +54,9 @@ class Outgoing:
         try:
             info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
             in_flight, taken, unsent = (field.unpack_from(info, at)[0] for field, at in (_IN_FLIGHT, _TAKEN, _UNSENT))
-        except (OSError, struct.error):  # it has just been closed; or a kernel that says less
+        except (OSError, ValueError, struct.error):  # it has just been closed; or a kernel that says less
             return size > 0, size
+        if not taken:  # as that of a sandbox has it: what says nothing of the handshake says nothing
+            return size > 0, size
+        self._knows = True
         return bool(size or in_flight or unsent), taken

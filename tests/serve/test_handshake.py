@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dlops.artifact import Artifact
-from dlops.serve import lingering
+from dlops.serve import lingering, outgoing
 from dlops.serve.door import Door
 from dlops.serve.handshake import Handshake
 from dlops.serve.model import ServedModel
@@ -136,8 +137,23 @@ def test_a_client_need_not_say_that_it_has_seen_the_end(app, model, config, monk
         assert within(SOON_S, lambda: not connections())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what has been acknowledged")
-def test_a_client_may_take_its_time_for_the_last_answer(app, model, config, monkeypatch) -> None:
+@pytest.mark.parametrize("app", [{"max_connections": 1}], indirect=True)
+def test_who_does_not_say_so_keeps_nobody_out(app, model, config, monkeypatch) -> None:
+    monkeypatch.setattr(lingering, "_FAREWELL_S", 1000.0)
+    with listening(app, model, **config) as port, encrypted_as(True, port) as connection:
+        connection.settimeout(SOON_S)
+        connection.sendall(LIVE)
+        assert all_of(connection).startswith(b"HTTP/1.1 200 ")
+        assert len(connections()) == 1
+        assert is_live(port)
+        assert crowded(app) == 1
+
+
+@pytest.mark.parametrize("platform", ["linux", "one that does not tell what has been acknowledged"])
+def test_a_client_may_take_its_time_for_the_last_answer(app, model, config, monkeypatch, platform: str) -> None:
+    if platform == "linux" != sys.platform:
+        pytest.skip("only Linux tells what has been acknowledged")
+    monkeypatch.setattr(outgoing, "sys", SimpleNamespace(platform=platform))
     monkeypatch.setattr(lingering, "_FAREWELL_S", 0.6)
     with (
         listening(app, model, send_buffer=4096, **config) as port,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import re
 import socket
 import time
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 
 from dlops.artifact import Artifact
 from dlops.serve import lingering
 from dlops.serve.door import Door
+from dlops.serve.lingering import LingeringTransport
 from dlops.serve.model import ServedModel
 from dlops.serve.routes import Application
 from dlops.serve.settings import Settings
@@ -129,6 +133,51 @@ def test_what_comes_keeps_it(app, model, monkeypatch) -> None:
             return door._lingering._last > before
 
         assert within(SOON_S, is_kept)
+
+
+def test_a_client_that_has_left_meanwhile_ends_it() -> None:
+    class Left(asyncio.Transport):
+        said: ClassVar[list[str]] = []
+
+        def is_closing(self) -> bool:
+            return "abort" in self.said
+
+        def resume_reading(self) -> None:
+            pass
+
+        def can_write_eof(self) -> bool:
+            return True
+
+        def write_eof(self) -> None:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+        def abort(self) -> None:
+            self.said.append("abort")
+
+    loop = asyncio.new_event_loop()
+    try:
+        transport = LingeringTransport(Left(), lambda: True, lambda: Left.said.append("ends"), loop=loop)
+        transport.close()
+        transport.close()
+    finally:
+        loop.close()
+    assert Left.said == ["ends", "abort"]
+
+
+@pytest.mark.parametrize("app", [{"receive_timeout_s": 0.5}], indirect=True)
+def test_what_is_wrong_with_one_connection_leaves_the_others_watched(app, model, capsys) -> None:
+    class Wrong:
+        def stalled_s(self, now: float) -> float:
+            raise ValueError("negative file descriptor")
+
+    with listening(app, model) as port, socket.create_connection(("127.0.0.1", port), timeout=SOON_S) as first:
+        assert within(SOON_S, connections)
+        (door,) = connections()
+        door._waiting_since, door._outgoing = None, Wrong()
+        assert first.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", port), timeout=SOON_S) as second:
+            assert second.recv(1) == b""
+    assert capsys.readouterr().err.count("a connection is dropped: ValueError: negative file descriptor\n") == 1
 
 
 @pytest.mark.parametrize("app", [{"max_connections": 1}], indirect=True)

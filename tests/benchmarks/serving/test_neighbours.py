@@ -76,17 +76,20 @@ def test_every_answer_is_the_one_of_its_own_rows(write_page: Callable[..., Path]
             async def client(first: int, name: str = name, session=session) -> None:
                 nonlocal worst, swaps
                 connection = await Connection.open("127.0.0.1", server.port)
-                for number in range(first, REQUESTS, CONNECTIONS):
-                    draw = np.random.default_rng(number)
-                    rows = draw.normal(size=(int(draw.integers(1, MOST_ROWS + 1)), PIXELS)) * loudness[number]
-                    rows = rows.astype(np.float32)
-                    answer = await connection.send(encoded(name, number, rows), timeout_s=30)
-                    assert answer.status == 200, answer.body
-                    length = int(answer.headers["inference-header-content-length"])
-                    swaps += json.loads(answer.body[:length])["id"] != str(number)
-                    found = np.frombuffer(answer.body[length:], np.float32).reshape(len(rows), 10)
-                    expected = session.run({"input": rows})["logits"]
-                    worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
+                try:
+                    for number in range(first, REQUESTS, CONNECTIONS):
+                        draw = np.random.default_rng(number)
+                        rows = draw.normal(size=(int(draw.integers(1, MOST_ROWS + 1)), PIXELS)) * loudness[number]
+                        rows = rows.astype(np.float32)
+                        answer = await connection.send(encoded(name, number, rows), timeout_s=30)
+                        assert answer.status == 200, answer.body
+                        length = int(answer.headers["inference-header-content-length"])
+                        swaps += json.loads(answer.body[:length])["id"] != str(number)
+                        found = np.frombuffer(answer.body[length:], np.float32).reshape(len(rows), 10)
+                        expected = session.run({"input": rows})["logits"]
+                        worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
+                finally:
+                    connection.close()
 
             async def all_of_them() -> None:
                 await asyncio.gather(*[client(first) for first in range(CONNECTIONS)])
