@@ -76,6 +76,8 @@ class Control:
         # All workers serve the same, so one says what.
         self._say = say if worker == 1 else _nothing
         self._generation = 0
+        self.is_behind = False
+        """Whether it could not follow what the others serve by now; it tries again."""
         self._serving: dict[Entry, ServedModel] = {}
         self._aside: dict[Entry, ServedModel] = {}
         self._following = asyncio.Lock()
@@ -89,7 +91,7 @@ class Control:
             await self._serve(state.entries, first=True)
             # One that came in the middle of a change follows it as the others do.
             self._generation = state.generation if state.preparing is None else 0
-            self._report(None)
+            self._report(self._generation, None)
 
     async def follow(self) -> None:
         """Do what the state says, again and again."""
@@ -99,9 +101,10 @@ class Control:
                 await self._catch_up()
             except FileNotFoundError:  # the server has ended, and its folder with it
                 return
-            except OSError as error:
-                # No file descriptor is free, say: nothing was changed, and the next look may succeed.
+            except Exception as error:  # noqa: BLE001 - no file descriptor is free, say: the next look may succeed
                 say(f"looking for what is to be served: {error}")
+                await asyncio.sleep(_FOLLOW_AGAIN_S)
+            if self.is_behind:
                 await asyncio.sleep(_FOLLOW_AGAIN_S)
 
     async def end(self) -> None:
@@ -192,7 +195,7 @@ class Control:
                 state = await self._publish(
                     State(generation=state.generation + 1, entries=state.entries, preparing=entries)
                 )
-        except LoadError:
+        except DlopsError:
             await self._publish(State(generation=state.generation + 2, entries=state.entries))
             raise
         await self._publish(State(generation=state.generation + 1, entries=entries))
@@ -218,7 +221,6 @@ class Control:
             state = read_state(self._folder)
             if state.generation == self._generation:
                 return
-            self._generation = state.generation
             error = None
             try:
                 if state.preparing is None:
@@ -229,7 +231,14 @@ class Control:
                 error = str(problem)
             except Exception as problem:  # noqa: BLE001 - a runtime's: whoever asked for the change is told
                 error = f"{type(problem).__name__}: {problem}"
-            self._report(error)
+            # A failed preparation is undone, by all; what is to be served is served by the others.
+            self.is_behind = error is not None and state.preparing is None
+            if self.is_behind:
+                say(f"a worker cannot serve what it is to, and tries again in {_FOLLOW_AGAIN_S:g} s: {error}")
+            self._report(state.generation, error)
+            # Not before that: a report that was not written is written again.
+            if not self.is_behind:
+                self._generation = state.generation
 
     async def _prepare(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -267,10 +276,9 @@ class Control:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _report(self, error: str | None) -> None:
+    def _report(self, generation: int, error: str | None) -> None:
         write_json(
-            self._folder / _report_name(os.getpid()),
-            _Report(generation=self._generation, error=error).model_dump_json(),
+            self._folder / _report_name(os.getpid()), _Report(generation=generation, error=error).model_dump_json()
         )
 
     def _report_of(self, pid: int) -> _Report | None:

@@ -55,6 +55,8 @@ _LARGEST_MESSAGE = 2**31 - 1
 _LEAST_CALLS = 32
 # A connection on which nothing is asked for so long is closed; a client opens it again by itself.
 _IDLE_S = 60.0
+# For what a client has sent on a stream by the time that the server is to end.
+_LAST_S = 0.2
 
 
 class GrpcServer:
@@ -372,6 +374,9 @@ async def _until(closing: asyncio.Event, requests: AsyncIterator[Any]) -> AsyncI
         while True:
             coming = asyncio.ensure_future(anext(requests, None))
             await asyncio.wait({coming, end}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                # What has been received is read a moment later.
+                await asyncio.wait({coming}, timeout=_LAST_S)
             if not coming.done():
                 coming.cancel()
                 return

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from dlops.serve.instance import Instance
+from dlops.serve.instance import Instance, Ran
 from dlops.serve.outcome import Answer, BatchDone, ClosedError, OverloadedError, Reason
 from dlops.serve.pace import Pace
 from dlops.serve.ticket import Deliver, Ticket, late
@@ -315,26 +315,13 @@ class InferenceQueue:
         rows = sum([ticket.rows for ticket in batch])
         try:
             ran = self._instances[number].run([ticket.feed for ticket in batch], rows)
+            results = _answers(batch, ran, rows=rows, started_ns=started_ns)
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises belongs to the requests, not the thread
             if len(batch) == 1:
                 return [(batch[0], error)], []
             # One of them may have broken the run for its neighbours: alone, only that one fails.
             each = [self._run(number, [ticket], reason) for ticket in batch]
             return [result for results, _ in each for result in results], [one for _, done in each for one in done]
-        results: Results = []
-        alone = len(batch) == 1
-        offset = 0
-        for ticket in batch:
-            outputs = ran.outputs
-            if not alone:
-                end = offset + ticket.rows
-                outputs = {name: array[offset:end] for name, array in outputs.items()}
-                offset = end
-            answer = Answer(
-                outputs=outputs, queue_ns=started_ns - ticket.submitted_ns, copy_ns=ran.copy_ns,
-                compute_ns=ran.compute_ns, batch_rows=rows,
-            )  # fmt: skip
-            results.append((ticket, answer))
         done = BatchDone(
             rows=rows, padded_rows=ran.padded_rows, copy_ns=ran.copy_ns, compute_ns=ran.compute_ns, reason=reason,
             instance=number,
@@ -344,7 +331,12 @@ class InferenceQueue:
     def _deliver(self, results: Results, runs: list[BatchDone]) -> None:
         """All answers of a run in one call on the event loop: waking it costs more than an answer."""
         for done in runs:
-            self._on_batch(done)
+            try:
+                self._on_batch(done)
+            except Exception as error:  # noqa: BLE001 - who asked is answered, whoever cannot count it
+                asyncio.get_running_loop().call_exception_handler(
+                    {"message": "a run could not be counted", "exception": error}
+                )
         for ticket, result in results:
             if ticket.timer is not None:
                 ticket.timer.cancel()
@@ -355,6 +347,24 @@ class InferenceQueue:
                     ticket.loop.call_exception_handler(
                         {"message": "an answer could not be delivered", "exception": error}
                     )
+
+
+def _answers(batch: list[Ticket], ran: Ran, *, rows: int, started_ns: int) -> Results:
+    results: Results = []
+    alone = len(batch) == 1
+    offset = 0
+    for ticket in batch:
+        outputs = ran.outputs
+        if not alone:
+            end = offset + ticket.rows
+            outputs = {name: array[offset:end] for name, array in outputs.items()}
+            offset = end
+        answer = Answer(
+            outputs=outputs, queue_ns=started_ns - ticket.submitted_ns, copy_ns=ran.copy_ns,
+            compute_ns=ran.compute_ns, batch_rows=rows,
+        )  # fmt: skip
+        results.append((ticket, answer))
+    return results
 
 
 def _other_dims(signature: Signature) -> list[list[str]]:

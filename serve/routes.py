@@ -98,7 +98,7 @@ class Application:
         self.send_timeout_s = settings.send_timeout_s
         ports = 1 if settings.grpc_port is None else 2
         self.max_connections = settings.max_connections or allowed_connections(ports=ports)
-        self.draining = False
+        self.draining = self.awaits_others = False
         self.log = Log(settings.log, access=settings.access_log)
         self.accounts = Accounts(self.metrics, self.log)
         self.grpc: GrpcServer | None = None
@@ -122,21 +122,29 @@ class Application:
     @property
     def is_ready(self) -> bool:
         """Whether new requests should be sent here."""
-        return self.models.is_loaded and not self.draining and not any(model.queue.is_broken for model in self.models)
+        is_behind = self._control is not None and self._control.is_behind
+        is_broken = any(model.queue.is_broken for model in self.models)
+        return self.models.is_loaded and not (self.awaits_others or self.draining or is_behind or is_broken)
 
     async def keep_gauges(self) -> None:
         """Say again and again how full the queues are: a gauge is summed over workers, whichever of them is asked. And
         try again what is broken."""
         for turn in count():
-            self.metrics.show_load(self.models)
-            if self.models.is_loaded:
-                self.metrics.ready.set(to=int(self.is_ready))
-            if turn % _EXAMINE_TURNS == 0:
-                for model in list(self.models):
-                    if any(instance.is_broken for instance in model.instances):
-                        with model.used():
-                            await asyncio.to_thread(model.queue.examine)
+            try:
+                await self._look(examine=turn % _EXAMINE_TURNS == 0)
+            except Exception as error:  # noqa: BLE001 - of one look: readiness is told by the next ones
+                say(f"dlops: looking at the models failed: {type(error).__name__}: {error}")
             await asyncio.sleep(_GAUGES_S)
+
+    async def _look(self, *, examine: bool) -> None:
+        self.metrics.show_load(self.models)
+        if self.models.is_loaded:
+            self.metrics.ready.set(to=int(self.is_ready))
+        for model in list(self.models) if examine else []:
+            # Not one that has been replaced while another was examined: it has ended, or will.
+            if model in self.models and any(instance.is_broken for instance in model.instances):
+                with model.used():
+                    await asyncio.to_thread(model.queue.examine)
 
     def drain(self) -> None:
         """From here on not ready; what comes all the same is answered."""

@@ -29,6 +29,8 @@ _GRPC_GRACE_S = 60.0
 _AGAIN_S = 5.0
 # How often a worker that loads looks whether it is to end.
 _LOOK_S = 0.2
+# And whether the others have loaded, too.
+_OTHERS_S = 0.05
 
 
 def _stop(error: DlopsError) -> NoReturn:
@@ -119,6 +121,7 @@ class Service:
         supervision.end_with_arbiter()
         worker = bentoml.server_context.worker_index or 1
         take_own_gpu(worker, settings)
+        application.awaits_others = settings.workers > 1
         if _has_door:
             count_handshakes(asyncio.get_running_loop(), timeout_s=settings.receive_timeout_s)
         drain_on_sigterm(application.drain, delay_s=settings.drain_delay_s)
@@ -175,27 +178,31 @@ async def _load(worker: int) -> None:
         if settings.grpc_port is not None:
             await _start_grpc()
     except DlopsError as error:
-        await _give_up(error)
+        await _give_up(worker, error)
         return
     except Exception as error:  # noqa: BLE001 - whatever it is, a worker that can never turn ready must end
-        await _give_up(DlopsError(f"loading failed: {type(error).__name__}: {error}"))
+        await _give_up(worker, DlopsError(f"loading failed: {type(error).__name__}: {error}"))
         return
-    supervision.note_served()
+    supervision.note_served(worker)
     application.models.is_loaded = True
     if worker > 1:
         say(f"worker {worker} of {settings.workers}: self-test passed, ready")
     # A full collection of a large heap would stall requests; what is loaded by now stays until the end.
     gc.collect()
     gc.freeze()
+    # What comes is accepted by any: one alone that is ready would bring others what they cannot answer yet.
+    while not all(supervision.has_served(other) for other in range(1, settings.workers + 1)):
+        await asyncio.sleep(_OTHERS_S)
+    application.awaits_others = False
     if not application.draining:
         application.metrics.ready.set(to=1)
     if settings.model_control == "explicit":
         await control.follow()
 
 
-async def _give_up(error: DlopsError) -> None:
-    """End the server where none of its workers ever loaded, else this worker: another is started in its place."""
-    if not supervision.has_served():
+async def _give_up(worker: int, error: DlopsError) -> None:
+    """End the server where no worker of this number ever loaded, else this one: another is started in its place."""
+    if not supervision.has_served(worker):
         supervision.end_server(error)
         return
     say(f"dlops: a worker cannot load, and is started again in {_AGAIN_S:g} s: {error}")

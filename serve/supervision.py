@@ -110,14 +110,14 @@ class Family:
             time.sleep(0.01)
 
 
-def note_served() -> None:
-    """A worker of this server has loaded: what fails after this is one worker's failure, and not the server's."""
-    Path(os.environ[CELLS_DIR], _SERVED).touch()
+def note_served(worker: int) -> None:
+    """The worker of this number has loaded: what fails there after this is its own failure, and not the server's."""
+    Path(os.environ[CELLS_DIR], f"{_SERVED}-{worker}").touch()
 
 
-def has_served() -> bool:
-    """Whether any worker of this server ever loaded."""
-    return Path(os.environ[CELLS_DIR], _SERVED).exists()
+def has_served(worker: int) -> bool:
+    """Whether a worker of this number ever loaded."""
+    return Path(os.environ[CELLS_DIR], f"{_SERVED}-{worker}").exists()
 
 
 def end_server(error: DlopsError) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from dlops.artifact import Artifact
-from dlops.errors import DlopsError
+from dlops.errors import DlopsError, MachineError
 from dlops.serve import control as controls
 from dlops.serve.answers import NotReadyError, UnknownModelError, UnsupportedError
 from dlops.serve.cells import Cells
@@ -35,10 +36,10 @@ class Worker:
         settings = Settings(device="cpu", threads=1, model_control=control)
         self.models = Models()
         self.metrics = Metrics(Cells(folder))
-        repository = Repository([root], versions=versions)
+        self.repository = Repository([root], versions=versions)
         if not (folder / "state.json").exists():
-            write_state(folder, State(generation=1, entries=repository.entries()))
-        self.control = Control(self.models, repository, settings, self.metrics, folder)
+            write_state(folder, State(generation=1, entries=self.repository.entries()))
+        self.control = Control(self.models, self.repository, settings, self.metrics, folder)
 
     @property
     def served(self) -> list[tuple[str, str]]:
@@ -221,10 +222,10 @@ def test_all_workers_follow_or_none_does(root: Path, folder: Path, add, monkeypa
             monkeypatch.setattr(worker.metrics.cells, "living", lambda: [1, 2])
         real = controls.Control._report
 
-        def report(self: Control, error: str | None) -> None:
+        def report(self: Control, generation: int, error: str | None) -> None:
             number = 1 if self is one.control else 2
             monkeypatch.setattr(controls.os, "getpid", lambda: number)
-            real(self, error)
+            real(self, generation, error)
 
         monkeypatch.setattr(Control, "_report", report)
         for worker in (one, other):
@@ -286,6 +287,68 @@ def test_a_worker_without_a_free_file_descriptor_follows_once_it_has_one(
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
     assert "Too many open files" in capsys.readouterr().err
+
+
+def test_a_report_that_could_not_be_written_is_written_again(
+    root: Path, folder: Path, add, monkeypatch, capsys
+) -> None:
+    async def scenario() -> None:
+        async with begun(Worker(root, folder)) as worker:
+            add("digits/2")
+            write, tries = controls.write_json, []
+
+            def full(path: Path, text: str) -> None:
+                tries.append(path)
+                if len(tries) == 1:
+                    raise MachineError("no space left on device")
+                write(path, text)
+
+            newest = [entry for entry in worker.repository.entries() if entry.version == "2"]
+            write_state(folder, State(generation=2, entries=tuple(newest)))
+            monkeypatch.setattr(controls, "write_json", full)
+            monkeypatch.setattr(controls, "_FOLLOW_AGAIN_S", 0.01)
+            follower = asyncio.ensure_future(worker.control.follow())
+            while (report := worker.control._report_of(os.getpid())) is None or report.generation != 2:
+                assert not follower.done()
+                await asyncio.sleep(0.01)
+            assert worker.served == [("digits", "2")]
+            follower.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert "no space left on device" in capsys.readouterr().err
+
+
+def test_a_worker_that_cannot_serve_what_the_others_do_tries_again(
+    root: Path, folder: Path, add, monkeypatch, capsys
+) -> None:
+    async def scenario() -> None:
+        async with begun(Worker(root, folder)) as worker:
+            add("digits/2")
+            load, tries = controls.load_model, []
+
+            def fails(entry, settings, metrics):
+                tries.append(entry)
+                if len(tries) < 3:
+                    raise RuntimeError("no memory left")
+                return load(entry, settings, metrics)
+
+            monkeypatch.setattr(controls, "load_model", fails)
+            monkeypatch.setattr(controls, "_FOLLOW_AGAIN_S", 0.05)
+            newest = [entry for entry in worker.repository.entries() if entry.version == "2"]
+            write_state(folder, State(generation=2, entries=tuple(newest)))
+            follower = asyncio.ensure_future(worker.control.follow())
+            while not worker.control.is_behind:
+                await asyncio.sleep(0.01)
+            assert worker.served == [("digits", "1")]
+            assert "no memory left" in worker.control._report_of(os.getpid()).error
+            while worker.control.is_behind:
+                await asyncio.sleep(0.01)
+            assert worker.served == [("digits", "2")]
+            assert worker.control._report_of(os.getpid()).error is None
+            follower.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert capsys.readouterr().err.count("a worker cannot serve what it is to, and tries again") == 2
 
 
 def test_a_change_whose_client_left_comes_to_its_end(root: Path, folder: Path, add) -> None:

@@ -548,3 +548,40 @@ def test_a_broken_instance_leaves_what_waits_to_the_others(make_queue, session) 
             await asyncio.wait_for(queue.submit(feed(1), rows=1), 10)
 
     asyncio.run(scenario())
+
+
+def test_a_run_that_cannot_be_counted_is_answered(make_queue, session) -> None:
+    session.gate.set()
+
+    def fails(done: BatchDone) -> None:
+        raise RuntimeError("no cell is left")
+
+    async def scenario() -> list[dict[str, object]]:
+        said: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
+        queue = make_queue(on_batch=fails)
+        for _ in range(2):
+            answer = await asyncio.wait_for(queue.submit(feed(1), rows=1), 10)
+            assert answer.outputs["y"].tolist() == [[2, 2]]
+        return said
+
+    assert [str(context["exception"]) for context in asyncio.run(scenario())] == ["no cell is left"] * 2
+
+
+def test_outputs_that_cannot_be_shared_out_fail_their_requests_alone(make_queue, session) -> None:
+    class Odd(DoublingSession):
+        def run(self, feed: Feed) -> Feed:
+            y = super().run(feed)["y"]
+            return {"y": y if len(y) == 1 else np.float32(0)}  # type: ignore[dict-item]
+
+    async def scenario() -> None:
+        odd = Odd()
+        queue = make_queue(session=odd)
+        first = await occupied(queue, odd)
+        others = [queue.submit(feed(value), rows=1) for value in (1, 2)]
+        odd.gate.set()
+        await asyncio.wait_for(first, 10)
+        answers = await asyncio.wait_for(asyncio.gather(*others), 10)
+        assert [answer.outputs["y"].tolist() for answer in answers] == [[[2, 2]], [[4, 4]]]
+
+    asyncio.run(scenario())

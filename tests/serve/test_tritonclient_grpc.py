@@ -319,6 +319,25 @@ def test_an_idle_stream_does_not_keep_a_server_from_ending(digits_artifact, x) -
         client.stop_stream()
 
 
+def test_what_was_sent_on_a_stream_is_answered_before_the_server_ends(slow_artifact) -> None:
+    answers: queue.Queue = queue.Queue()
+    slow = np.zeros((1, 1, 8, 8), np.float32)
+    slow[..., -1, -1] = 1e6  # about half a second
+    with (
+        ServerProcess(slow_artifact, grpc_port=0) as server,
+        triton_grpc.InferenceServerClient(url=f"127.0.0.1:{server.grpc_port}") as client,
+    ):
+        client.start_stream(callback=lambda result, error: answers.put((result, error)))
+        for number in range(5):
+            client.async_stream_infer("digits", [an_input(slow)], request_id=str(number))
+        found = [answers.get(timeout=60)]
+        server.close()
+        while len(found) < 5:
+            found.append(answers.get(timeout=1))
+        client.stop_stream()
+    assert [(error, result.get_response().id) for result, error in found] == [(None, str(one)) for one in range(5)]
+
+
 def test_two_servers_do_not_share_a_port(digits_artifact) -> None:
     with ServerProcess(digits_artifact, grpc_port=0) as server:
         # The launcher asks before, the process that holds the port afterwards.
