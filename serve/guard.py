@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dlops.errors import DlopsError
+from dlops.serve.outcome import DeadlineError
+from dlops.serve.time_limit import WITHIN_S
 
 # A browser must not take an answer for anything else than it says it is.
 SECURITY_HEADERS: Mapping[str, str] = {"x-content-type-options": "nosniff"}
@@ -96,6 +99,8 @@ class GuardMiddleware:
         identity = request_id(asked.get(REQUEST_ID))
 
         has_begun = False
+        within_s: float | None = scope.get(WITHIN_S)
+        limit = asyncio.timeout(within_s)
 
         wrong: HTTPException | None = None
 
@@ -104,7 +109,8 @@ class GuardMiddleware:
             nonlocal wrong
             if message["type"] == "http.response.start" and _is_plain_error(message):
                 wrong = _asked_wrongly(scope, message)
-            if wrong is None:
+            if wrong is None and not limit.expired():
+                limit.reschedule(None)
                 await secured(message)
 
         async def secured(message: Message) -> None:
@@ -131,16 +137,20 @@ class GuardMiddleware:
         except (CrossSiteError, UnauthorizedError) as error:
             await self._refuse({**scope, "dlops.error": error}, receive, secured)
             return
+        problem: Exception | None = None
         try:
-            await self._app(scope, receive, unless_plain)
+            async with limit:
+                await self._app(scope, receive, unless_plain)
         except Exception as error:
             # Raised outside of all that handles a route's errors: without an answer the client would wait for nothing.
             if has_begun:
                 raise
-            await self._refuse({**scope, "dlops.error": error}, receive, secured)
-            return
-        if wrong is not None:
-            await self._refuse({**scope, "dlops.error": wrong}, receive, secured)
+            problem = error
+        if limit.expired():
+            problem = DeadlineError(f"no answer within {within_s:g} s")
+        problem = problem or wrong
+        if problem is not None:
+            await self._refuse({**scope, "dlops.error": problem}, receive, secured)
 
 
 def _is_another_sites(asked: Headers) -> bool:

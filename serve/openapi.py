@@ -283,5 +283,5 @@ def _responses(schema: str) -> dict[str, Any]:
         "413": {"description": "The body is too large.", **error},
         "429": {"description": "The queue is full; Retry-After says when to come back.", **error},
         "503": {"description": "Not ready, or shutting down.", **error},
-        "504": {"description": "The request's own deadline passed while it waited.", **error},
+        "504": {"description": "The request's deadline passed, or the server's limit.", **error},
     }

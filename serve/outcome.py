@@ -20,7 +20,7 @@ class OverloadedError(MachineError):
 
 
 class DeadlineError(DlopsError):
-    """The request's deadline passed while it waited; it was not run."""
+    """The request's deadline passed while it waited, so that it was not run; or its answer did not begin in time."""
 
 
 class BrokenError(MachineError):

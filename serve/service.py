@@ -52,7 +52,7 @@ import click  # noqa: E402
 from bentoml._internal.configuration.containers import BentoMLContainer  # noqa: E402
 from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
-from dlops.serve import door  # noqa: E402
+from dlops.serve import door, time_limit  # noqa: E402
 from dlops.serve.control import Control, State, write_state  # noqa: E402
 from dlops.serve.descriptors import raise_limit  # noqa: E402
 from dlops.serve.drain import drain_on_sigterm  # noqa: E402
@@ -71,6 +71,7 @@ application = Application(settings)
 application.log.begin()
 # On the one port that BentoML opens, with its own routes.
 _has_door = door.install(application)
+time_limit.install()
 
 
 @bentoml.asgi_app(application.asgi, path="/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import json
 import socket
@@ -14,9 +15,11 @@ import httpx
 import pytest
 
 from dlops.errors import UsageError
+from dlops.serve.answers import error_response
 from dlops.serve.guard import Guard, GuardMiddleware, request_id
 from dlops.serve.launch import ServerProcess
 from dlops.serve.settings import Settings
+from dlops.serve.time_limit import TimeLimit
 
 TOKEN = "a secret of thirty-two characters"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -304,3 +307,76 @@ def test_what_no_route_handles_is_answered_in_json_and_not_left_waiting() -> Non
     scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
     asyncio.run(GuardMiddleware(broken, Guard(None), refuse)(scope, None, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+
+
+@pytest.fixture
+def told() -> list[dict]:
+    return []
+
+
+def limited(app, told: list[dict], *, within_s: float) -> None:
+    """What `app` tells a client whose request BentoML gives that long."""
+
+    async def refuse(scope, receive, send) -> None:
+        response = error_response(scope["dlops.error"])
+        await response(scope, receive, send)
+
+    async def send(message: dict) -> None:
+        told.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+    asyncio.run(TimeLimit(GuardMiddleware(app, Guard(None), refuse), timeout=within_s)(scope, None, send))
+
+
+def test_what_does_not_begin_in_time_is_cancelled_and_answered(told) -> None:
+    cancelled = []
+
+    async def slow(scope, receive, send) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    limited(slow, told, within_s=0.05)
+    assert cancelled
+    start, body = told
+    assert start["status"] == 504
+    assert (b"x-content-type-options", b"nosniff") in start["headers"]
+    assert json.loads(body["body"]) == {"error": "no answer within 0.05 s"}
+
+
+def test_what_has_begun_in_time_may_take_as_long_as_it_needs(told) -> None:
+    async def streaming(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.2)
+        await send({"type": "http.response.body", "body": b"all"})
+
+    limited(streaming, told, within_s=0.05)
+    assert [message["type"] for message in told] == ["http.response.start", "http.response.body"]
+    assert told[1]["body"] == b"all"
+
+
+def test_what_is_said_too_late_is_not_said_twice(told) -> None:
+    async def stubborn(scope, receive, send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"late"})
+
+    limited(stubborn, told, within_s=0.05)
+    assert [message.get("status") for message in told if message["type"] == "http.response.start"] == [504]
+
+
+def test_bentomls_time_limit_is_kept_by_us(digits_artifact) -> None:
+    """Its own keeps every request until the limit has passed."""
+    with ServerProcess(digits_artifact, env={"BENTOML_CONFIG_OPTIONS": "services.dlops.traffic.timeout=1"}) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection.putrequest("POST", "/predict")
+        connection.putheader("Content-Type", "image/png")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b"the rest does not come")
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())) == (504, {"error": "no answer within 1 s"})
+        connection.close()
+        assert httpx.get(f"{server.url}/v2").status_code == 200
