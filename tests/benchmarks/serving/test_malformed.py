@@ -27,7 +27,7 @@ from tests.serve import malformed_grpc
 from tests.serve.malformed import ALLOWED, UNENDED, binary_requests, good, requests, status_of
 from tests.serve.malformed_rows import RIGHT, Row, answers_of, fault_of, row
 
-BEFORE, BEFORE_EACH, BEFORE_ROWS = 40_000, 2_000, 1_000
+BEFORE, BEFORE_EACH, BEFORE_ROWS = 80_000, 2_000, 1_000
 RAW, MESSAGES, ROWS, CALLS, SLOW, OF_THE_PAGE = 60_000, 30_000, 5_000, 20_000, 200, 150
 GENERATED: dict[str, Any] = {
     "deadline": None, "database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck),
@@ -102,7 +102,8 @@ def test_a_hundred_thousand_malformed_requests(
 
             calls()
 
-        # What grows once: decoders of every format, and what each thread keeps for its next work.
+        # What grows once: decoders of every format, and what each thread's part of malloc keeps for its next work, as much
+        # as ever was in use there at a time. Of the largest images there are few.
         list(threads.map(lambda one: send(server.port, *one), islice(requests(seed=99), BEFORE)))
         send_messages(BEFORE_EACH)
         right = send_rows(BEFORE_ROWS, seed=99)
