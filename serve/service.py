@@ -52,7 +52,7 @@ import click  # noqa: E402
 from bentoml._internal.configuration.containers import BentoMLContainer  # noqa: E402
 from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
-from dlops.serve import door, time_limit  # noqa: E402
+from dlops.serve import arbiter, door, time_limit  # noqa: E402
 from dlops.serve.control import Control, State, write_state  # noqa: E402
 from dlops.serve.descriptors import raise_limit  # noqa: E402
 from dlops.serve.drain import drain_on_sigterm  # noqa: E402
@@ -111,6 +111,7 @@ class Service:
         # BentoML finds the two ports on which its arbiter is told things, lets them go and opens them a moment later,
         # when another process may have them.
         bentoml._internal.utils.reserve_free_port = kept_free_port  # type: ignore[assignment]
+        arbiter.install()
         supervision.become_arbiter()
         write_state(Path(os.environ[supervision.CELLS_DIR]), state)
 

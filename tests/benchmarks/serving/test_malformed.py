@@ -102,8 +102,8 @@ def test_a_hundred_thousand_malformed_requests(
 
             calls()
 
-        # What grows once: decoders of every format, and what each thread's part of malloc keeps for its next work, as much
-        # as ever was in use there at a time. Of the largest images there are few.
+        # What grows once: decoders of every format, and what each thread's part of malloc keeps for its next work, as
+        # much as ever was in use there at a time. Of the largest images there are few.
         list(threads.map(lambda one: send(server.port, *one), islice(requests(seed=99), BEFORE)))
         send_messages(BEFORE_EACH)
         right = send_rows(BEFORE_ROWS, seed=99)
