@@ -8,8 +8,10 @@ that comes while it does something else, starting a worker say, is refused like 
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from circus.controller import Controller
@@ -46,7 +48,7 @@ class Watch:
         self._controller = controller
         self._loop: IOLoop = controller.loop
         self._due: object | None = None
-        self._looked_at = -_BETWEEN_LOOKS_S
+        self._looked_at = -math.inf
         self._is_ending = False
         self._tasks: set[asyncio.Future[None]] = set()
 
@@ -59,8 +61,8 @@ class Watch:
     def child_ended(self) -> None:
         """Look soon, once for all that end meanwhile."""
         if self._due is None:
-            at = max(self._loop.time(), self._looked_at + _BETWEEN_LOOKS_S)
-            self._due = self._loop.call_at(at, self._look)
+            delay_s = max(0.0, self._looked_at + _BETWEEN_LOOKS_S - time.monotonic())
+            self._due = self._loop.call_later(delay_s, self._look)
 
     def _look(self) -> None:
         task = asyncio.ensure_future(self._replace_ended())
@@ -68,7 +70,7 @@ class Watch:
         task.add_done_callback(self._tasks.discard)
 
     async def _replace_ended(self) -> None:
-        self._due, self._looked_at = None, self._loop.time()
+        self._due, self._looked_at = None, time.monotonic()
         try:
             if not self._is_ending:
                 await self._controller.arbiter.manage_watchers()
